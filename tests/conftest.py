@@ -1,0 +1,29 @@
+"""Every test sees poisoned uninitialised memory; kernels run on the GPU if there is one, else interpreted."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is decorated, so it is set before any kernel module is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def device() -> str:
+    """Where kernels are tested."""
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fills torch.empty with NaN (or the largest integer), so that reading what was never written shows."""
+    torch.manual_seed(0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)

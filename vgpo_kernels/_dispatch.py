@@ -1,0 +1,79 @@
+"""Which implementation of an operation runs, and why.
+
+Each room (`focus`, `weights`, `policy_loss`) holds its implementations as modules with
+the same function names and signatures: `kernels` (Triton) and `reference` (plain torch).
+An operator asks `implementation` for the module; nothing else in the package decides.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+IMPLEMENTATIONS = ("triton", "reference")
+ROOMS = ("focus", "weights", "policy_loss")
+_MODULES = {"triton": "kernels", "reference": "reference"}
+_TRITON_MISSING = "Triton is not installed: pip install 'vgpo-kernels[triton]', or pass impl='reference'"
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported (it is not imported here)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, so that they take CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def debugging() -> bool:
+    """Whether VGPO_DEBUG=1 asks the kernels to check values too, at the price of a device sync."""
+    return os.environ.get("VGPO_DEBUG") == "1"
+
+
+def choose(impl: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+    """Returns the implementation for tensors of this device and dtype, with the reason.
+
+    Args:
+        impl: "triton", "reference", or None to choose by device.
+        device: where the tensors are.
+        dtype: of the main input; the kernels take no float64.
+
+    Raises:
+        ValueError: `impl` is no known name.
+        RuntimeError: the implementation cannot run here; the message says what to do.
+    """
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, got {impl!r}"
+        )
+    if impl == "reference":
+        return "reference", "asked for"
+    if impl is None and device.type == "cpu":
+        return "reference", "CPU tensors"
+    if not has_triton():
+        raise RuntimeError(_TRITON_MISSING)
+    if device.type == "cpu" and not interpreting():
+        raise RuntimeError(
+            "impl='triton' takes CPU tensors only under TRITON_INTERPRET=1, set before Triton is imported"
+        )
+    if device.type not in ("cuda", "cpu"):
+        raise RuntimeError(f"no Triton kernels for device type {device.type!r}: pass impl='reference'")
+    if dtype == torch.float64:
+        raise RuntimeError("the Triton kernels take no float64: pass impl='reference'")
+    return "triton", "asked for" if impl else f"{device.type} tensors"
+
+
+def implementation(room: str, impl: str | None, tensor: torch.Tensor) -> ModuleType:
+    """Returns the module of `room` that runs an operation whose main input is `tensor`."""
+    name, _ = choose(impl, tensor.device, tensor.dtype)
+    return importlib.import_module(f"vgpo_kernels.{room}.{_MODULES[name]}")
+
+
+def checks_values(impl: str | None, tensor: torch.Tensor) -> bool:
+    """Whether an operation reads its inputs' values for errors: on the reference, and when debugging."""
+    return debugging() or choose(impl, tensor.device, tensor.dtype)[0] == "reference"
