@@ -1,4 +1,4 @@
-"""Device helpers that every kernel shares, and what an ahead-of-time compilation needs to know of a kernel."""
+"""What every kernel module shares: Triton itself, and what an ahead-of-time compilation needs to know."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
