@@ -8,6 +8,7 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it is set before any kernel module is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+import conformance
 import pytest
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -27,3 +28,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session", params=conformance.NAMES)
+def conformance_vectors(request: pytest.FixtureRequest) -> conformance.Vectors:
+    """Each file of conformance vectors in turn; without them a test is skipped, but fails under CI=true."""
+    try:
+        return conformance.load(request.param)
+    except FileNotFoundError as missing:
+        if os.environ.get("CI", "").lower() == "true":
+            pytest.fail(str(missing))
+        pytest.skip(str(missing))
