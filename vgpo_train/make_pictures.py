@@ -1,0 +1,208 @@
+"""Draws a data set of coloured shapes on a grid: `python -m vgpo_train.make_pictures DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+CELL = 28  # pixels: one merged visual token of a Qwen2.5-VL tower with patches of 14
+SUPERSAMPLING = 4
+BACKGROUND = (244, 244, 240)
+COLOURS = {"red": (214, 48, 49), "green": (39, 160, 80), "blue": (40, 90, 210), "yellow": (240, 196, 25)}
+SHAPES = ("circle", "square", "triangle")
+GRIDS = ((2, 2), (2, 3), (3, 2))  # rows, columns
+EMPTY = "empty"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A coloured shape."""
+
+    colour: str
+    shape: str
+
+    @property
+    def words(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Puzzle:
+    """A grid of cells, read row by row (None: an empty cell), and the colour or shape asked for."""
+
+    rows: int
+    columns: int
+    cells: tuple[Cell | None, ...]
+    asked: str
+
+    @property
+    def content(self) -> tuple[int, tuple[Cell | None, ...]]:
+        """What the picture shows, without the question: pictures of the two splits never share it."""
+        return self.columns, self.cells
+
+    @property
+    def problem(self) -> str:
+        noun = f"{self.asked}s" if self.asked in SHAPES else f"{self.asked} shapes"
+        return f"Name the cells in order, then count the {noun}."
+
+    @property
+    def answer(self) -> str:
+        return str(count(self.cells, self.asked))
+
+    @property
+    def solution(self) -> str:
+        return solution_text(self.cells, self.answer)
+
+
+def count(cells: tuple[Cell | None, ...], asked: str) -> int:
+    """Return how many cells have the colour or shape asked for."""
+    return sum(cell is not None and asked in (cell.colour, cell.shape) for cell in cells)
+
+
+def solution_text(cells: tuple[Cell | None, ...], answer: str) -> str:
+    """Return the completion that names the cells in order and then gives the answer."""
+    names = " ".join(EMPTY if cell is None else cell.words for cell in cells)
+    return f"<think> {names}</think>\\boxed{{{answer}}}"
+
+
+def parse_cells(completion: str) -> tuple[Cell | None, ...]:
+    """Return the cells that a completion names, up to the first word that names none."""
+    names = completion.partition("<think>")[2].partition("</think>")[0].split()
+    cells: list[Cell | None] = []
+    while names:
+        if names[0] == EMPTY:
+            cells.append(None)
+            names = names[1:]
+        elif names[0] in COLOURS and len(names) > 1 and names[1] in SHAPES:
+            cells.append(Cell(names[0], names[1]))
+            names = names[2:]
+        else:
+            break
+    return tuple(cells)
+
+
+def draw_puzzle(rng: random.Random) -> Puzzle:
+    """Draw a puzzle whose answer is uniform over 0 to the number of cells, so that a guess is rarely right."""
+    rows, columns = rng.choice(GRIDS)
+    n = rows * columns
+    asked = rng.choice((*COLOURS, *SHAPES))
+    matching = set(rng.sample(range(n), rng.randint(0, n)))
+    return Puzzle(rows, columns, tuple(_draw_cell(rng, asked, i in matching) for i in range(n)), asked)
+
+
+def draw_picture(puzzle: Puzzle, rng: random.Random) -> Image.Image:
+    """Draw a puzzle's grid with jittered positions, sizes and colours: (28 * rows) x (28 * columns) pixels, RGB."""
+    cell = CELL * SUPERSAMPLING
+    size = (puzzle.columns * cell, puzzle.rows * cell)
+    picture = Image.new("RGB", size, _jittered_colour(BACKGROUND, 6, rng))
+    pen = ImageDraw.Draw(picture)
+    for i, content in enumerate(puzzle.cells):
+        if content is not None:
+            row, column = divmod(i, puzzle.columns)
+            _draw_shape(pen, content, column * cell, row * cell, rng)
+    return picture.resize((size[0] // SUPERSAMPLING, size[1] // SUPERSAMPLING), Image.Resampling.BOX)
+
+
+def draw_puzzles(n: int, rng: random.Random, taken: set) -> Iterator[Puzzle]:
+    """Draw `n` puzzles whose pictures show nothing in `taken`, and add them to it."""
+    drawn = 0
+    while drawn < n:
+        puzzle = draw_puzzle(rng)
+        if puzzle.content not in taken:
+            taken.add(puzzle.content)
+            drawn += 1
+            yield puzzle
+
+
+def make_pictures(folder: str | Path, *, train: int = 2048, test: int = 256, seed: int = 0) -> Path:
+    """Write a data set: `train.jsonl`, `test.jsonl` and the PNG files they name, no picture content twice.
+
+    Args:
+        folder: where to write; created where it is missing.
+        train: pictures to learn from.
+        test: held-out pictures.
+        seed: the same seed draws the same files.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a split without pictures.
+    """
+    for name, value in (("train", train), ("test", test)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1 picture, got {value}")
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng, taken = random.Random(seed), set()
+    # The held-out split is drawn first: it stays the same when more training pictures are asked for.
+    for split, n in (("test", test), ("train", train)):
+        with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as lines:
+            for number, puzzle in enumerate(draw_puzzles(n, rng, taken)):
+                row = _write_row(folder, f"{split}-{number:05d}", puzzle, rng)
+                lines.write(json.dumps(row) + "\n")
+    return folder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m vgpo_train.make_pictures", description=__doc__)
+    parser.add_argument("folder", metavar="DIR", help="where to write the data set")
+    parser.add_argument(
+        "--train", type=int, default=2048, help="pictures to learn from (default: %(default)s)"
+    )
+    parser.add_argument("--test", type=int, default=256, help="held-out pictures (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    folder = make_pictures(options.folder, train=options.train, test=options.test, seed=options.seed)
+    print(f"{options.train} training and {options.test} held-out pictures in {folder}")
+
+
+def _draw_cell(rng: random.Random, asked: str, matches: bool) -> Cell | None:
+    if not matches and rng.random() < 0.15:
+        return None
+    colours = [c for c in COLOURS if asked not in COLOURS or (c == asked) == matches]
+    shapes = [s for s in SHAPES if asked not in SHAPES or (s == asked) == matches]
+    return Cell(rng.choice(colours), rng.choice(shapes))
+
+
+def _draw_shape(pen: ImageDraw.ImageDraw, content: Cell, left: int, top: int, rng: random.Random) -> None:
+    cell = CELL * SUPERSAMPLING
+    radius = cell * rng.uniform(0.30, 0.40)
+    room = cell / 2 - radius - SUPERSAMPLING
+    x = left + cell / 2 + rng.uniform(-room, room)
+    y = top + cell / 2 + rng.uniform(-room, room)
+    fill = _jittered_colour(COLOURS[content.colour], 22, rng)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if content.shape == "circle":
+        pen.ellipse(box, fill=fill)
+    elif content.shape == "square":
+        pen.rectangle(box, fill=fill)
+    else:
+        pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=fill)
+
+
+def _jittered_colour(colour: tuple[int, int, int], by: int, rng: random.Random) -> tuple[int, ...]:
+    return tuple(min(255, max(0, channel + rng.randint(-by, by))) for channel in colour)
+
+
+def _write_row(folder: Path, name: str, puzzle: Puzzle, rng: random.Random) -> dict:
+    path = f"images/{name}.png"
+    draw_picture(puzzle, rng).save(folder / path)
+    return {
+        "id": name,
+        "problem": puzzle.problem,
+        "answer": puzzle.answer,
+        "images": [path],
+        "asked": puzzle.asked,
+        "solution": puzzle.solution,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Loads a vision-language checkpoint folder and answers family-generic questions about it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
+
+# The weights, and what describes the weights: a trained checkpoint writes its own.
+MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+
+# How configurations name the tokens that stand for pictures and videos or enclose them.
+VISUAL_TOKEN_FIELDS = (
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "video_token_index",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+    "image_start_token_id",
+    "image_end_token_id",
+    "boi_token_id",
+    "eoi_token_id",
+    "boi_token_index",
+    "eoi_token_index",
+    "video_start_token_id",
+    "video_end_token_id",
+)
+
+
+def checkpoint_folder(folder: str | Path) -> Path:
+    """Return `folder` as a path, or raise FileNotFoundError naming what is missing."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(f"model folder {str(path)!r} does not exist")
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"model folder {str(path)!r} has no config.json: it is not a checkpoint")
+    return path
+
+
+def load_processor(folder: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the processor of a checkpoint folder, padding on the left.
+
+    Args:
+        folder: checkpoint folder with tokenizer and image processor files.
+        trust_remote_code: run code that the folder brings along.
+
+    Returns:
+        The `AutoProcessor` of the folder; without torchvision, for a family whose processor has a video half, the same
+        processor class without that half: it takes pictures and refuses videos.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or is not a checkpoint.
+    """
+    path = checkpoint_folder(folder)
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    processor_class = _class_with_video_half(path, options)
+    # transformers builds video processors on torchvision alone, and the CPU build of torch has no torchvision.
+    if processor_class is not None and not is_torchvision_available():
+        processor = pictures_only(processor_class).from_pretrained(path, **options)
+    else:
+        processor = AutoProcessor.from_pretrained(path, **options)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def pictures_only(processor_class: type) -> type:
+    """Return a subclass of a processor class that has no video half."""
+
+    class PicturesOnly(processor_class):  # type: ignore[misc,valid-type]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in super().get_attributes() if name != "video_processor"]
+
+        def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
+            if videos is not None:
+                raise ValueError(
+                    "videos need torchvision, which is not installed; this processor takes pictures"
+                )
+            return super().__call__(images=images, text=text, **kwargs)
+
+    # The name is written into saved files, where it must say the class that loads them.
+    PicturesOnly.__name__ = processor_class.__name__
+    PicturesOnly.__qualname__ = processor_class.__qualname__
+    return PicturesOnly
+
+
+def copy_processor_files(source_folder: str | Path, target_folder: str | Path) -> list[str]:
+    """Copy everything but weights and model configuration from one checkpoint folder to another.
+
+    Copying keeps what loading and saving would lose, such as the configuration of a video half that this machine
+    cannot build.
+
+    Args:
+        source_folder: checkpoint folder that the model came from.
+        target_folder: checkpoint folder that was just written; created where it is missing.
+
+    Returns:
+        Names of the copied files, sorted.
+    """
+    source, target = checkpoint_folder(source_folder), Path(target_folder)
+    target.mkdir(parents=True, exist_ok=True)
+    names = sorted(
+        entry.name for entry in source.iterdir() if entry.is_file() and not _describes_weights(entry.name)
+    )
+    for name in names:
+        if (source / name).resolve() != (target / name).resolve():
+            shutil.copyfile(source / name, target / name)
+    return names
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load an image-text-to-text model from a checkpoint folder.
+
+    Args:
+        folder: checkpoint folder that `from_pretrained` reads.
+        dtype: dtype of the parameters.
+        attn_implementation: name of an attention that transformers knows; None takes the folder's or the default.
+        trust_remote_code: run code that the folder brings along.
+
+    Returns:
+        The model, sharded where DeepSpeed's ZeRO-3 initialisation is on.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or is not a checkpoint.
+    """
+    path = checkpoint_folder(folder)
+    return AutoModelForImageTextToText.from_pretrained(
+        path,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+    )
+
+
+def image_token_id(config: Any) -> int:
+    """Return the id of the token that stands for a piece of a picture, from a model configuration.
+
+    Raises:
+        ValueError: the configuration names no such token.
+    """
+    for field in ("image_token_id", "image_token_index"):
+        token = getattr(config, field, None)
+        if token is not None:
+            return int(token)
+    raise ValueError(f"{type(config).__name__} names no image token (image_token_id or image_token_index)")
+
+
+def visual_token_ids(config: Any, processor: Any = None) -> list[int]:
+    """Return the ids that a policy must never sample: picture and video tokens and the marks around them.
+
+    Args:
+        config: model configuration.
+        processor: its processor; adds the tokens that only the processor or its tokenizer knows.
+
+    Returns:
+        Sorted ids; empty for a family without such tokens.
+    """
+    found: set[int] = set()
+    for field in VISUAL_TOKEN_FIELDS:
+        found.update(_as_ids(getattr(config, field, None)))
+    for owner in (processor, getattr(processor, "tokenizer", None)):
+        for field in (*VISUAL_TOKEN_FIELDS, "image_token_ids", "video_token_ids"):
+            found.update(_as_ids(getattr(owner, field, None)))
+    tokenizer = getattr(processor, "tokenizer", None)
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    found.discard(unknown if unknown is not None else -1)
+    return sorted(found)
+
+
+def image_token_mask(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return which positions hold picture or video tokens.
+
+    Args:
+        input_ids: (B, L) token ids.
+        config: model configuration.
+
+    Returns:
+        (B, L) bool.
+
+    Raises:
+        ValueError: the configuration names no image token.
+    """
+    mask = input_ids == image_token_id(config)
+    for field in ("video_token_id", "video_token_index"):
+        for token in _as_ids(getattr(config, field, None)):
+            mask = mask | (input_ids == token)
+    return mask
+
+
+def _class_with_video_half(path: Path, options: dict[str, Any]) -> type | None:
+    config_class = type(AutoConfig.from_pretrained(path, **options))
+    if config_class not in PROCESSOR_MAPPING:
+        return None
+    processor_class = PROCESSOR_MAPPING[config_class]
+    return processor_class if "video_processor" in processor_class.get_attributes() else None
+
+
+def _describes_weights(name: str) -> bool:
+    return name in MODEL_FILES or name.endswith(WEIGHT_SUFFIXES) or name.endswith(".index.json")
+
+
+def _as_ids(value: Any) -> set[int]:
+    if isinstance(value, bool) or value is None:
+        return set()
+    if isinstance(value, int):
+        return {value}
+    if isinstance(value, (list, tuple)):
+        return {int(item) for item in value if isinstance(item, int)}
+    return set()
