@@ -1,0 +1,97 @@
+"""The operator `vgpo::policy_loss`: the gradient is made in the forward, the backward only scales it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels.policy_loss import terms
+from vgpo_kernels.policy_loss.config import PolicyLossConfig
+
+
+@torch.library.custom_op("vgpo::policy_loss", mutates_args=())
+def policy_loss(
+    logps: Tensor,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    ref_logps: Tensor | None,
+    token_weights: Tensor | None,
+    trajectory_weights: Tensor | None,
+    num_items: Tensor | None,
+    loss_type: str,
+    importance_sampling_level: str,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float | None,
+    clip_ratio_dual: float | None,
+    beta: float,
+    max_completion_length: int | None,
+    kl_log_ratio_limit: float | None,
+    kl_limit: float | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns loss (), per-token loss (B, T), metrics, unnormalised gradient (B, T) and its normaliser ()."""
+    if checks_values(impl, logps):
+        _check_mask_values(completion_mask)
+    config = PolicyLossConfig(
+        loss_type=loss_type,
+        importance_sampling_level=importance_sampling_level,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        clip_ratio_dual=clip_ratio_dual,
+        beta=beta,
+        max_completion_length=max_completion_length,
+        kl_log_ratio_limit=kl_log_ratio_limit,
+        kl_limit=kl_limit,
+    )
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = implementation(
+        "policy_loss", impl, logps
+    ).policy_loss(
+        logps.detach(),
+        old_logps,
+        advantages,
+        completion_mask,
+        ref_logps,
+        token_weights,
+        trajectory_weights,
+        num_items,
+        config,
+    )
+    return results
+
+
+def _check_mask_values(completion_mask: Tensor) -> None:
+    if completion_mask.dtype == torch.bool:
+        return
+    strange = completion_mask[(completion_mask != 0) & (completion_mask != 1)]
+    if strange.numel():
+        raise ValueError(f"completion_mask: expected zeros and ones, got {strange[0].item()}")
+
+
+@policy_loss.register_fake
+def _(logps: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = terms.compute_dtype(logps)
+    return (
+        logps.new_empty((), dtype=dtype),
+        logps.new_empty(logps.shape, dtype=dtype),
+        logps.new_empty((len(terms.METRICS),), dtype=dtype),
+        logps.new_empty(logps.shape, dtype=dtype),
+        logps.new_empty((), dtype=dtype),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[3], output[4])
+    ctx.dtype = inputs[0].dtype
+    ctx.constants = len(inputs) - 1
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_grads: Tensor) -> tuple[Tensor | None, ...]:
+    gradient, scale = ctx.saved_tensors
+    return (gradient * (grad_loss * scale)).to(ctx.dtype), *[None] * ctx.constants
+
+
+policy_loss.register_autograd(_backward, setup_context=_setup_context)
