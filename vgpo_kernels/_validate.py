@@ -23,10 +23,11 @@ def check_tensor(
     """Raises unless `value` is a tensor of this shape (a str stands for any length), dtype and device."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    wanted = "(" + ", ".join(str(size) for size in shape) + ")"
     if value.dim() != len(shape) or any(
         not isinstance(size, str) and actual != size for actual, size in zip(value.shape, shape, strict=True)
     ):
+        # Written only here: torch.compile cannot make text of a dynamic length.
+        wanted = "(" + ", ".join(str(size) for size in shape) + ")"
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}")
     if value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
