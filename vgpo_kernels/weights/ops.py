@@ -1,0 +1,75 @@
+"""The operator `vgpo::weights`; its options are the fields of `VGPOConfig`, one by one."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels.weights.config import VGPOConfig
+
+_SCHEMA_TYPES = {
+    float: "float",
+    str: "str",
+    bool: "bool",
+    int: "int",
+    tuple[float, float] | None: "float[]?",
+}
+
+
+def _schema() -> str:
+    options = ", ".join(
+        f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in dataclasses.fields(VGPOConfig)
+    )
+    return (
+        "(Tensor focus, Tensor completion_mask, Tensor group_ids, Tensor? has_visual, Tensor? advantages, *, "
+        f"str source, int? step, str? impl, {options}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+
+
+def _weights(
+    focus: Tensor,
+    completion_mask: Tensor,
+    group_ids: Tensor,
+    has_visual: Tensor | None,
+    advantages: Tensor | None,
+    *,
+    source: str,
+    step: int | None,
+    impl: str | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    config = VGPOConfig(**options)
+    if checks_values(impl, focus):
+        _check_finite(focus, completion_mask, has_visual)
+    warmup = 1.0 if step is None else min(1.0, step / config.warmup_steps)
+    room = implementation("weights", impl, focus)
+    return room.weights(
+        focus, completion_mask, group_ids, has_visual, advantages, config=config, source=source, warmup=warmup
+    )
+
+
+weights = torch.library.custom_op("vgpo::weights", _weights, mutates_args=(), schema=_schema())
+
+
+@weights.register_fake
+def _weights_fake(
+    focus: Tensor, *_: Tensor | None, **__: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tokens = focus.new_empty(focus.shape, dtype=torch.promote_types(focus.dtype, torch.float32))
+    rows = tokens.new_empty(focus.shape[:1])
+    gate = tokens.new_empty(focus.shape, dtype=torch.bool)
+    return tokens, rows, torch.empty_like(tokens), gate, torch.empty_like(rows)
+
+
+def _check_finite(focus: Tensor, completion_mask: Tensor, has_visual: Tensor | None) -> None:
+    bad = ~focus.isfinite() & (completion_mask != 0)
+    if has_visual is not None:
+        bad &= has_visual[:, None]
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"focus: expected finite scores at valid positions, got {focus[row, column].item()} "
+            f"at row {row}, column {column} ({int(bad.sum())} in all)"
+        )
