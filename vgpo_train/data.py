@@ -112,9 +112,7 @@ class PictureDataset(Dataset):
         if isinstance(image, (bytes, bytearray)):
             return bytes(image)
         if not isinstance(image, str):
-            raise ValueError(
-                f"{where}: an image must be a path, bytes or {{bytes, path}}, got {type(image).__name__}"
-            )
+            raise ValueError(f"{where}: an image must be a path, bytes or {{bytes, path}}, got {type(image).__name__}")
         path = self.path.parent / image
         if not path.is_file():
             raise FileNotFoundError(f"{where}: image file {str(path)!r} does not exist")
@@ -163,9 +161,7 @@ class PromptBatch:
 
     def take(self, indices: Sequence[int]) -> PromptBatch:
         """Return the rows at `indices`, in their order, repeated where an index repeats."""
-        return PromptBatch(
-            [self.samples[i] for i in indices], [self.rows[i] for i in indices], self.pad_values
-        )
+        return PromptBatch([self.samples[i] for i in indices], [self.rows[i] for i in indices], self.pad_values)
 
     def repeat(self, times: int) -> PromptBatch:
         """Return each row `times` times, copies side by side."""
@@ -188,9 +184,7 @@ class PromptBatch:
         """
         length = max(self.prompt_lengths) if length is None else length
         if max(self.prompt_lengths) > length:
-            raise ValueError(
-                f"length {length} is shorter than the longest prompt, {max(self.prompt_lengths)} tokens"
-            )
+            raise ValueError(f"length {length} is shorter than the longest prompt, {max(self.prompt_lengths)} tokens")
         joined = {}
         for name in dict.fromkeys(name for row in self.rows for name in row):
             parts = [row[name] for row in self.rows if name in row]
@@ -264,16 +258,12 @@ class PromptCollator:
         return content
 
     def _process(self, sample: Sample) -> dict[str, torch.Tensor]:
-        text = self.processor.apply_chat_template(
-            self.messages(sample), add_generation_prompt=True, tokenize=False
-        )
+        text = self.processor.apply_chat_template(self.messages(sample), add_generation_prompt=True, tokenize=False)
         images = sample.open_images() or None
         try:
             inputs = self.processor(images=images, text=[text], return_tensors="pt")
         except Exception as error:
-            raise ValueError(
-                f"{sample.source}: id {sample.id!r}: the processor refuses it: {error}"
-            ) from error
+            raise ValueError(f"{sample.source}: id {sample.id!r}: the processor refuses it: {error}") from error
         length = inputs["input_ids"].shape[1]
         if length > self.max_prompt_length:
             raise PromptTooLong(

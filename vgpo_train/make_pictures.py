@@ -153,9 +153,7 @@ def make_pictures(folder: str | Path, *, train: int = 2048, test: int = 256, see
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vgpo_train.make_pictures", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="where to write the data set")
-    parser.add_argument(
-        "--train", type=int, default=2048, help="pictures to learn from (default: %(default)s)"
-    )
+    parser.add_argument("--train", type=int, default=2048, help="pictures to learn from (default: %(default)s)")
     parser.add_argument("--test", type=int, default=256, help="held-out pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     options = parser.parse_args(arguments)

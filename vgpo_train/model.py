@@ -84,9 +84,7 @@ def pictures_only(processor_class: type) -> type:
 
         def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> Any:
             if videos is not None:
-                raise ValueError(
-                    "videos need torchvision, which is not installed; this processor takes pictures"
-                )
+                raise ValueError("videos need torchvision, which is not installed; this processor takes pictures")
             return super().__call__(images=images, text=text, **kwargs)
 
     # The name is written into saved files, where it must say the class that loads them.
@@ -110,9 +108,7 @@ def copy_processor_files(source_folder: str | Path, target_folder: str | Path) -
     """
     source, target = checkpoint_folder(source_folder), Path(target_folder)
     target.mkdir(parents=True, exist_ok=True)
-    names = sorted(
-        entry.name for entry in source.iterdir() if entry.is_file() and not _describes_weights(entry.name)
-    )
+    names = sorted(entry.name for entry in source.iterdir() if entry.is_file() and not _describes_weights(entry.name))
     for name in names:
         if (source / name).resolve() != (target / name).resolve():
             shutil.copyfile(source / name, target / name)

@@ -162,9 +162,7 @@ def write_processor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 def careless_labels(cells: tuple[Cell | None, ...], rng: random.Random) -> tuple[Cell | None, ...]:
     """Name cells as a careless labeller does: more often than not after the wrong colour or the wrong shape."""
     return tuple(
-        None
-        if cell is None
-        else Cell(_mistake(cell.colour, tuple(COLOURS), rng), _mistake(cell.shape, SHAPES, rng))
+        None if cell is None else Cell(_mistake(cell.colour, tuple(COLOURS), rng), _mistake(cell.shape, SHAPES, rng))
         for cell in cells
     )
 
@@ -244,9 +242,7 @@ def build_tiny_model(
     if warm_start_steps < 0:
         raise ValueError(f"warm_start_steps must be 0 or more, got {warm_start_steps}")
     if pictures is not None and not (Path(pictures) / "train.jsonl").is_file():
-        raise FileNotFoundError(
-            f"{pictures} has no train.jsonl: draw it with python -m vgpo_train.make_pictures"
-        )
+        raise FileNotFoundError(f"{pictures} has no train.jsonl: draw it with python -m vgpo_train.make_pictures")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
@@ -270,9 +266,7 @@ def build_tiny_model(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vgpo_train.tiny_model", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="where to write the checkpoint")
-    parser.add_argument(
-        "--pictures", metavar="DIR", help="data set to warm up on; default: one drawn for the purpose"
-    )
+    parser.add_argument("--pictures", metavar="DIR", help="data set to warm up on; default: one drawn for the purpose")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--warm-start-steps", type=int, default=WARM_START_STEPS, help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -286,9 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"tiny Qwen2.5-VL in {folder} after {time.monotonic() - start:.0f} s")
 
 
-def _labelled_batch(
-    processor: Any, data: Path, rows: list[dict[str, Any]], rng: random.Random
-) -> dict[str, Any]:
+def _labelled_batch(processor: Any, data: Path, rows: list[dict[str, Any]], rng: random.Random) -> dict[str, Any]:
     prompts, texts, images = [], [], []
     for row in rows:
         content = [{"type": "image"}, {"type": "text", "text": row["problem"]}]
@@ -301,8 +293,7 @@ def _labelled_batch(
     batch = processor(images=images, text=texts, padding=True, return_tensors="pt")
     # Padding is on the left, so a completion's tokens are the last ones of its row.
     lengths = [
-        len(ids)
-        for ids in processor.tokenizer([t[len(p) :] for p, t in zip(prompts, texts, strict=True)]).input_ids
+        len(ids) for ids in processor.tokenizer([t[len(p) :] for p, t in zip(prompts, texts, strict=True)]).input_ids
     ]
     starts = batch["input_ids"].shape[1] - torch.tensor(lengths)
     is_completion = torch.arange(batch["input_ids"].shape[1]) >= starts[:, None]

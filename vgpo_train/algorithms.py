@@ -1,0 +1,136 @@
+"""Algorithms: what each wants scored, and how scored rollouts become token and trajectory weights.
+
+Adding one is a class with `wants` and `weigh`, registered by name; the trainer knows no other detail.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels import vgpo_weights
+from vgpo_train.config import ConfigError, TrainConfig
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A whole rollout, all ranks' rows together, in the same order on every rank.
+
+    Shapes: B rows, T completion tokens. `focus` and `has_visual` are None where nothing asked for them.
+    """
+
+    group_ids: Tensor  # (B,) int64: which prompt a row answers
+    completion_mask: Tensor  # (B, T) bool
+    advantages: Tensor  # (B,) fp32
+    old_logps: Tensor  # (B, T) fp32
+    rewards: Tensor  # (B,) fp32
+    accuracies: Tensor  # (B,) fp32: the reward that counts as being right
+    focus: Tensor | None = None  # (B, T) fp32
+    has_visual: Tensor | None = None  # (B,) bool
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Factors on the advantages; None means 1."""
+
+    token_weights: Tensor | None = None  # (B, T) fp32
+    trajectory_weights: Tensor | None = None  # (B,) fp32
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Algorithm(Protocol):
+    """What the trainer asks of an algorithm."""
+
+    wants: ClassVar[frozenset[str]]  # what the scoring pass must give beyond log-probabilities: "focus"
+
+    def __init__(self, config: TrainConfig) -> None: ...
+
+    def weigh(self, rollout: ScoredRollout, step: int) -> Weighting:
+        """Returns the factors on the advantages of a whole rollout."""
+        ...
+
+
+_ALGORITHMS: dict[str, type[Algorithm]] = {}
+A = TypeVar("A", bound=type)
+
+
+def register(name: str) -> Callable[[A], A]:
+    """Class decorator that makes an algorithm known by `name`."""
+
+    def add(algorithm: A) -> A:
+        _ALGORITHMS[name] = algorithm
+        return algorithm
+
+    return add
+
+
+def build_algorithm(config: TrainConfig) -> Algorithm:
+    """Returns the algorithm that `config.algorithm` names, or raises ConfigError with the nearest name."""
+    if config.algorithm not in _ALGORITHMS:
+        close = difflib.get_close_matches(config.algorithm, _ALGORITHMS, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"algorithm: expected one of {', '.join(map(repr, sorted(_ALGORITHMS)))}, got {config.algorithm!r}; "
+            f"did you mean {close[0]!r}?"
+        )
+    return _ALGORITHMS[config.algorithm](config)
+
+
+@register("grpo")
+class GRPO:
+    """Group-relative advantages as they are."""
+
+    wants: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: TrainConfig) -> None:
+        pass
+
+    def weigh(self, rollout: ScoredRollout, step: int) -> Weighting:  # noqa: ARG002
+        """Returns no factors."""
+        return Weighting()
+
+
+@register("vgpo")
+class VGPO:
+    """Advantages re-weighted by how much tokens and trajectories look at the image (arXiv 2604.09349)."""
+
+    wants: ClassVar[frozenset[str]] = frozenset({"focus"})
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.source = config.focus.source
+        self.config = config.vgpo_config()
+
+    def weigh(self, rollout: ScoredRollout, step: int) -> Weighting:
+        """Returns the VGPO factors over the whole groups of the rollout."""
+        weights = vgpo_weights(
+            rollout.focus,
+            rollout.completion_mask,
+            rollout.group_ids,
+            self.config,
+            source=self.source,
+            has_visual=rollout.has_visual,
+            step=step,
+            advantages=rollout.advantages,
+        )
+        mask = rollout.completion_mask
+        lengths = mask.sum(1).float()
+        metrics = {
+            "token_weight_std": _std(weights.token_weights[mask]),
+            "trajectory_weight_std": _std(weights.trajectory_weights),
+            "gate_fraction": float(weights.gate[mask].float().mean()),
+            "corr_trajectory_weight_length": correlation(weights.trajectory_weights, lengths),
+        }
+        return Weighting(weights.token_weights, weights.trajectory_weights, metrics)
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Returns Pearson's correlation of two vectors, 0 where one of them is constant."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    scale = (x.square().sum() * y.square().sum()).sqrt()
+    return float((x * y).sum() / scale) if scale > 0 else 0.0
+
+
+def _std(values: Tensor) -> float:
+    return float(torch.std(values, correction=0)) if values.numel() else 0.0

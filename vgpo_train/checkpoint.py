@@ -1,0 +1,123 @@
+"""Saving and resuming a run, and exporting a checkpoint that `from_pretrained` loads."""
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
+
+from vgpo_train import distributed
+from vgpo_train.config import ConfigError, TrainConfig
+from vgpo_train.model import copy_processor_files
+
+# What may differ between a run and its continuation; everything else decides what is learnt.
+_FREE_KEYS = {
+    "steps",
+    "epochs",
+    "resume",
+    "save_every",
+    "keep_checkpoints",
+    "eval_every",
+    "tensorboard",
+    "output_dir",
+}
+
+
+@dataclass
+class RunState:
+    """What a resumed run needs beside DeepSpeed's own files."""
+
+    step: int  # steps done
+    world_size: int
+    config: dict[str, Any]
+    seconds: float = 0.0  # spent in steps so far
+    accuracy_before: float | None = None
+    skipped_updates: int = 0
+    history: dict[str, float] = field(default_factory=dict)
+
+
+class CheckpointStore:
+    """The checkpoints of a run: `checkpoints/step_N/`, and `checkpoints/latest.json` naming the last whole one."""
+
+    def __init__(self, output_dir: Path, keep: int) -> None:
+        self.folder = output_dir / "checkpoints"
+        self.keep = keep
+
+    def save(self, engine: Any, state: RunState) -> None:
+        """Writes a checkpoint; a kill at any moment leaves the previous one whole and named as the latest."""
+        tag = f"step_{state.step:06d}"
+        engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False)
+        dist.barrier()
+        if distributed.is_main():
+            write_json(self.folder / "latest.json", {"tag": tag} | asdict(state))
+            for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def latest(self) -> dict[str, Any] | None:
+        """Returns the state of the last whole checkpoint, or None."""
+        path = self.folder / "latest.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def load(self, engine: Any, config: TrainConfig) -> RunState:
+        """Loads the last whole checkpoint into `engine`.
+
+        Raises:
+            ConfigError: it was written by another number of processes or under another configuration.
+        """
+        found = self.latest()
+        if found is None:
+            raise ConfigError(f"resume: no checkpoint in {self.folder}")
+        tag = found.pop("tag")
+        state = RunState(**found)
+        check_resumable(state, config)
+        path, _ = engine.load_checkpoint(str(self.folder), tag=tag)
+        if path is None:
+            raise ConfigError(f"resume: DeepSpeed could not load {self.folder / tag}")
+        return state
+
+
+def check_resumable(state: RunState, config: TrainConfig) -> None:
+    """Raises ConfigError where `config` or the number of processes is not that of the saved run."""
+    if state.world_size != distributed.world_size():
+        raise ConfigError(
+            f"resume: the checkpoint is of {state.world_size} processes, this run has {distributed.world_size()}"
+        )
+    before, now = state.config, json.loads(json.dumps(asdict(config)))
+    changed = [key for key in now if key not in _FREE_KEYS and before.get(key) != now[key]]
+    if changed:
+        raise ConfigError(f"resume: the saved run was configured otherwise in {', '.join(changed)}")
+
+
+def export(engine: Any, source_folder: str, target_folder: Path) -> None:
+    """Writes the policy as a checkpoint folder for `from_pretrained`, with the processor it came with."""
+    state = {}
+    for name, parameter in engine.module.named_parameters():
+        # One at a time, so that no rank ever holds the whole model on its device.
+        with GatheredParameters(parameter):
+            if distributed.is_main():
+                state[name] = parameter.detach().cpu().clone()
+    if distributed.is_main():
+        state |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in _persistent(engine)}
+        engine.module.save_pretrained(target_folder, state_dict=state)
+        copy_processor_files(source_folder, target_folder)
+        generation = Path(source_folder) / "generation_config.json"
+        if generation.is_file():
+            shutil.copyfile(generation, target_folder / generation.name)
+    dist.barrier()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def _persistent(engine: Any) -> set[str]:
+    return set(engine.module.state_dict(keep_vars=True))

@@ -1,0 +1,259 @@
+"""The training configuration: typed, checked once, read from a YAML file and `key=value` arguments."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vgpo_kernels import PolicyLossConfig, VGPOConfig
+
+
+@dataclass
+class ModelConfig:
+    """The policy: a checkpoint folder that `from_pretrained` loads."""
+
+    path: str = "???"
+    dtype: str = "bfloat16"  # float32 | bfloat16
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    liger: str = "auto"  # auto: Liger's RMSNorm, SwiGLU and RoPE on a GPU; on; off
+    trust_remote_code: bool = False
+
+
+@dataclass
+class DataConfig:
+    """Prompts with pictures: JSONL or Parquet rows {problem, answer, images}."""
+
+    train: str = "???"
+    test: str | None = None
+    test_limit: int | None = None
+    system_prompt: str | None = None
+    suffix: str | None = None  # appended to every problem, such as how to format the answer
+    max_prompt_length: int = 4096
+
+
+@dataclass
+class RolloutConfig:
+    """How completions are sampled."""
+
+    engine: str = "transformers"
+    prompts: int = 512  # per step, over all ranks
+    completions: int = 8  # per prompt: the group
+    batch_size: int = 32  # rows generated at once on a rank
+    max_new_tokens: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    gather: str = "auto"  # whole parameters on each rank during a rollout: auto (when they fit) | always | never
+
+
+@dataclass
+class RewardConfig:
+    """Rewards by their registered names, and which groups are worth an update."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    accuracy: str = "???"  # the reward that counts as being right, also on the held-out split
+    normalize_std: bool = True  # divide a group's advantages by its standard deviation
+    filter_equal: bool = True  # drop groups whose rewards are all equal
+    filter_accuracy: tuple[float, float] | None = None  # keep groups with low < mean accuracy < high
+
+
+@dataclass
+class FocusConfig:
+    """Where the visual focus of a token is read."""
+
+    source: str = "similarity"
+    per_image: bool = False  # one prototype an image instead of one for all
+    log: bool = True  # score focus for the metrics even where the algorithm does not use it
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    schedule: str = "constant_with_warmup"  # a name of transformers.get_scheduler
+    warmup_updates: int = 0
+    max_grad_norm: float = 1.0
+    update_prompts: int = 128  # prompts per optimizer step, over all ranks
+    micro_batch: int = 4  # rows in one forward and backward on a rank
+
+
+@dataclass
+class TrainConfig:
+    """Everything a run needs; `TrainConfig` is also the schema that the YAML files are checked against."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    focus: FocusConfig = field(default_factory=FocusConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    algorithm: str = "vgpo"
+    recipe: str = "paper"  # paper | official | balanced
+    vgpo: dict[str, Any] = field(default_factory=dict)  # fields of VGPOConfig that differ from the recipe
+    loss: dict[str, Any] = field(default_factory=dict)  # fields of PolicyLossConfig
+    deepspeed: str = "zero3.json"  # DeepSpeed's own options; relative to the YAML file
+    output_dir: str = "???"
+    seed: int = 0
+    steps: int | None = None  # None: `epochs` passes over the training data
+    epochs: float = 1.0
+    eval_every: int = 0  # steps; 0: before the first and after the last
+    eval_temperature: float = 0.0  # 0: greedy
+    save_every: int = 50
+    keep_checkpoints: int = 2
+    resume: str = "no"  # no | auto: from the last checkpoint in output_dir, if there is one
+    tensorboard: bool = True
+
+    def vgpo_config(self) -> VGPOConfig:
+        """Returns the recipe with the fields of `vgpo` replaced."""
+        return VGPOConfig.from_recipe(self.recipe, **_tuples(self.vgpo))
+
+    def loss_config(self) -> PolicyLossConfig:
+        """Returns the terms of the policy loss; the length that `dr_grpo` divides by is the rollout's."""
+        options = {"max_completion_length": self.rollout.max_new_tokens} | dict(self.loss)
+        known = [f.name for f in fields(PolicyLossConfig)]
+        for key in options:
+            if key not in known:
+                raise ConfigError(f"loss.{key}: no such option{_nearest(key, known)}")
+        return PolicyLossConfig(**_tuples(options))
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the key."""
+
+
+def load_config(file: str | Path, overrides: list[str]) -> TrainConfig:
+    """Reads `file`, applies `key=value` overrides and checks the result.
+
+    Args:
+        file: YAML; its keys are the fields of `TrainConfig`.
+        overrides: such as "optim.lr=1e-4" or "algorithm=grpo".
+
+    Raises:
+        ConfigError: a missing file, an unknown key (with the nearest known one) or a value that cannot be.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--config: no such file: {path}")
+    merged = OmegaConf.structured(TrainConfig)
+    try:
+        from_file = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
+    if not isinstance(from_file, DictConfig):
+        raise ConfigError(f"{path}: expected keys and values, got {type(from_file).__name__}")
+    for origin, layer in [(str(path), from_file), ("command line", _overrides(overrides))]:
+        _check_keys(layer, merged, origin)
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{origin}: {error}") from error
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(f"{path}: no value for {', '.join(missing)}")
+    config: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    config.deepspeed = str(path.parent / config.deepspeed)
+    _check(config)
+    return config
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Writes `config` as YAML that `load_config` reads."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def _overrides(arguments: list[str]) -> DictConfig:
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigError(f"expected key=value, got {argument!r}")
+    return OmegaConf.from_dotlist(arguments)
+
+
+def _check_keys(layer: DictConfig, schema: DictConfig, origin: str, prefix: str = "") -> None:
+    free = {"vgpo", "loss", "weights"}  # mappings whose keys their own users check
+    for key in layer:
+        known = [str(k) for k in schema]
+        if key not in known:
+            raise ConfigError(f"{origin}: {prefix}{key}: no such option{_nearest(str(key), known)}")
+        child, expected = layer._get_node(key), schema._get_node(key)
+        if key in free or not isinstance(expected, DictConfig):
+            continue
+        if not isinstance(child, DictConfig):
+            raise ConfigError(f"{origin}: {prefix}{key}: expected keys and values, got {layer[key]!r}")
+        _check_keys(child, expected, origin, f"{prefix}{key}.")
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+def _check(config: TrainConfig) -> None:
+    _check_choices(config)
+    _check_ranges(config)
+    for build in (config.vgpo_config, config.loss_config):
+        try:
+            build()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+    if config.optim.update_prompts > config.rollout.prompts or config.rollout.prompts % config.optim.update_prompts:
+        raise ConfigError(
+            f"optim.update_prompts: expected a divisor of rollout.prompts ({config.rollout.prompts}), "
+            f"got {config.optim.update_prompts}"
+        )
+    if config.rewards.accuracy not in config.rewards.weights:
+        raise ConfigError(
+            f"rewards.accuracy: expected one of rewards.weights ({', '.join(config.rewards.weights)}), "
+            f"got {config.rewards.accuracy!r}"
+        )
+
+
+def _check_choices(config: TrainConfig) -> None:
+    choices = {
+        "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
+        "model.liger": (config.model.liger, ("auto", "on", "off")),
+        "rollout.gather": (config.rollout.gather, ("auto", "always", "never")),
+        "focus.source": (config.focus.source, ("similarity",)),
+        "resume": (config.resume, ("no", "auto")),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ConfigError(f"{key}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    positive = {
+        "rollout.prompts": config.rollout.prompts,
+        "rollout.completions": config.rollout.completions,
+        "rollout.batch_size": config.rollout.batch_size,
+        "rollout.max_new_tokens": config.rollout.max_new_tokens,
+        "rollout.temperature": config.rollout.temperature,
+        "optim.lr": config.optim.lr,
+        "optim.update_prompts": config.optim.update_prompts,
+        "optim.micro_batch": config.optim.micro_batch,
+        "data.max_prompt_length": config.data.max_prompt_length,
+        "save_every": config.save_every,
+        "keep_checkpoints": config.keep_checkpoints,
+        "epochs": config.epochs,
+    }
+    if config.steps is not None:
+        positive["steps"] = config.steps
+    for key, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{key}: expected a positive number, got {value}")
+    if not 0 < config.rollout.top_p <= 1:
+        raise ConfigError(f"rollout.top_p: expected a number in (0, 1], got {config.rollout.top_p}")
+    limits = config.rewards.filter_accuracy
+    if limits is not None and not limits[0] < limits[1]:
+        raise ConfigError(f"rewards.filter_accuracy: expected low < high, got {tuple(limits)}")

@@ -1,0 +1,44 @@
+"""The few collectives the driver needs, over whatever backend DeepSpeed started."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's number among all."""
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size()
+
+
+def is_main() -> bool:
+    """Whether this process writes files and draws the progress bar."""
+    return rank() == 0
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Returns every rank's rows, in the order of the ranks; each rank gives the same shape."""
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def sum_over_ranks(value: float, device: torch.device) -> float:
+    """Returns the sum of `value` over the ranks."""
+    return _reduce(value, dist.ReduceOp.SUM, device)
+
+
+def max_over_ranks(value: float, device: torch.device) -> float:
+    """Returns the largest `value` of the ranks."""
+    return _reduce(value, dist.ReduceOp.MAX, device)
+
+
+def _reduce(value: float, operation: dist.ReduceOp, device: torch.device) -> float:
+    # float64 holds token counts exactly.
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total, operation)
+    return float(total)

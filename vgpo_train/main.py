@@ -1,0 +1,53 @@
+"""Trains a vision-language model by GRPO or VGPO: `deepspeed vgpo_train/main.py --config FILE [key=value ...]`."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    # `deepspeed vgpo_train/main.py` puts this folder on the path; its parent, the checkout, is what imports need.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from vgpo_train.config import ConfigError, TrainConfig, load_config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses the command line and runs the training; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="vgpo_train", description=__doc__)
+    parser.add_argument("--config", required=True, help="YAML file, such as vgpo_train/configs/quickstart.yaml")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the launcher
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key, such as optim.lr=1e-5")
+    options = parser.parse_intermixed_args(arguments)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    try:
+        config = load_config(options.config, options.overrides)
+        return _train(config)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(config: TrainConfig) -> int:
+    # Imported late: a mistake in the configuration shows at once, before seconds of imports.
+    import deepspeed
+    import torch
+
+    from vgpo_train import distributed
+    from vgpo_train.trainer import Trainer
+
+    if not torch.cuda.is_available():
+        # The launcher's processes share the cores; more threads than cores only wait for each other.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    deepspeed.init_distributed()
+    summary = Trainer(config).run()
+    if distributed.is_main():
+        print(f"results in {config.output_dir}: {summary}")
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

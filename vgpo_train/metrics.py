@@ -1,0 +1,147 @@
+"""What a step reports: one line of `metrics.jsonl`, TensorBoard, and the progress bar."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from vgpo_train import distributed
+from vgpo_train.algorithms import ScoredRollout
+
+
+class PhaseTimer:
+    """Adds up the seconds of the named phases of a step."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Times the block as `phase`."""
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def metrics(self, *, tokens: int) -> dict[str, float]:
+        """Returns `time_*` in seconds, and `tokens` per second of all phases."""
+        total = sum(self._seconds.values())
+        phases = {f"time_{phase}": seconds for phase, seconds in self._seconds.items()}
+        return phases | {"time_step": total, "tokens_per_second": tokens / total}
+
+
+class MetricsLog:
+    """`metrics.jsonl` and TensorBoard, written by the main rank; a resumed run drops lines past its checkpoint."""
+
+    def __init__(self, output_dir: Path, steps_done: int, *, tensorboard: bool) -> None:
+        self._lines = None
+        self._board = None
+        if not distributed.is_main():
+            return
+        path = output_dir / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
+        self._lines = path.open("w", encoding="utf-8")
+        for line in kept:
+            self._write_line(line)
+        if tensorboard:
+            self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=steps_done + 1)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Appends one step's metrics; what is not a number becomes null."""
+        if self._lines is None:
+            return
+        self._write_line(metrics)
+        if self._board is not None:
+            for name, value in metrics.items():
+                if name != "step" and _is_number(value):
+                    self._board.add_scalar(name, value, metrics["step"])
+
+    def close(self) -> None:
+        """Closes the files."""
+        for file in (self._lines, self._board):
+            if file is not None:
+                file.close()
+
+    def _write_line(self, metrics: dict[str, Any]) -> None:
+        clean = {name: value if _is_number(value) else None for name, value in metrics.items()}
+        self._lines.write(json.dumps(clean) + "\n")
+        self._lines.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the steps of a `metrics.jsonl`; a last line that a kill cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def rollout_metrics(whole: ScoredRollout, kept: Tensor, max_new_tokens: int) -> dict[str, float]:
+    """Returns what a rollout looked like, over all ranks' rows.
+
+    Args:
+        whole: the gathered rollout.
+        kept: (B,) bool, rows that updates learn from.
+        max_new_tokens: a completion of this length may have been cut.
+    """
+    lengths = whole.completion_mask.sum(1)
+    metrics = {
+        "reward": _mean(whole.rewards),
+        "reward_std": float(whole.rewards.std(correction=0)),
+        "accuracy": _mean(whole.accuracies),
+        "completion_length": _mean(lengths),
+        "full_length_fraction": _mean(lengths == max_new_tokens),
+        "kept_fraction": _mean(kept),
+    }
+    if whole.focus is not None:
+        metrics |= focus_metrics(whole.focus, whole.completion_mask & whole.has_visual[:, None])
+    return metrics
+
+
+def focus_metrics(focus: Tensor, mask: Tensor) -> dict[str, float]:
+    """Returns the mean focus over `mask` (B, T), and that of the later half of a completion over the earlier half."""
+    place = mask.long().cumsum(1)  # 1 .. T_i
+    late = mask & (2 * place > mask.sum(1, keepdim=True))
+    early_mean, late_mean = _mean(focus[mask & ~late]), _mean(focus[late])
+    return {
+        "focus_mean": _mean(focus[mask]),
+        "focus_late_early_ratio": late_mean / early_mean if early_mean else math.nan,
+    }
+
+
+def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+    """Returns the mean of the metrics of a step's updates, under the names of `metrics.jsonl`.
+
+    A step without an update (every group was filtered out) has a loss of 0 and changed nothing.
+    """
+    names = sorted({name for update in updates for name in update} - {"skipped_updates"})
+    means = {name: math.fsum(update[name] for update in updates) / len(updates) for name in names}
+    clip = sum(means.get(f"clip_fraction_{side}", 0.0) for side in ("low", "high"))
+    return {"loss": 0.0, "kl": 0.0, "clip_fraction": clip, "updates": len(updates)} | means
+
+
+def progress(metrics: dict[str, Any]) -> dict[str, str]:
+    """Returns what the progress bar shows of a step."""
+    shown = {
+        "reward": f"{metrics['reward']:.3f}",
+        "length": f"{metrics['completion_length']:.1f}",
+        "kl": f"{metrics['kl']:.2e}",
+        "s/step": f"{metrics['time_step']:.2f}",
+    }
+    if "accuracy_test" in metrics:
+        shown["test"] = f"{metrics['accuracy_test']:.3f}"
+    return shown
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if values.numel() else math.nan
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,77 @@
+"""What a finished run leaves: `summary.json`, `reward.png`, `focus.png`."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from vgpo_train.checkpoint import write_json
+from vgpo_train.metrics import read_metrics
+
+_SMOOTHING = 10  # steps
+
+
+def write_report(output_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Writes the summary and the plots of a run from its `metrics.jsonl`; returns the summary.
+
+    Args:
+        output_dir: the run's folder.
+        summary: what the trainer knows; `reward_first` and `reward_last` are added: the mean reward of the first and
+            the last tenth of the steps.
+    """
+    lines = read_metrics(output_dir / "metrics.jsonl")
+    rewards = [line["reward"] for line in lines]
+    tenth = max(1, len(rewards) // 10)
+    summary |= {
+        "reward_first": sum(rewards[:tenth]) / tenth,
+        "reward_last": sum(rewards[-tenth:]) / tenth,
+    }
+    write_json(output_dir / "summary.json", summary)
+    _plot(
+        output_dir / "reward.png",
+        lines,
+        {"reward": "reward", "accuracy": "accuracy"},
+        _held_out(summary, lines),
+    )
+    _plot(
+        output_dir / "focus.png",
+        lines,
+        {"focus_mean": "visual focus", "focus_late_early_ratio": "late / early focus"},
+        [],
+    )
+    return summary
+
+
+def _held_out(summary: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    points = [(line["step"], line["accuracy_test"]) for line in lines if line.get("accuracy_test") is not None]
+    if summary["accuracy_before"] is None:
+        return points
+    return [(0, summary["accuracy_before"]), *points, (summary["steps"], summary["accuracy_after"])]
+
+
+def _plot(path: Path, lines: list[dict[str, Any]], names: dict[str, str], held_out: list[tuple[int, float]]) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, label in names.items():
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        (curve,) = axes.plot(steps, _smooth(values), label=label)
+        axes.plot(steps, values, color=curve.get_color(), alpha=0.25, linewidth=0.8)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o--", color="black", label="held-out accuracy", markersize=4)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """Returns the mean of each value and those up to `_SMOOTHING` steps before it."""
+    windows = [values[max(0, i - _SMOOTHING + 1) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]

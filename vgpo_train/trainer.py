@@ -1,0 +1,361 @@
+"""The training loop: rollouts, rewards, scores, weights, updates, metrics, checkpoints."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, set_seed
+
+from vgpo_train import distributed
+from vgpo_train.algorithms import ScoredRollout, Weighting, build_algorithm
+from vgpo_train.batching import build_companion, micro_batches, with_picture
+from vgpo_train.checkpoint import CheckpointStore, RunState, export
+from vgpo_train.config import ConfigError, TrainConfig, save_config
+from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
+from vgpo_train.engine import build_policy, build_reference
+from vgpo_train.experience import Scores, group_advantages, kept_rows, score
+from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics
+from vgpo_train.model import load_processor, visual_token_ids
+from vgpo_train.report import write_report
+from vgpo_train.rewards import RewardMixer, Rewards
+from vgpo_train.rollout import Completions, build_rollout_engine
+from vgpo_train.updates import Experience, Update
+
+_SEED_STRIDE = 1_000_003  # keeps the random streams of neighbouring seeds, steps and ranks apart
+
+
+@dataclass
+class Rollout:
+    """A rank's B rows: what was asked, what came back, what it earned."""
+
+    group_ids: Tensor  # (B,) int64: which prompt of the step a row answers
+    prompts: PromptBatch
+    completions: Completions
+    rewards: Rewards  # on the CPU
+
+
+class Trainer:
+    """One run, from its configuration to its report."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.world, self.rank = distributed.world_size(), distributed.rank()
+        self.algorithm = build_algorithm(config)
+        self.processor = load_processor(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        self.collator = PromptCollator(
+            self.processor,
+            system_prompt=config.data.system_prompt,
+            suffix=config.data.suffix,
+            max_prompt_length=config.data.max_prompt_length,
+        )
+        self.train_data = PictureDataset(config.data.train)
+        self.test_data = PictureDataset(config.data.test, config.data.test_limit) if config.data.test else None
+        self.rewards = RewardMixer(dict(config.rewards.weights), accuracy=config.rewards.accuracy)
+        self.steps = total_steps(config, len(self.train_data))
+        check_divisible(config, self.world)
+        self.updates_per_step = config.rollout.prompts // config.optim.update_prompts
+        self.engine = build_policy(config, self.steps * self.updates_per_step)
+        self.device = self.engine.device
+        self.loss_config = config.loss_config()
+        self.reference = build_reference(config) if self.loss_config.beta else None
+        tokenizer = self.processor.tokenizer
+        self.rollout_engine = build_rollout_engine(
+            config.rollout,
+            self.engine,
+            suppressed=visual_token_ids(self.engine.module.config, self.processor),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_ids=end_tokens(config.model.path, tokenizer),
+        )
+        self.companion = build_companion(self.collator)
+        self.update = Update(
+            self.engine,
+            self.loss_config,
+            self.companion,
+            micro_batch=config.optim.micro_batch,
+            temperature=config.rollout.temperature,
+        )
+        self.store = CheckpointStore(self.output_dir, config.keep_checkpoints)
+        self.state = RunState(0, self.world, asdict(config))
+
+    def run(self) -> dict[str, Any]:
+        """Trains, saves and reports; returns what `summary.json` holds."""
+        self._start()
+        log = MetricsLog(self.output_dir, self.state.step, tensorboard=self.config.tensorboard)
+        if self.state.accuracy_before is None:
+            self.state.accuracy_before = self.evaluate()
+        bar = tqdm(
+            initial=self.state.step,
+            total=self.steps,
+            disable=not distributed.is_main(),
+            desc="step",
+            dynamic_ncols=True,
+        )
+        for step in range(self.state.step, self.steps):
+            started = time.perf_counter()
+            metrics = self.step(step)
+            self.state.step = step + 1
+            self.state.seconds += time.perf_counter() - started
+            if self._is_due(self.config.eval_every):
+                metrics["accuracy_test"] = self.evaluate()
+            log.write(metrics)
+            bar.update()
+            bar.set_postfix(progress(metrics))
+            if self._is_due(self.config.save_every) or self.state.step == self.steps:
+                self.store.save(self.engine, self.state)
+        bar.close()
+        log.close()
+        return self._finish()
+
+    def _start(self) -> None:
+        if self.config.resume == "auto" and self.store.latest() is not None:
+            self.state = self.store.load(self.engine, self.config)
+        elif (self.output_dir / "metrics.jsonl").exists() and self.config.resume == "no":
+            raise ConfigError(
+                f"output_dir: {self.output_dir} holds a run already; go on with resume=auto or choose another folder"
+            )
+        if distributed.is_main():
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            save_config(self.config, self.output_dir / "config.yaml")
+
+    def _finish(self) -> dict[str, Any]:
+        accuracy_after = self.evaluate()
+        export(self.engine, self.config.model.path, self.output_dir / "final")
+        summary: dict[str, Any] = {
+            "algorithm": self.config.algorithm,
+            "focus_source": self.config.focus.source,
+            "seed": self.config.seed,
+            "steps": self.steps,
+            "seconds": round(self.state.seconds, 3),
+            "accuracy_before": self.state.accuracy_before,
+            "accuracy_after": accuracy_after,
+            "skipped_updates": self.state.skipped_updates,
+        }
+        if distributed.is_main():
+            summary = write_report(self.output_dir, summary)
+        return summary
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0
+
+    # One step
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Runs one step and returns its metrics, the same on every rank."""
+        timer = PhaseTimer()
+        # A function of seed, step and rank alone: a resumed run draws what the killed one would have drawn.
+        set_seed((self.config.seed * _SEED_STRIDE + step) * _SEED_STRIDE % 2**31 + self.rank)
+        prompts_of_step = self._prompts(step)
+        group_ids = self._own_groups()
+        samples = [prompts_of_step[group] for group in group_ids.tolist()]
+        with timer("rollout"):
+            prompts, completions = self.sample(samples, temperature=self.config.rollout.temperature)
+        with timer("reward"):
+            rewards = self.rewards(self.decode(completions), samples)
+            rollout = Rollout(group_ids, prompts, completions, rewards)
+        with timer("score"):
+            scores = self._score(rollout)
+        with timer("weight"):
+            whole, weighting, kept = self._weigh(rollout, scores, step)
+        with timer("update"):
+            update_metrics = self._update(rollout, scores, whole, weighting, kept)
+        return {
+            "step": step + 1,
+            **rollout_metrics(whole, kept, self.config.rollout.max_new_tokens),
+            **self._reward_metrics(rewards),
+            **weighting.metrics,
+            **update_metrics,
+            "learning_rate": self.engine.get_lr()[0],
+            "skipped_updates": self.state.skipped_updates,
+            **timer.metrics(tokens=int(whole.completion_mask.sum())),
+        }
+
+    def _prompts(self, step: int) -> list[Sample]:
+        n, count = len(self.train_data), self.config.rollout.prompts
+        orders = {}
+        chosen = []
+        for position in range(step * count, (step + 1) * count):
+            epoch, place = divmod(position, n)
+            if epoch not in orders:
+                orders[epoch] = epoch_order(n, epoch, self.config.seed)
+            chosen.append(self.train_data[orders[epoch][place]])
+        return chosen
+
+    def _own_groups(self) -> Tensor:
+        """Returns the group (prompt of the step) of each of this rank's rows, an equal part of every update."""
+        completions, world = self.config.rollout.completions, self.world
+        groups = torch.arange(self.config.rollout.prompts).repeat_interleave(completions)
+        return groups.view(self.updates_per_step, world, -1)[:, self.rank].reshape(-1).to(self.device)
+
+    @torch.no_grad()
+    def sample(self, samples: list[Sample], *, temperature: float) -> tuple[PromptBatch, Completions]:
+        """Completes one prompt a sample, in batches; completions are padded to the longest on any rank."""
+        size = self.config.rollout.batch_size
+        prompts = self._collate(samples)
+        parts = []
+        with self.rollout_engine.session():
+            for start in range(0, len(samples), size):
+                batch = prompts.take(range(start, min(start + size, len(samples))))
+                inputs = with_picture(batch, self.companion).tensors(device=self.device)
+                part = self.rollout_engine.generate(inputs, temperature=temperature)
+                parts.append(Completions(part.ids[: len(batch)], part.mask[: len(batch)]))
+        longest = max(part.ids.shape[1] for part in parts)
+        longest = int(distributed.max_over_ranks(longest, self.device))
+        pad = self.processor.tokenizer.pad_token_id
+        return prompts, Completions(
+            torch.cat([_pad(part.ids, longest, pad) for part in parts]),
+            torch.cat([_pad(part.mask, longest, False) for part in parts]),
+        )
+
+    def _collate(self, samples: list[Sample]) -> PromptBatch:
+        # The completions of a prompt share its processed pictures.
+        unique = list({sample.id: sample for sample in samples}.values())
+        places = {sample.id: place for place, sample in enumerate(unique)}
+        return self.collator(unique).take([places[sample.id] for sample in samples])
+
+    def decode(self, completions: Completions) -> list[str]:
+        """Returns the completions' texts without special tokens."""
+        rows = [ids[mask].tolist() for ids, mask in zip(completions.ids, completions.mask, strict=True)]
+        return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+    def _score(self, rollout: Rollout) -> Scores:
+        """Runs the scoring pass over this rank's rows, in micro-batches."""
+        wants_focus = "focus" in self.algorithm.wants or self.config.focus.log
+        mask = rollout.completions.mask
+        shape, rows = mask.shape, list(range(mask.shape[0]))
+        scores = Scores(
+            torch.zeros(shape, device=self.device),
+            torch.zeros(shape, device=self.device) if self.reference is not None else None,
+            torch.zeros(shape, device=self.device) if wants_focus else None,
+            torch.zeros(shape[0], dtype=torch.bool, device=self.device),
+        )
+        size = self.config.optim.micro_batch
+        for batch in micro_batches(rollout.prompts, rollout.completions, rows, self.companion, size=size):
+            part = score(
+                self.engine,
+                self.reference,
+                batch.prompts.tensors(device=self.device),
+                batch.completions,
+                temperature=self.config.rollout.temperature,
+                wants_focus=wants_focus,
+                per_image=self.config.focus.per_image,
+            )
+            scores.put(batch.rows, part)
+        return scores
+
+    def _weigh(self, rollout: Rollout, scores: Scores, step: int) -> tuple[ScoredRollout, Weighting, Tensor]:
+        """Gathers the rollout over the ranks and weighs whole groups; every rank gets the same result."""
+        gather = distributed.gather_rows
+        rewards = gather(rollout.rewards.total.to(self.device))
+        accuracies = gather(rollout.rewards.accuracy.to(self.device))
+        group_ids = gather(rollout.group_ids)
+        whole = ScoredRollout(
+            group_ids=group_ids,
+            completion_mask=gather(rollout.completions.mask),
+            advantages=group_advantages(rewards, group_ids, normalize_std=self.config.rewards.normalize_std),
+            old_logps=gather(scores.old_logps),
+            focus=gather(scores.focus) if scores.focus is not None else None,
+            has_visual=gather(scores.has_visual),
+            rewards=rewards,
+            accuracies=accuracies,
+        )
+        kept = kept_rows(
+            rewards,
+            accuracies,
+            group_ids,
+            filter_equal=self.config.rewards.filter_equal,
+            filter_accuracy=self.config.rewards.filter_accuracy,
+        )
+        return whole, self.algorithm.weigh(whole, step), kept
+
+    def _update(
+        self, rollout: Rollout, scores: Scores, whole: ScoredRollout, weighting: Weighting, kept: Tensor
+    ) -> dict[str, float]:
+        """Runs the step's optimizer steps over the kept rows; returns the mean of their metrics."""
+        own = self._own_slice(whole)
+        experience = Experience(
+            rollout.prompts,
+            rollout.completions,
+            own(whole.advantages),
+            scores.old_logps,
+            scores.ref_logps,
+            own(weighting.token_weights),
+            own(weighting.trajectory_weights),
+        )
+        keeps = own(kept).tolist()
+        per_update = len(keeps) // self.updates_per_step
+        results = []
+        for start in range(0, len(keeps), per_update):
+            rows = [row for row in range(start, start + per_update) if keeps[row]]
+            result = self.update(experience, rows)
+            if result:
+                results.append(result)
+                self.state.skipped_updates += int(result["skipped_updates"])
+        return merge_updates(results)
+
+    def _own_slice(self, whole: ScoredRollout) -> Callable[[Tensor | None], Tensor | None]:
+        count = whole.group_ids.shape[0] // self.world
+        own = slice(self.rank * count, (self.rank + 1) * count)
+        return lambda values: None if values is None else values[own]
+
+    # Between steps
+
+    def evaluate(self) -> float | None:
+        """Returns the accuracy on the held-out split, or None without one."""
+        if self.test_data is None:
+            return None
+        set_seed(self.config.seed * _SEED_STRIDE % 2**31 + self.rank)
+        total = len(self.test_data)
+        per_rank = -(-total // self.world)
+        # The last ranks repeat samples, uncounted, so that all run the same number of batches.
+        places = range(self.rank * per_rank, (self.rank + 1) * per_rank)
+        samples = [self.test_data[min(place, total - 1)] for place in places]
+        _, completions = self.sample(samples, temperature=self.config.eval_temperature)
+        accuracy = self.rewards(self.decode(completions), samples).accuracy
+        counted = torch.tensor([place < total for place in places])
+        return distributed.sum_over_ranks(float(accuracy[counted].sum()), self.device) / total
+
+    def _reward_metrics(self, rewards: Rewards) -> dict[str, float]:
+        rows = self.config.rollout.prompts * self.config.rollout.completions
+        named = {
+            f"reward_{name}": distributed.sum_over_ranks(float(values.sum()), self.device) / rows
+            for name, values in sorted(rewards.named.items())
+        }
+        return named | {"failed_rewards": distributed.sum_over_ranks(rewards.failures, self.device)}
+
+
+def total_steps(config: TrainConfig, samples: int) -> int:
+    """Returns how many steps the run takes."""
+    if config.steps is not None:
+        return config.steps
+    return max(1, math.floor(config.epochs * samples / config.rollout.prompts))
+
+
+def check_divisible(config: TrainConfig, world: int) -> None:
+    """Raises ConfigError unless every rank gets the same number of rows of every update."""
+    rows = config.optim.update_prompts * config.rollout.completions
+    if rows % world:
+        raise ConfigError(
+            f"optim.update_prompts x rollout.completions: expected a multiple of the {world} processes, got {rows}"
+        )
+
+
+def end_tokens(model_folder: str, tokenizer: Any) -> list[int]:
+    """Returns the ids that end a completion: the checkpoint's generation settings', or else the tokenizer's."""
+    found: Any = None
+    if (Path(model_folder) / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(model_folder).eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    if found is None:
+        raise ConfigError(f"model.path: {model_folder} names no end-of-sequence token")
+    return found if isinstance(found, list) else [found]
+
+
+def _pad(rows: Tensor, length: int, value: int | bool) -> Tensor:
+    return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=value)
