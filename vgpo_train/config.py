@@ -33,6 +33,8 @@ class DataConfig:
     system_prompt: str | None = None
     suffix: str | None = None  # appended to every problem, such as how to format the answer
     max_prompt_length: int = 4096
+    min_pixels: int | None = None  # of a picture after resizing; None: what the checkpoint's processor says
+    max_pixels: int | None = None
 
 
 @dataclass

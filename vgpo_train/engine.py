@@ -1,6 +1,7 @@
 """Builds the DeepSpeed engines: ZeRO-3 options, the sharded policy, its optimizer, the frozen reference."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,16 @@ _OWNED = {  # DeepSpeed keys that follow from the YAML file, with the option tha
     "bf16": "model.dtype",
     "fp16": "model.dtype (float32 or bfloat16)",
 }
+
+
+def start_distributed() -> None:
+    """Starts DeepSpeed's process group: NCCL on GPUs, gloo on CPUs."""
+    if not torch.cuda.is_available():
+        # An extra all-reduce for inference, which DeepSpeed would compile here: that needs a compiler and a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # The launcher's processes share the cores; more threads than cores only wait for each other.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    deepspeed.init_distributed()
 
 
 def deepspeed_options(config: TrainConfig) -> dict[str, Any]:

@@ -32,16 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(config: TrainConfig) -> int:
     # Imported late: a mistake in the configuration shows at once, before seconds of imports.
-    import deepspeed
     import torch
 
     from vgpo_train import distributed
+    from vgpo_train.engine import start_distributed
     from vgpo_train.trainer import Trainer
 
-    if not torch.cuda.is_available():
-        # The launcher's processes share the cores; more threads than cores only wait for each other.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    deepspeed.init_distributed()
+    start_distributed()
     summary = Trainer(config).run()
     if distributed.is_main():
         print(f"results in {config.output_dir}: {summary}")

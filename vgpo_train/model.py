@@ -74,6 +74,23 @@ def load_processor(folder: str | Path, *, trust_remote_code: bool = False) -> An
     return processor
 
 
+def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Set the pixels that pictures are resized to lie between; None leaves the processor's own bound.
+
+    Raises:
+        ValueError: the processor's family resizes pictures otherwise.
+    """
+    bounds = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    wanted = {name: value for name, value in bounds.items() if value is not None}
+    if not wanted:
+        return
+    images = processor.image_processor
+    if not hasattr(images, "merge_size"):
+        raise ValueError(f"{type(images).__name__} takes no min_pixels and max_pixels: leave them out")
+    # Families that pack patches keep the bounds on pixels under the names of edges.
+    images.size = {name: wanted.get(name, images.size[name]) for name in bounds}
+
+
 def pictures_only(processor_class: type) -> type:
     """Return a subclass of a processor class that has no video half."""
 

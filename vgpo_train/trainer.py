@@ -21,7 +21,7 @@ from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample,
 from vgpo_train.engine import build_policy, build_reference
 from vgpo_train.experience import Scores, group_advantages, kept_rows, score
 from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics
-from vgpo_train.model import load_processor, visual_token_ids
+from vgpo_train.model import limit_pixels, load_processor, visual_token_ids
 from vgpo_train.report import write_report
 from vgpo_train.rewards import RewardMixer, Rewards
 from vgpo_train.rollout import Completions, build_rollout_engine
@@ -49,6 +49,7 @@ class Trainer:
         self.world, self.rank = distributed.world_size(), distributed.rank()
         self.algorithm = build_algorithm(config)
         self.processor = load_processor(config.model.path, trust_remote_code=config.model.trust_remote_code)
+        limit_pixels(self.processor, config.data.min_pixels, config.data.max_pixels)
         self.collator = PromptCollator(
             self.processor,
             system_prompt=config.data.system_prompt,
@@ -105,8 +106,8 @@ class Trainer:
             if self._is_due(self.config.eval_every):
                 metrics["accuracy_test"] = self.evaluate()
             log.write(metrics)
+            bar.set_postfix(progress(metrics), refresh=False)
             bar.update()
-            bar.set_postfix(progress(metrics))
             if self._is_due(self.config.save_every) or self.state.step == self.steps:
                 self.store.save(self.engine, self.state)
         bar.close()

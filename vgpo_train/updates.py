@@ -124,7 +124,7 @@ class _Totals:
         self.ratio_max = 0.0
 
     def add(self, output: PolicyLossOutput, scale: float, tokens: int) -> None:
-        self.loss += float(output.loss) * scale
+        self.loss += float(output.loss.detach()) * scale
         for name, value in output.metrics.items():
             if name != "ratio_max":
                 self.sums[name] = self.sums.get(name, 0.0) + (float(value) * tokens if tokens else 0.0)
