@@ -65,8 +65,9 @@ def policy_loss(
             1 is used): loss = sum over this batch's tokens / num_items_in_batch. To accumulate gradients over
             micro-batches pass the tokens of the whole window to each; where gradients are averaged over
             processes, the tokens of all of them / number of processes. A () tensor on the device of `logps`,
-            or a number. None: this batch's own tokens. The other loss types average over the batch itself;
-            over equally weighted micro-batches divide their loss by the number of micro-batches.
+            or a number (a float that changes recompiles under torch.compile). None: this batch's own tokens.
+            The other loss types average over the batch itself; over equally weighted micro-batches divide
+            their loss by the number of micro-batches.
         impl: "triton", "reference", or None to choose by device.
 
     Returns:

@@ -84,6 +84,9 @@ def _(logps: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # Only the loss has a gradient; without zeros made up for the other outputs.
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[3], output[4])
     ctx.dtype = inputs[0].dtype
     ctx.constants = len(inputs) - 1

@@ -1,11 +1,14 @@
 """The policy loss in plain torch: the specification, on any device, in float32 or float64."""
 
+import torch
 from torch import Tensor
 
 from vgpo_kernels.policy_loss import terms
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 
 
+# The gradient is made by autograd, which an outer inference mode must not stop.
+@torch.inference_mode(False)
 def policy_loss(
     logps: Tensor,
     old_logps: Tensor | None,

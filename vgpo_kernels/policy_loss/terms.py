@@ -131,7 +131,7 @@ def loss_with_gradient(
 
     All tensors cleaned (`clean`) and of one dtype; `old_logps` None stands for `logps` without gradient.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.enable_grad():
         leaf = logps.detach().clone().requires_grad_()
         old = leaf.detach() if old_logps is None else old_logps
         log_ratio = importance_log_ratio(leaf, old, valid, config.importance_sampling_level)

@@ -1,0 +1,155 @@
+"""What the tests of the policy loss share: inputs, configurations, an independent transcription of the formula."""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels.policy_loss import PolicyLossConfig, PolicyLossOutput, policy_loss
+from vgpo_kernels.testing import ragged_mask
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one call, under the names of the arguments."""
+
+    logps: Tensor
+    old_logps: Tensor | None
+    advantages: Tensor
+    completion_mask: Tensor
+    ref_logps: Tensor | None = None
+    token_weights: Tensor | None = None
+    trajectory_weights: Tensor | None = None
+
+    def map(self, change) -> "Inputs":
+        """Applies `change` to each floating tensor."""
+        changed = {
+            field.name: change(value)
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) is not None and value.is_floating_point()
+        }
+        return dataclasses.replace(self, **changed)
+
+    def replace(self, **changes) -> "Inputs":
+        return dataclasses.replace(self, **changes)
+
+    def call(self, config: PolicyLossConfig, **options) -> PolicyLossOutput:
+        return policy_loss(**self.__dict__, config=config, **options)
+
+
+def random_inputs(
+    lengths: list[int], length: int, *, dtype: torch.dtype = torch.float32, weights: bool = True
+) -> Inputs:
+    """Log-ratios of standard deviation 0.6, so that every clip is met; right padding after `lengths[b]` tokens."""
+    rows = len(lengths)
+    logps = -torch.rand(rows, length) * 3
+    floating = {
+        "logps": logps,
+        "old_logps": logps + 0.6 * torch.randn(rows, length),
+        "ref_logps": logps + 0.6 * torch.randn(rows, length),
+        "advantages": torch.randn(rows, length),
+    }
+    if weights:
+        floating["token_weights"] = 0.1 + 1.9 * torch.rand(rows, length)
+        floating["trajectory_weights"] = 0.9 + torch.rand(rows)
+    return Inputs(completion_mask=ragged_mask(lengths, length), **{name: x.to(dtype) for name, x in floating.items()})
+
+
+def every_config() -> list[PolicyLossConfig]:
+    """All options combined, wherever they go together."""
+    kl_settings = (
+        {},
+        {"beta": 0.1},
+        # Limits that cut some of the log-ratios and some of the divergences of `random_inputs`.
+        {"beta": 0.1, "kl_log_ratio_limit": 0.9, "kl_limit": 0.3},
+    )
+    configs = []
+    for loss_type, level, kl in itertools.product(
+        ("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence"), kl_settings
+    ):
+        for delta, dual in itertools.product((None, 1.6), (None, 1.4)):
+            configs.append(
+                PolicyLossConfig(
+                    loss_type,
+                    level,
+                    epsilon_high=0.28,
+                    delta=delta,
+                    clip_ratio_dual=dual,
+                    max_completion_length=50,
+                    **kl,
+                )
+            )
+    for level, kl in itertools.product(("token", "sequence"), kl_settings):
+        configs.append(PolicyLossConfig("cispo", level, epsilon_high=1.2, **kl))
+    return configs
+
+
+def config_id(config: PolicyLossConfig) -> str:
+    extras = {
+        "delta": config.delta,
+        "dual": config.clip_ratio_dual,
+        "kl": config.beta or None,
+        "limits": config.kl_limit,
+    }
+    named = [name for name, value in extras.items() if value is not None]
+    return "-".join([config.loss_type, config.importance_sampling_level, *named])
+
+
+def transcription(inputs: Inputs, config: PolicyLossConfig, num_items: float | None = None) -> tuple[Tensor, Tensor]:
+    """Loss and gradient from the published formulas: a row at a time, products compared, autograd of torch."""
+    logps = inputs.logps.double().requires_grad_()
+    rows = [_row_terms(inputs, logps[b], b, config) for b in range(logps.shape[0])]
+    tokens = sum(row.numel() for row in rows)
+    total = torch.stack([row.sum() for row in rows]).sum()
+    if config.loss_type == "grpo":
+        loss = torch.stack([row.mean() if row.numel() else row.sum() for row in rows]).mean()
+    elif config.loss_type == "dr_grpo":
+        loss = total / (len(rows) * config.max_completion_length)
+    elif config.loss_type == "bnpo" or num_items is None:
+        loss = total / max(tokens, 1)
+    else:
+        loss = total / max(num_items, 1)
+    (gradient,) = torch.autograd.grad(loss, logps)
+    return loss.detach(), gradient
+
+
+def _row_terms(inputs: Inputs, logps: Tensor, b: int, config: PolicyLossConfig) -> Tensor:
+    keep = inputs.completion_mask[b] != 0
+    new = logps[keep]
+    old = new.detach() if inputs.old_logps is None else inputs.old_logps[b][keep].double()
+    advantage = (inputs.advantages[b] if inputs.advantages.dim() == 1 else inputs.advantages[b][keep]).double()
+    if inputs.token_weights is not None:
+        advantage = advantage * inputs.token_weights[b][keep].double()
+    if inputs.trajectory_weights is not None:
+        advantage = advantage * inputs.trajectory_weights[b].double()
+    ratio = torch.exp(new - old)
+    if config.importance_sampling_level == "sequence" and new.numel():
+        ratio = torch.exp((new - old).mean())
+    if config.loss_type == "cispo":
+        loss = -ratio.detach().clamp(max=config.epsilon_high) * advantage * new
+    else:
+        followed = ratio if config.delta is None else ratio.clamp(max=config.delta)
+        clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
+        loss = -torch.minimum(followed * advantage, clipped * advantage)
+        if config.clip_ratio_dual is not None:
+            ceiling = torch.minimum(loss, -config.clip_ratio_dual * advantage)
+            loss = torch.where(advantage < 0, ceiling, loss)
+    if config.beta:
+        d = inputs.ref_logps[b][keep].double() - new
+        if config.kl_log_ratio_limit is not None:
+            d = d.clamp(-config.kl_log_ratio_limit, config.kl_log_ratio_limit)
+        kl = d.exp() - d - 1
+        if config.kl_limit is not None:
+            kl = kl.clamp(-config.kl_limit, config.kl_limit)
+        loss = loss + config.beta * kl
+    return loss
+
+
+def loss_and_gradient(inputs: Inputs, config: PolicyLossConfig, **options) -> tuple[PolicyLossOutput, Tensor]:
+    """One call and one backward."""
+    logps = inputs.logps.detach().clone().requires_grad_()
+    output = inputs.replace(logps=logps).call(config, **options)
+    output.loss.backward()
+    return output, logps.grad
