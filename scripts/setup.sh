@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with the package, its driver and its tools: scripts/setup.sh VENV [PYTHON].
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${1:?usage: scripts/setup.sh VENV [PYTHON]}
+python=${2:-python3}
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "setup: Python 3.10 or newer is needed; name one with PYTHON=..." >&2
+    exit 1
+fi
+"$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+pip install --quiet --upgrade pip "setuptools>=77" wheel
+
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    pip install --quiet torch torchvision
+else
+    # The newest build brings gigabytes of CUDA; this version has a CPU build.
+    pip install --quiet torch==2.13.0
+fi
+# DeepSpeed's build looks at the installed torch, so it is built without isolation.
+pip install --quiet --no-build-isolation --editable '.[dev]'
