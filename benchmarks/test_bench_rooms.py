@@ -1,0 +1,72 @@
+"""Focus, weights and policy loss beside what a trainer does without them."""
+
+import pytest
+import torch
+from peers import dense_focus, dense_policy_loss, token_loop_focus, token_loop_weights
+
+import vgpo_kernels
+from vgpo_kernels import PolicyLossConfig, VGPOConfig
+from vgpo_kernels.testing import ragged_mask
+
+# Small enough for the token loops to end: 8 completions of up to 256 tokens after 256 visual ones.
+ROWS, VISUAL, TOKENS, STATE = 8, 256, 256, 1024
+
+
+def completion_mask(device):
+    return ragged_mask([TOKENS - 16 * row for row in range(ROWS)], TOKENS).to(device)
+
+
+@pytest.mark.benchmark(group="focus")
+@pytest.mark.parametrize("provider", ["vgpo_kernels", "dense torch", "token loop"])
+def test_focus(provider, timed, device):
+    torch.manual_seed(0)
+    hidden = torch.randn(ROWS, VISUAL + TOKENS, STATE, device=device)
+    none = torch.zeros(ROWS, TOKENS, dtype=torch.bool, device=device)
+    visual = torch.cat([torch.ones(ROWS, VISUAL, dtype=torch.bool, device=device), none], dim=1)
+    completion = torch.cat([torch.zeros_like(visual[:, :VISUAL]), completion_mask(device)], dim=1)
+    providers = {
+        "vgpo_kernels": vgpo_kernels.visual_focus_score,
+        "dense torch": dense_focus,
+        "token loop": token_loop_focus,
+    }
+    expected = vgpo_kernels.visual_focus_score(hidden, visual, completion)
+    torch.testing.assert_close(timed(providers[provider], hidden, visual, completion), expected)
+
+
+@pytest.mark.benchmark(group="weights")
+@pytest.mark.parametrize("provider", ["vgpo_kernels", "token loop"])
+def test_weights(provider, timed, device):
+    torch.manual_seed(0)
+    focus = torch.rand(ROWS, TOKENS, device=device) * 2 - 1
+    mask, groups = completion_mask(device), torch.arange(ROWS, device=device) // 4
+    expected = vgpo_kernels.vgpo_weights(focus, mask, groups, VGPOConfig.paper())
+    if provider == "vgpo_kernels":
+        timed(vgpo_kernels.vgpo_weights, focus, mask, groups, VGPOConfig.paper())
+        return
+    token_weights, trajectory_weights = timed(token_loop_weights, focus, mask, groups)
+    torch.testing.assert_close(token_weights, expected.token_weights, rtol=0, atol=1e-5)
+    torch.testing.assert_close(trajectory_weights, expected.trajectory_weights, rtol=0, atol=1e-4)
+
+
+@pytest.mark.benchmark(group="policy loss, forward and backward")
+@pytest.mark.parametrize("provider", ["vgpo_kernels", "dense torch"])
+def test_policy_loss(provider, timed, device):
+    torch.manual_seed(0)
+    rows, tokens = 64, 2048
+    logps = torch.randn(rows, tokens, device=device).requires_grad_()
+    old = logps.detach() + 0.1 * torch.randn_like(logps)
+    advantages = torch.randn(rows, device=device)
+    mask = ragged_mask([tokens - 16 * row for row in range(rows)], tokens).to(device)
+    config = PolicyLossConfig(loss_type="dapo", epsilon_low=0.2, epsilon_high=0.28)
+
+    def ours():
+        loss = vgpo_kernels.policy_loss(logps, old, advantages, mask, config=config).loss
+        return loss, *torch.autograd.grad(loss, logps)
+
+    def dense():
+        loss = dense_policy_loss(logps, old, advantages[:, None].expand_as(logps), mask)
+        return loss, *torch.autograd.grad(loss, logps)
+
+    result = timed(ours if provider == "vgpo_kernels" else dense)
+    for actual, expected in zip(result, ours(), strict=True):
+        torch.testing.assert_close(actual, expected)
