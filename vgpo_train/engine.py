@@ -83,6 +83,7 @@ def build_policy(config: TrainConfig, total_updates: int) -> Any:
         num_training_steps=total_updates,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=options)
+    engine.train()  # from_pretrained leaves eval mode, in which gradient checkpointing is silently off
     return engine
 
 
