@@ -54,9 +54,15 @@ class CheckpointStore:
         dist.barrier()
         if distributed.is_main():
             write_json(self.folder / "latest.json", {"tag": tag} | asdict(state))
-            for old in sorted(self.folder.glob("step_*"))[: -self.keep]:
-                shutil.rmtree(old)
+            self._prune(tag)
         dist.barrier()
+
+    def _prune(self, newest: str) -> None:
+        # A folder later than the newest is what a killed run left half-written: it must not count among those kept.
+        whole = sorted(path.name for path in self.folder.glob("step_*") if path.name <= newest)
+        for path in self.folder.glob("step_*"):
+            if path.name not in whole[-self.keep :]:
+                shutil.rmtree(path)
 
     def latest(self) -> dict[str, Any] | None:
         """Returns the state of the last whole checkpoint, or None."""
