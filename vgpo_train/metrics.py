@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vgpo_train import distributed
 from vgpo_train.algorithms import ScoredRollout
+from vgpo_train.checkpoint import write_text
 
 
 class PhaseTimer:
@@ -47,10 +48,9 @@ class MetricsLog:
         if not distributed.is_main():
             return
         path = output_dir / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= steps_done]
-        self._lines = path.open("w", encoding="utf-8")
-        for line in kept:
-            self._write_line(line)
+        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= steps_done]
+        write_text(path, "".join(kept))
+        self._lines = path.open("a", encoding="utf-8")
         if tensorboard:
             self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=steps_done + 1)
 
