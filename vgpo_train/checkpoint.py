@@ -93,8 +93,9 @@ def check_resumable(state: RunState, config: TrainConfig) -> None:
         raise ConfigError(
             f"resume: the checkpoint is of {state.world_size} processes, this run has {distributed.world_size()}"
         )
-    before, now = state.config, json.loads(json.dumps(asdict(config)))
-    changed = [key for key in now if key not in _FREE_KEYS and before.get(key) != now[key]]
+    before, now = _flat(state.config), _flat(json.loads(json.dumps(asdict(config))))
+    differ = sorted(key for key in before | now if before.get(key) != now.get(key))
+    changed = [key for key in differ if key not in _FREE_KEYS]
     if changed:
         raise ConfigError(f"resume: the saved run was configured otherwise in {', '.join(changed)}")
 
@@ -128,6 +129,13 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in options.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _persistent(engine: Any) -> set[str]:

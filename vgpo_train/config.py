@@ -161,7 +161,7 @@ def load_config(file: str | Path, overrides: list[str]) -> TrainConfig:
     if missing:
         raise ConfigError(f"{path}: no value for {', '.join(missing)}")
     config: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    config.deepspeed = str(path.parent / config.deepspeed)
+    config.deepspeed = str((path.parent / config.deepspeed).resolve())
     _check(config)
     return config
 
