@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 from policy_loss_cases import (
     Inputs,
     config_id,

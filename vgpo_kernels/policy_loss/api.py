@@ -94,9 +94,7 @@ def policy_loss(
     config = PolicyLossConfig() if config is None else config
     if not isinstance(config, PolicyLossConfig):
         raise TypeError(f"config: expected a PolicyLossConfig, got {type(config).__name__}")
-    _check_tensors(
-        logps, old_logps, advantages, completion_mask, ref_logps, token_weights, trajectory_weights
-    )
+    _check_tensors(logps, old_logps, advantages, completion_mask, ref_logps, token_weights, trajectory_weights)
     if config.beta != 0.0 and ref_logps is None:
         raise ValueError(f"ref_logps: expected a tensor because config.beta is {config.beta}, got None")
     num_items = _num_items_tensor(num_items_in_batch, config, logps)
@@ -138,9 +136,7 @@ def _check_tensors(
     rows, length = logps.shape
     check_tensor("completion_mask", completion_mask, shape=(rows, length), dtypes=MASK, device=logps.device)
     if isinstance(advantages, Tensor) and advantages.dim() not in (1, 2):
-        raise ValueError(
-            f"advantages: expected shape ({rows},) or ({rows}, {length}), got {tuple(advantages.shape)}"
-        )
+        raise ValueError(f"advantages: expected shape ({rows},) or ({rows}, {length}), got {tuple(advantages.shape)}")
     by_row = isinstance(advantages, Tensor) and advantages.dim() == 1
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
         "advantages": (advantages, (rows,) if by_row else (rows, length)),
@@ -158,9 +154,7 @@ def _num_items_tensor(value: Any, config: PolicyLossConfig, logps: Tensor) -> Te
     if value is None:
         return None
     if not config.divides_by_num_items:
-        raise ValueError(
-            f"num_items_in_batch: expected None with loss_type {config.loss_type!r}, got {value!r}"
-        )
+        raise ValueError(f"num_items_in_batch: expected None with loss_type {config.loss_type!r}, got {value!r}")
     if isinstance(value, Tensor):
         check_tensor("num_items_in_batch", value, shape=(), dtypes=INTEGER + FLOATING, device=logps.device)
         return value

@@ -11,13 +11,9 @@ from vgpo_kernels.policy_loss.config import PolicyLossConfig
 BLOCK = 1024
 WARPS = 4
 
-_RUN_TIME = (
+RUN_TIME = (
     "length",
-    *(
-        f"{name}_stride_{axis}"
-        for name in ("logps", "old", "ref", "adv", "mask", "tw")
-        for axis in ("b", "t")
-    ),
+    *(f"{name}_stride_{axis}" for name in ("logps", "old", "ref", "adv", "mask", "tw") for axis in ("b", "t")),
     "trw_stride_b",
 )
 
@@ -67,7 +63,7 @@ def _kl(b_logps, b_ref, LOG_LIMIT, LIMIT):
     return b_kl, tl.where(m_moves, 1.0 - b_exp, 0.0)
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)
+@triton.jit(do_not_specialize=RUN_TIME)
 def policy_loss_kernel(
     logps_ptr,  # (B, T)
     old_ptr,  # (B, T) or None
@@ -133,9 +129,7 @@ def policy_loss_kernel(
             m_valid = _load_valid(p_mask, mask_stride_t, o_t, length)
             acc_count += m_valid.to(tl.float32)
             if SEQUENCE:
-                b_adv = _load_advantages(
-                    p_adv, adv_stride_t, p_tw, tw_stride_t, trajectory_weight, o_t, m_valid
-                )
+                b_adv = _load_advantages(p_adv, adv_stride_t, p_tw, tw_stride_t, trajectory_weight, o_t, m_valid)
                 acc_positive += tl.where(b_adv < 0, 0.0, b_adv)
                 acc_negative += tl.where(b_adv < 0, b_adv, 0.0)
                 if p_old is not None:
@@ -238,9 +232,7 @@ def policy_loss(
     rows, length = logps.shape
     if advantages.dim() == 1:
         advantages = advantages[:, None].expand(rows, length)
-    per_token, gradient = (
-        torch.empty((rows, length), dtype=torch.float32, device=logps.device) for _ in "lg"
-    )
+    per_token, gradient = (torch.empty((rows, length), dtype=torch.float32, device=logps.device) for _ in "lg")
     partial = torch.empty((rows, terms.ROW_COLUMNS), dtype=torch.float32, device=logps.device)
     tensors = {
         "logps": logps,
@@ -286,9 +278,7 @@ def _constants(config: PolicyLossConfig) -> dict[str, float | bool | int | None]
 
 def compile_cases() -> list[CompileCase]:
     """Returns the smallest and the largest form of the kernel."""
-    everything = PolicyLossConfig.official().replace(
-        loss_type="grpo", importance_sampling_level="sequence", beta=0.01
-    )
+    everything = PolicyLossConfig.official().replace(loss_type="grpo", importance_sampling_level="sequence", beta=0.01)
     return [
         _compile_case("policy_loss token bf16", PolicyLossConfig(), "*bf16", optional=False),
         _compile_case("policy_loss official fp32", PolicyLossConfig.official(), "*fp32", optional=True),
@@ -304,7 +294,7 @@ def _compile_case(name: str, config: PolicyLossConfig, dtype: str, *, optional: 
     signature = {
         **given,
         **dict.fromkeys(extra, dtype if optional else "constexpr"),
-        **dict.fromkeys(_RUN_TIME, "i32"),
+        **dict.fromkeys(RUN_TIME, "i32"),
         **dict.fromkeys(constants, "constexpr"),
     }
     absent = {} if optional else dict.fromkeys(extra)

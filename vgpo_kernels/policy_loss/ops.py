@@ -47,9 +47,7 @@ def policy_loss(
         kl_log_ratio_limit=kl_log_ratio_limit,
         kl_limit=kl_limit,
     )
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = implementation(
-        "policy_loss", impl, logps
-    ).policy_loss(
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = implementation("policy_loss", impl, logps).policy_loss(
         logps.detach(),
         old_logps,
         advantages,
@@ -92,7 +90,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.constants = len(inputs) - 1
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * (1 + ctx.constants)
     gradient, scale = ctx.saved_tensors
     return (gradient * (grad_loss * scale)).to(ctx.dtype), *[None] * ctx.constants
 

@@ -30,8 +30,6 @@ def policy_loss(
 
     loss = terms.loss_with_gradient(new, old, weighted, ref, valid, config)
     row_weight = terms.inverse_lengths(valid, dtype) if config.loss_type == "grpo" else new.new_ones(())
-    rows = terms.row_results(
-        loss.per_token * row_weight, new, old, loss.log_ratio, weighted, ref, valid, config
-    )
+    rows = terms.row_results(loss.per_token * row_weight, new, old, loss.log_ratio, weighted, ref, valid, config)
     total, metrics, scale = terms.reduce_rows(rows, config, num_items)
     return total, loss.per_token, metrics, loss.gradient * row_weight, scale

@@ -87,9 +87,7 @@ def surrogate(logps: Tensor, log_ratio: Tensor, advantages: Tensor, config: Poli
     low, high, high_negative = config.log_bounds()
     if config.loss_type == "cispo":
         return -log_ratio.clamp(max=high).exp().detach() * advantages * logps
-    bounded = torch.where(
-        advantages < 0, log_ratio.clamp(min=low, max=high_negative), log_ratio.clamp(max=high)
-    )
+    bounded = torch.where(advantages < 0, log_ratio.clamp(min=low, max=high_negative), log_ratio.clamp(max=high))
     return -bounded.exp() * advantages
 
 
@@ -176,9 +174,7 @@ def row_results(
     return torch.stack([*sums, ratio.amax(-1)], dim=-1)
 
 
-def reduce_rows(
-    rows: Tensor, config: PolicyLossConfig, num_items: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def reduce_rows(rows: Tensor, config: PolicyLossConfig, num_items: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns loss (), metrics (len(METRICS),) and the factor () between the sum over tokens and the loss.
 
     Args:
