@@ -117,13 +117,18 @@ class Trainer:
     def _start(self) -> None:
         if self.config.resume == "auto" and self.store.latest() is not None:
             self.state = self.store.load(self.engine, self.config)
-        elif (self.output_dir / "metrics.jsonl").exists() and self.config.resume == "no":
+        elif self._holds_run() and self.config.resume == "no":
             raise ConfigError(
                 f"output_dir: {self.output_dir} holds a run already; go on with resume=auto or choose another folder"
             )
         if distributed.is_main():
             self.output_dir.mkdir(parents=True, exist_ok=True)
             save_config(self.config, self.output_dir / "config.yaml")
+
+    def _holds_run(self) -> bool:
+        # Every rank looks before the main one begins to write, and all take the same answer.
+        found = float((self.output_dir / "metrics.jsonl").exists())
+        return distributed.max_over_ranks(found, self.device) > 0
 
     def _finish(self) -> dict[str, Any]:
         accuracy_after = self.evaluate()
