@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from vgpo_kernels import vgpo_weights
@@ -114,23 +113,5 @@ class VGPO:
             step=step,
             advantages=rollout.advantages,
         )
-        mask = rollout.completion_mask
-        lengths = mask.sum(1).float()
-        metrics = {
-            "token_weight_std": _std(weights.token_weights[mask]),
-            "trajectory_weight_std": _std(weights.trajectory_weights),
-            "gate_fraction": float(weights.gate[mask].float().mean()),
-            "corr_trajectory_weight_length": correlation(weights.trajectory_weights, lengths),
-        }
+        metrics = {"gate_fraction": float(weights.gate[rollout.completion_mask].float().mean())}
         return Weighting(weights.token_weights, weights.trajectory_weights, metrics)
-
-
-def correlation(x: Tensor, y: Tensor) -> float:
-    """Returns Pearson's correlation of two vectors, 0 where one of them is constant."""
-    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
-    scale = (x.square().sum() * y.square().sum()).sqrt()
-    return float((x * y).sum() / scale) if scale > 0 else 0.0
-
-
-def _std(values: Tensor) -> float:
-    return float(torch.std(values, correction=0)) if values.numel() else 0.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vgpo_train import distributed
-from vgpo_train.algorithms import ScoredRollout
+from vgpo_train.algorithms import ScoredRollout, Weighting
 from vgpo_train.checkpoint import write_text
 
 
@@ -104,6 +104,26 @@ def rollout_metrics(whole: ScoredRollout, kept: Tensor, max_new_tokens: int) -> 
     return metrics
 
 
+def weight_metrics(weighting: Weighting, completion_mask: Tensor) -> dict[str, float]:
+    """Returns what any algorithm's factors look like over a rollout with `completion_mask` (B, T); None is 1."""
+    lengths = completion_mask.sum(1)
+    tokens, rows = weighting.token_weights, weighting.trajectory_weights
+    tokens = torch.ones_like(completion_mask, dtype=torch.float32) if tokens is None else tokens
+    rows = torch.ones_like(lengths, dtype=torch.float32) if rows is None else rows
+    return {
+        "token_weight_std": _std(tokens[completion_mask]),
+        "trajectory_weight_std": _std(rows),
+        "corr_trajectory_weight_length": correlation(rows, lengths),
+    } | weighting.metrics
+
+
+def correlation(x: Tensor, y: Tensor) -> float:
+    """Returns Pearson's correlation of two vectors, 0 where one of them is constant."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    scale = (x.square().sum() * y.square().sum()).sqrt()
+    return float((x * y).sum() / scale) if scale > 0 else 0.0
+
+
 def focus_metrics(focus: Tensor, mask: Tensor) -> dict[str, float]:
     """Returns the mean focus over `mask` (B, T), and that of the later half of a completion over the earlier half."""
     place = mask.long().cumsum(1)  # 1 .. T_i
@@ -141,6 +161,10 @@ def progress(metrics: dict[str, Any]) -> dict[str, str]:
 
 def _mean(values: Tensor) -> float:
     return float(values.double().mean()) if values.numel() else math.nan
+
+
+def _std(values: Tensor) -> float:
+    return float(values.double().std(correction=0)) if values.numel() else 0.0
 
 
 def _is_number(value: Any) -> bool:

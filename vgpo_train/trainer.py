@@ -20,7 +20,7 @@ from vgpo_train.config import ConfigError, TrainConfig, save_config
 from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
 from vgpo_train.engine import build_policy, build_reference
 from vgpo_train.experience import Scores, group_advantages, kept_rows, score
-from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics
+from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
 from vgpo_train.model import limit_pixels, load_processor, visual_token_ids
 from vgpo_train.report import write_report
 from vgpo_train.rewards import RewardMixer, Rewards
@@ -175,7 +175,7 @@ class Trainer:
             "step": step + 1,
             **rollout_metrics(whole, kept, self.config.rollout.max_new_tokens),
             **self._reward_metrics(rewards),
-            **weighting.metrics,
+            **weight_metrics(weighting, whole.completion_mask),
             **update_metrics,
             "learning_rate": self.engine.get_lr()[0],
             "skipped_updates": self.state.skipped_updates,
