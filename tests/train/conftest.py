@@ -1,0 +1,25 @@
+"""A small data set of real pictures and a small checkpoint, made once for all tests of the driver."""
+
+import os
+
+# One thread: the shapes are tiny, and two processes share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+from vgpo_train.make_pictures import make_pictures
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a data set: 64 training and 12 held-out pictures."""
+    return make_pictures(tmp_path_factory.mktemp("pictures"), train=64, test=12, seed=0)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint folder of a tiny Qwen2.5-VL that has just learnt that completions end."""
+    from vgpo_train.tiny_model import build_tiny_model
+
+    return build_tiny_model(tmp_path_factory.mktemp("checkpoint"), pictures=pictures, warm_start_steps=8)
