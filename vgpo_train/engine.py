@@ -31,7 +31,7 @@ def start_distributed() -> None:
         # An extra all-reduce for inference, which DeepSpeed would compile here: that needs a compiler and a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # The launcher's processes share the cores; more threads than cores only wait for each other.
-        local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"  # DeepSpeed's name, torchrun's
+        local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"  # DeepSpeed's, torchrun's
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(local)))
     deepspeed.init_distributed()
 
