@@ -93,9 +93,7 @@ def vgpo_weights(
     _check_tensors(focus, completion_mask, group_ids, has_visual, advantages)
     _check_step(step, config)
     if config.negative_strength != 1 and advantages is None:
-        raise ValueError(
-            f"advantages: expected shape (B,) with negative_strength={config.negative_strength}, got None"
-        )
+        raise ValueError(f"advantages: expected shape (B,) with negative_strength={config.negative_strength}, got None")
     options = {name: getattr(config, name) for name in _OPTIONS}
     return VGPOWeights(
         *ops.weights(
@@ -122,9 +120,7 @@ def _check_tensors(
     _validate.check_tensor("focus", focus, shape=("B", "T"), dtypes=_validate.FLOATING)
     _validate.check_not_empty("focus", focus)
     rows, device = focus.shape[:1], focus.device
-    _validate.check_tensor(
-        "completion_mask", completion_mask, shape=focus.shape, dtypes=_validate.MASK, device=device
-    )
+    _validate.check_tensor("completion_mask", completion_mask, shape=focus.shape, dtypes=_validate.MASK, device=device)
     _validate.check_tensor("group_ids", group_ids, shape=rows, dtypes=_validate.INTEGER, device=device)
     if has_visual is not None:
         _validate.check_tensor("has_visual", has_visual, shape=rows, dtypes=_validate.BOOL, device=device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from vgpo_kernels._dispatch import checks_values, implementation
 from vgpo_kernels.weights.config import VGPOConfig
 
-_SCHEMA_TYPES = {
+_SCHEMA_TYPES: dict[Any, str] = {
     float: "float",
     str: "str",
     bool: "bool",
@@ -19,9 +19,7 @@ _SCHEMA_TYPES = {
 
 
 def _schema() -> str:
-    options = ", ".join(
-        f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in dataclasses.fields(VGPOConfig)
-    )
+    options = ", ".join(f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in dataclasses.fields(VGPOConfig))
     return (
         "(Tensor focus, Tensor completion_mask, Tensor group_ids, Tensor? has_visual, Tensor? advantages, *, "
         f"str source, int? step, str? impl, {options}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -54,9 +52,7 @@ weights = torch.library.custom_op("vgpo::weights", _weights, mutates_args=(), sc
 
 
 @weights.register_fake
-def _weights_fake(
-    focus: Tensor, *_: Tensor | None, **__: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _weights_fake(focus: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens = focus.new_empty(focus.shape, dtype=torch.promote_types(focus.dtype, torch.float32))
     rows = tokens.new_empty(focus.shape[:1])
     gate = tokens.new_empty(focus.shape, dtype=torch.bool)

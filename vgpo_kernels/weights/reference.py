@@ -1,7 +1,7 @@
 """The weights in plain torch: the specification that the kernels are tested against.
 
-Elementwise work is in the dtype of the scores (at least float32); sums over tokens and over trajectories are in
-float64, so that neither the order of rows nor padding shows in the results.
+Elementwise work is in the dtype of the scores (at least float32); sums over tokens and over trajectories
+are in float64, so that neither the order of rows nor padding shows in the results.
 """
 
 from collections.abc import Callable
@@ -47,9 +47,7 @@ def weights(
     token = torch.where(valid, _scaled(token, strength[:, None]), 1.0)
 
     score = _score(compensated, normalized, valid, config)
-    trajectory = torch.where(
-        takes_part, _scaled(_grouped(score, group_ids, takes_part, config), strength), 1.0
-    )
+    trajectory = torch.where(takes_part, _scaled(_grouped(score, group_ids, takes_part, config), strength), 1.0)
     return (
         token if config.intra else torch.ones_like(token),
         trajectory.to(token.dtype) if config.inter else token.new_ones(token.shape[0]),
@@ -140,7 +138,7 @@ def _centred(
 
 
 def _projection_shift(factor: Tensor, low: float, high: float, mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """The shift with mean(clamp(factor + shift)) = 1: the Euclidean projection onto that mean and those bounds.
+    """The shift with mean(clamp(factor + shift)) = 1: the nearest factors of mean 1 within the bounds.
 
     Factors lie in [0, 2], so that the mean is `low` at the shift low - 2 and `high` at the shift `high`.
     """
@@ -154,7 +152,7 @@ def _projection_shift(factor: Tensor, low: float, high: float, mean: Callable[[T
 
 
 def _strength(advantages: Tensor | None, sees: Tensor, config: VGPOConfig, warmup: float) -> Tensor:
-    """How much of a row's factors is applied, (B,) float64: less at the start, less (or more) on negatives."""
+    """How much of a row's factors is applied, (B,) float64, by step and sign of the advantage."""
     strength = torch.full_like(sees, warmup, dtype=torch.float64)
     if advantages is None:
         return strength

@@ -1,0 +1,146 @@
+"""Launches the Triton kernels of the weights: tokens first, then each trajectory within its group."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._triton import CompileCase
+from vgpo_kernels.weights.config import VGPOConfig
+from vgpo_kernels.weights.group_kernels import weights_group_kernel
+from vgpo_kernels.weights.token_kernels import weights_token_kernel
+
+_TOKEN_BLOCK = 512
+_ROW_BLOCK = 256
+_WARPS = 4
+
+
+def weights(
+    focus: Tensor,
+    completion_mask: Tensor,
+    group_ids: Tensor,
+    has_visual: Tensor | None,
+    advantages: Tensor | None,
+    config: VGPOConfig,
+    source: str,
+    warmup: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns token weights (B, T), trajectory weights (B,), normalized (B, T), gate (B, T), score (B,)."""
+    batch, length = focus.shape
+    mask = completion_mask.view(torch.uint8) if completion_mask.dtype == torch.bool else completion_mask
+    token = torch.empty((batch, length), dtype=torch.float32, device=focus.device)
+    normalized, score = torch.empty_like(token), token.new_empty(batch)
+    gate = torch.empty_like(token, dtype=torch.bool)
+    group_score = torch.empty_like(score, dtype=torch.float64)
+    weights_token_kernel[(batch,)](
+        focus_ptr=focus,
+        mask_ptr=mask,
+        visual_ptr=focus if has_visual is None else has_visual.view(torch.uint8),
+        advantage_ptr=focus if advantages is None else advantages,
+        token_ptr=token,
+        normalized_ptr=normalized,
+        gate_ptr=gate.view(torch.uint8),
+        score_ptr=score,
+        group_score_ptr=group_score,
+        batch=batch,
+        length=length,
+        stride_focus_b=focus.stride(0),
+        stride_focus_t=focus.stride(1),
+        stride_mask_b=mask.stride(0),
+        stride_mask_t=mask.stride(1),
+        stride_visual=0 if has_visual is None else has_visual.stride(0),
+        stride_advantage=0 if advantages is None else advantages.stride(0),
+        strength=warmup,
+        HAS_VISUAL=has_visual is not None,
+        **_token_options(config, source, advantages is not None),
+        num_warps=_WARPS,
+    )
+    if not config.inter:
+        return token, torch.ones_like(score), normalized, gate, score
+    trajectory = torch.empty_like(score)
+    weights_group_kernel[(batch,)](
+        group_score_ptr=group_score,
+        group_ptr=group_ids,
+        advantage_ptr=focus if advantages is None else advantages,
+        trajectory_ptr=trajectory,
+        batch=batch,
+        stride_group=group_ids.stride(0),
+        stride_advantage=0 if advantages is None else advantages.stride(0),
+        strength=warmup,
+        **_group_options(config, advantages is not None),
+        num_warps=_WARPS,
+    )
+    return token, trajectory, normalized, gate, score
+
+
+def _clamp_options(clamp: tuple[float, float] | None, preserve_mean: bool) -> dict[str, Any]:
+    low, high = clamp or (1.0, 1.0)
+    how = "none" if clamp is None else "project" if preserve_mean else "cut"
+    return {"CLAMP": how, "LOW": low, "HIGH": high}
+
+
+def _token_options(config: VGPOConfig, source: str, signed: bool) -> dict[str, Any]:
+    return {
+        "SIGNED": signed,
+        "SCALE": "none" if source == "attention" else config.focus_scale,
+        "BETA": float(config.beta),
+        "TAIL_START": float(config.tail_start),
+        "KAPPA": float(config.kappa),
+        "SCHEDULE": config.schedule,
+        "EXPONENT": float(config.exponent),
+        "STEP_POSITION": float(config.step_position),
+        "POSITION": config.position,
+        "COMPENSATION": config.compensation,
+        "GATE": config.gate,
+        "INTRA": config.intra,
+        "SCORE": config.trajectory_score,
+        "NEGATIVE": float(config.negative_strength),
+        "NEUTRAL": config.corners == "neutral",
+        "BLOCK": _TOKEN_BLOCK,
+        **_clamp_options(config.token_clamp, config.preserve_mean),
+    }
+
+
+def _group_options(config: VGPOConfig, signed: bool) -> dict[str, Any]:
+    return {
+        "SIGNED": signed,
+        "CONSECUTIVE": config.grouping == "consecutive",
+        "NEGATIVE": float(config.negative_strength),
+        "BLOCK": _ROW_BLOCK,
+        **_clamp_options(config.trajectory_clamp, config.preserve_mean),
+    }
+
+
+_TOKEN_SIGNATURE = {
+    **{"focus_ptr": "*fp32", "mask_ptr": "*u8", "visual_ptr": "*u8", "advantage_ptr": "*fp32"},
+    **{"token_ptr": "*fp32", "normalized_ptr": "*fp32", "gate_ptr": "*u8", "score_ptr": "*fp32"},
+    **{"group_score_ptr": "*fp64", "batch": "i32", "length": "i32"},
+    **{"stride_focus_b": "i32", "stride_focus_t": "i32", "stride_mask_b": "i32", "stride_mask_t": "i32"},
+    **{"stride_visual": "i32", "stride_advantage": "i32", "strength": "fp32"},
+}
+_GROUP_SIGNATURE = {
+    **{"group_score_ptr": "*fp64", "group_ptr": "*i64", "advantage_ptr": "*fp32", "trajectory_ptr": "*fp32"},
+    **{"batch": "i32", "stride_group": "i32", "stride_advantage": "i32", "strength": "fp32"},
+}
+
+
+def compile_cases() -> list[CompileCase]:
+    """The kernels of each recipe, and of the exponential schedule."""
+    configs = {name: VGPOConfig.from_recipe(name) for name in ("paper", "official", "balanced")}
+    configs["exponential"] = VGPOConfig.official(schedule="exponential", negative_strength=0.5)
+    cases = []
+    for name, config in configs.items():
+        signed = config.negative_strength != 1
+        token = {"HAS_VISUAL": True, **_token_options(config, "similarity", signed)}
+        options = {"num_warps": _WARPS}
+        cases += [
+            CompileCase(f"weights_token[{name}]", weights_token_kernel, _TOKEN_SIGNATURE, token, options),
+            CompileCase(
+                f"weights_group[{name}]",
+                weights_group_kernel,
+                _GROUP_SIGNATURE,
+                _group_options(config, signed),
+                options,
+            ),
+        ]
+    return cases

@@ -1,0 +1,379 @@
+"""Triton kernel of the token weights: a program a trajectory.
+
+Tokens are walked in tiles, so that any length runs through the same compiled kernel. Sums are float64, for
+min-max over a group would magnify float32's rounding of long sums.
+"""
+
+from vgpo_kernels._triton import tl, triton
+from vgpo_kernels.weights import reference
+
+PROJECTION_ROUNDS = tl.constexpr(reference.PROJECTION_ROUNDS)
+
+
+@triton.jit
+def _load_valid(p_mask, o_t, length, stride_mask):
+    """One tile of a row: which tokens are valid."""
+    inside = o_t < length
+    return (tl.load(p_mask + o_t.to(tl.int64) * stride_mask, mask=inside, other=0) != 0) & inside
+
+
+@triton.jit
+def _load_scores(p_focus, p_mask, o_t, length, visible, stride_focus, stride_mask):
+    """One tile of a row: which tokens are valid, and their raw scores (0 elsewhere, and from `visible` on)."""
+    m_valid = _load_valid(p_mask, o_t, length, stride_mask)  # [BT]
+    m_read = m_valid & (o_t < visible)
+    return m_valid, tl.load(p_focus + o_t.to(tl.int64) * stride_focus, mask=m_read, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def _ordered_bits(x):
+    """The bits of float32 as integers in the same order, both zeros alike."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where((bits & 0x7FFFFFFF) == 0, 0, bits)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _survey(p_focus, p_mask, length, visible, stride_focus, stride_mask, BLOCK: tl.constexpr):
+    """A row's valid tokens, how many of them are not finite, and the extremes of their raw scores."""
+    offsets = tl.arange(0, BLOCK)
+    count = 0
+    broken = 0
+    raw_low = float("inf")
+    raw_high = float("-inf")
+    for start in range(0, length, BLOCK):
+        o_t = start + offsets
+        m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, length, visible, stride_focus, stride_mask)
+        count += tl.sum(m_valid.to(tl.int32), 0)
+        broken += tl.sum((m_valid & (is_finite(b_raw) == 0)).to(tl.int32), 0)
+        raw_low = tl.minimum(raw_low, tl.min(tl.where(m_valid, b_raw, float("inf")), 0))
+        raw_high = tl.maximum(raw_high, tl.max(tl.where(m_valid, b_raw, float("-inf")), 0))
+    return count, broken, raw_low, raw_high
+
+
+@triton.jit
+def _scan_batch(
+    focus_ptr,
+    mask_ptr,
+    visual_ptr,
+    batch,
+    length,
+    stride_focus_b,
+    stride_focus_t,
+    stride_mask_b,
+    stride_mask_t,
+    stride_visual,
+    HAS_VISUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Extremes of the raw scores over the micro-batch, padding's 0 included."""
+    offsets = tl.arange(0, BLOCK)
+    b_low = tl.full([BLOCK], float("inf"), tl.float32)
+    b_high = tl.full([BLOCK], float("-inf"), tl.float32)
+    for row in range(0, batch):
+        o_row = tl.cast(row, tl.int64)
+        visible = length
+        if HAS_VISUAL:
+            visible = tl.where(tl.load(visual_ptr + o_row * stride_visual) != 0, length, 0)
+        for start in range(0, length, BLOCK):
+            o_t = start + offsets
+            _m_valid, b_raw = _load_scores(
+                focus_ptr + o_row * stride_focus_b,
+                mask_ptr + o_row * stride_mask_b,
+                o_t,
+                length,
+                visible,
+                stride_focus_t,
+                stride_mask_t,
+            )
+            counts = (o_t < length) & is_finite(b_raw)
+            b_low = tl.minimum(b_low, tl.where(counts, b_raw, float("inf")))
+            b_high = tl.maximum(b_high, tl.where(counts, b_raw, float("-inf")))
+    return tl.min(b_low, 0), tl.max(b_high, 0)
+
+
+@triton.jit
+def _tail_begin(p_mask, length, stride_mask, head, BLOCK: tl.constexpr):
+    """The column of the first valid token behind the row's `head` first ones; `length` if there is none."""
+    offsets = tl.arange(0, BLOCK)
+    seen = 0
+    begin = length
+    for start in range(0, length, BLOCK):
+        o_t = start + offsets
+        b_valid = _load_valid(p_mask, o_t, length, stride_mask).to(tl.int32)
+        b_behind = (b_valid != 0) & (seen + tl.cumsum(b_valid, 0) > head)
+        begin = tl.minimum(begin, tl.min(tl.where(b_behind, o_t, length), 0))
+        seen += tl.sum(b_valid, 0)
+    return begin
+
+
+@triton.jit
+def _kth_largest(p_focus, p_mask, begin, length, visible, stride_focus, stride_mask, k, BLOCK: tl.constexpr):
+    """The k-th largest of the valid scores from column `begin` on, as ordered bits: 32 halvings, no sort."""
+    offsets = tl.arange(0, BLOCK)
+    low = tl.full([], -2147483648, tl.int64)  # at least k scores are not below it
+    high = tl.full([], 2147483648, tl.int64)  # fewer than k are not below it
+    for _ in range(32):
+        middle = ((low + high) >> 1).to(tl.int32)
+        b_count = tl.zeros([BLOCK], tl.int32)
+        for start in range((begin // BLOCK) * BLOCK, length, BLOCK):
+            o_t = start + offsets
+            m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, length, visible, stride_focus, stride_mask)
+            m_tail = m_valid & (o_t >= begin)
+            b_count += (m_tail & (_ordered_bits(b_raw) >= middle)).to(tl.int32)
+        enough = tl.sum(b_count, 0) >= k
+        low = tl.where(enough, middle.to(tl.int64), low)
+        high = tl.where(enough, high, middle.to(tl.int64))
+    return low.to(tl.int32)
+
+
+@triton.jit
+def _lift(
+    b_rank,
+    count,
+    BETA: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    STEP_POSITION: tl.constexpr,
+    POSITION: tl.constexpr,
+):
+    """beta * s(p) of the t-th token, t = 1..count."""
+    b_t = b_rank  # [BT]
+    last = count
+    if POSITION == "zero_based":
+        b_t = b_rank - 1
+        last = count - 1
+    last = tl.maximum(last, 1)
+    if SCHEDULE == "linear":
+        return BETA * tl.div_rn(b_t.to(tl.float32), last.to(tl.float32))
+    # float64 tells p >= step_position as the reference does.
+    b_p = b_t.to(tl.float64) / last.to(tl.float64)
+    if SCHEDULE == "exponential":
+        b_p = tl.where(b_p > 0.0, tl.exp2(tl.full([], EXPONENT, tl.float64) * tl.log2(b_p)), 0.0)
+    else:
+        b_p = (b_p >= tl.full([], STEP_POSITION, tl.float64)).to(tl.float64)
+    return (tl.full([], BETA, tl.float64) * b_p).to(tl.float32)
+
+
+@triton.jit
+def scaled(factor, strength):
+    return tl.where(strength == 1.0, factor, 1.0 + strength * (factor - 1.0))
+
+
+@triton.jit
+def row_strength(advantage_ptr, row, stride_advantage, strength, NEGATIVE: tl.constexpr, SIGNED: tl.constexpr):
+    """How much of a row's factors is applied, from the step's strength and the sign of its advantage."""
+    if SIGNED:
+        negative = tl.load(advantage_ptr + row * stride_advantage) < 0
+        strength = tl.where(negative, strength * NEGATIVE, strength)
+    return strength
+
+
+@triton.jit
+def _token_factor(b_normalized, mean, shift, LOW: tl.constexpr, HIGH: tl.constexpr, CLAMP: tl.constexpr):
+    b_factor = 1.0 + (b_normalized - mean.to(tl.float32))
+    if CLAMP == "project":
+        b_factor = (b_factor.to(tl.float64) + shift).to(tl.float32)
+    if CLAMP != "none":
+        b_factor = tl.minimum(tl.maximum(b_factor, LOW), HIGH)
+    return b_factor
+
+
+@triton.jit
+def _normalized(b_w, low, high, varies):
+    b_x = tl.div_rn(b_w - low, tl.where(high > low, high - low, 1.0))
+    return tl.where(varies, b_x, 0.0)
+
+
+@triton.jit
+def _projection_shift(
+    p_w,
+    p_mask,
+    length,
+    stride_mask,
+    count,
+    low,
+    high,
+    varies,
+    mean,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The shift that brings the clamped factors of a row back to mean 1; 0 where none is clamped."""
+    offsets = tl.arange(0, BLOCK)
+    shift = tl.full([], 0.0, tl.float64)
+    least = 1.0 - mean.to(tl.float32)
+    if varies & ((least < LOW) | (least + 1.0 > HIGH)):
+        below = tl.full([], LOW - 2.0, tl.float64)
+        above = tl.full([], HIGH, tl.float64)
+        for _ in range(PROJECTION_ROUNDS):
+            middle = (below + above) * 0.5
+            b_sum = tl.zeros([BLOCK], tl.float64)
+            for start in range(0, length, BLOCK):
+                o_t = start + offsets
+                m_valid = _load_valid(p_mask, o_t, length, stride_mask)
+                b_w = tl.load(p_w + o_t, mask=m_valid, other=0.0)
+                b_x = 1.0 + (_normalized(b_w, low, high, varies) - mean.to(tl.float32))
+                b_x = tl.minimum(tl.maximum(b_x.to(tl.float64) + middle, LOW), HIGH)
+                b_sum += tl.where(m_valid, b_x, 0.0)
+            short = tl.sum(b_sum, 0) < count.to(tl.float64)
+            below = tl.where(short, middle, below)
+            above = tl.where(short, above, middle)
+        shift = (below + above) * 0.5
+    return shift
+
+
+@triton.jit(do_not_specialize=["batch", "length"])
+def weights_token_kernel(
+    focus_ptr,
+    mask_ptr,
+    visual_ptr,
+    advantage_ptr,
+    token_ptr,
+    normalized_ptr,
+    gate_ptr,
+    score_ptr,
+    group_score_ptr,
+    batch,
+    length,
+    stride_focus_b,
+    stride_focus_t,
+    stride_mask_b,
+    stride_mask_t,
+    stride_visual,
+    stride_advantage,
+    strength,
+    HAS_VISUAL: tl.constexpr,
+    SIGNED: tl.constexpr,
+    SCALE: tl.constexpr,
+    BETA: tl.constexpr,
+    TAIL_START: tl.constexpr,
+    KAPPA: tl.constexpr,
+    SCHEDULE: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    STEP_POSITION: tl.constexpr,
+    POSITION: tl.constexpr,
+    COMPENSATION: tl.constexpr,
+    GATE: tl.constexpr,
+    INTRA: tl.constexpr,
+    SCORE: tl.constexpr,
+    CLAMP: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+    NEUTRAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK)
+    p_focus = focus_ptr + row * stride_focus_b
+    p_mask = mask_ptr + row * stride_mask_b
+    p_normalized = normalized_ptr + row * length
+    visible = length
+    if HAS_VISUAL:
+        visible = tl.where(tl.load(visual_ptr + row * stride_visual) != 0, length, 0)
+    extent = length  # tokens from this column on are not valid
+    if NEUTRAL:
+        extent = visible
+
+    batch_low, batch_high = 0.0, 1.0
+    if SCALE == "batch_minmax":
+        batch_low, batch_high = _scan_batch(
+            focus_ptr,
+            mask_ptr,
+            visual_ptr,
+            batch,
+            length,
+            stride_focus_b,
+            stride_focus_t,
+            stride_mask_b,
+            stride_mask_t,
+            stride_visual,
+            HAS_VISUAL,
+            BLOCK,
+        )
+
+    count, broken, raw_low, raw_high = _survey(p_focus, p_mask, extent, visible, stride_focus_t, stride_mask_t, BLOCK)
+
+    begin = 0
+    threshold = 0
+    if COMPENSATION and GATE:
+        head = (count.to(tl.float64) * tl.full([], TAIL_START, tl.float64)).to(tl.int32)
+        top = ((count - head).to(tl.float64) * tl.full([], KAPPA, tl.float64)).to(tl.int32)
+        begin = _tail_begin(p_mask, extent, stride_mask_t, head, BLOCK)
+        threshold = _kth_largest(
+            p_focus, p_mask, begin, extent, visible, stride_focus_t, stride_mask_t, tl.maximum(top, 1), BLOCK
+        )
+
+    seen = 0
+    low = float("inf")
+    high = float("-inf")
+    total = tl.full([], 0.0, tl.float64)
+    for start in range(0, length, BLOCK):
+        o_t = start + offsets
+        m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, extent, visible, stride_focus_t, stride_mask_t)
+        b_w = b_raw
+        if SCALE == "affine":
+            b_w = (b_raw + 1.0) * 0.5
+        if SCALE == "batch_minmax":
+            b_w = _normalized(b_raw, batch_low, batch_high, batch_high > batch_low)
+        m_gate = o_t < 0
+        if COMPENSATION:
+            m_gate = m_valid & (o_t >= begin)
+            if GATE:
+                m_gate = m_gate & (_ordered_bits(b_raw) >= threshold)
+            b_rank = seen + tl.cumsum(m_valid.to(tl.int32), 0)
+            b_lift = _lift(b_rank, count, BETA, SCHEDULE, EXPONENT, STEP_POSITION, POSITION)
+            b_w = b_w * (1.0 + tl.where(m_gate, b_lift, 0.0))
+        seen += tl.sum(m_valid.to(tl.int32), 0)
+        low = tl.minimum(low, tl.min(tl.where(m_valid, b_w, float("inf")), 0))
+        high = tl.maximum(high, tl.max(tl.where(m_valid, b_w, float("-inf")), 0))
+        total += tl.sum(tl.where(m_valid, b_w, 0.0).to(tl.float64), 0)
+        tl.store(p_normalized + o_t, b_w, mask=o_t < length)
+        tl.store(gate_ptr + row * length + o_t, m_gate.to(tl.uint8), mask=o_t < length)
+
+    mean_w = total / tl.maximum(count, 1).to(tl.float64)
+    varies = high > low
+    if NEUTRAL:
+        varies = varies & (raw_high > raw_low)
+    span = tl.where(varies, high.to(tl.float64) - low.to(tl.float64), 1.0)
+    mean = tl.where(varies, (mean_w - low.to(tl.float64)) / span, 0.0)
+
+    # The compensated scores just written are read back, perhaps by other threads.
+    tl.debug_barrier()
+    shift = tl.full([], 0.0, tl.float64)
+    if CLAMP == "project" and INTRA:
+        shift = _projection_shift(
+            p_normalized, p_mask, extent, stride_mask_t, count, low, high, varies, mean, LOW, HIGH, BLOCK
+        )
+
+    strength = row_strength(advantage_ptr, row, stride_advantage, strength, NEGATIVE, SIGNED)
+    for start in range(0, length, BLOCK):
+        o_t = start + offsets
+        inside = o_t < length
+        m_valid = _load_valid(p_mask, o_t, extent, stride_mask_t)
+        b_w = tl.load(p_normalized + o_t, mask=inside, other=0.0)
+        b_normalized = tl.where(broken > 0, float("nan"), _normalized(b_w, low, high, varies))
+        tl.store(p_normalized + o_t, tl.where(m_valid, b_normalized, 0.0), mask=inside)
+        b_factor = tl.full([BLOCK], 1.0, tl.float32)
+        if INTRA:
+            b_token = scaled(_token_factor(b_normalized, mean, shift, LOW, HIGH, CLAMP), strength)
+            b_factor = tl.where(m_valid, b_token, 1.0)
+        tl.store(token_ptr + row * length + o_t, b_factor, mask=inside)
+
+    score = mean_w
+    if SCORE == "normalized_mean" or SCORE == "normalized_sum":
+        score = mean
+    if SCORE == "sum" or SCORE == "normalized_sum":
+        score = score * count.to(tl.float64)
+    score = tl.where(broken > 0, float("nan"), tl.where(count > 0, score, 0.0))
+    tl.store(score_ptr + row, score.to(tl.float32))
+    if NEUTRAL:
+        score = tl.where(count > 0, score, float("inf"))
+    tl.store(group_score_ptr + row, score)
