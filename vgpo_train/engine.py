@@ -49,6 +49,8 @@ def deepspeed_options(config: TrainConfig) -> dict[str, Any]:
         raise ConfigError(f"deepspeed: cannot read {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"deepspeed: {path} is no JSON: {error}") from error
+    if not isinstance(options, dict):
+        raise ConfigError(f"deepspeed: {path}: expected an object, got {type(options).__name__}")
     for key, owner in _OWNED.items():
         if key in options:
             raise ConfigError(f"deepspeed: {path}: {key!r} is set by {owner} of the YAML file; remove it")
