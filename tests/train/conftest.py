@@ -5,9 +5,11 @@ import os
 # One thread: the shapes are tiny, and two processes share two cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from vgpo_train.make_pictures import make_pictures
 
 
@@ -23,3 +25,13 @@ def tiny_checkpoint(pictures: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from vgpo_train.tiny_model import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("checkpoint"), pictures=pictures, warm_start_steps=8)
+
+
+@pytest.fixture(scope="session")
+def lone_process() -> Iterator[None]:
+    """A process group of one, for code that reduces over the ranks."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -1,0 +1,219 @@
+"""Configurations that cannot run are refused with the key, what was expected and what came."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vgpo_train.algorithms import GRPO, VGPO, Weighting, build_algorithm, register
+from vgpo_train.config import ConfigError, load_config, save_config
+from vgpo_train.main import main
+
+CONFIGS = Path(__file__).resolve().parents[2] / "vgpo_train" / "configs"
+SMALLEST = {
+    "model": {"path": "m"},
+    "data": {"train": "d.jsonl"},
+    "rewards": {"weights": {"exact_match": 1.0}, "accuracy": "exact_match"},
+    "output_dir": "out",
+}
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
+def test_every_shipped_file_is_valid(name: str) -> None:
+    config = load_config(CONFIGS / name, [])
+    assert Path(config.deepspeed) == CONFIGS / "zero3.json"
+    build_algorithm(config)
+
+
+def test_the_papers_settings() -> None:
+    for name in ("vgpo_7b.yaml", "vgpo_32b.yaml"):
+        config = load_config(CONFIGS / name, [])
+        loss, weights = config.loss_config(), config.vgpo_config()
+        assert (config.rollout.prompts, config.rollout.completions, config.optim.update_prompts) == (512, 8, 128)
+        assert (config.optim.lr, config.optim.weight_decay, config.epochs) == (1e-6, 1e-2, 2)
+        assert (config.rollout.temperature, config.rollout.top_p) == (1.0, 0.99)
+        assert (config.data.max_prompt_length, config.rollout.max_new_tokens) == (4096, 2048)
+        assert (config.data.min_pixels, config.data.max_pixels) == (262_144, 4_194_304)
+        assert (loss.epsilon_low, loss.epsilon_high, loss.clip_ratio_dual, loss.beta) == (0.2, 0.28, 3.0, 0.0)
+        assert tuple(config.rewards.filter_accuracy) == (0.01, 0.99)
+        assert config.eval_temperature == 0.6
+        assert (weights.beta, weights.gamma, weights.kappa) == (0.3, 0.5, 0.2)
+
+
+def test_arguments_override_the_file(smallest: Path) -> None:
+    arguments = ["optim.lr=1e-4", "algorithm=grpo", "data.test=null", "vgpo.token_clamp=[0.1,2.0]", "loss.beta=0.5"]
+    config = load_config(smallest, [*arguments, "rollout.max_new_tokens=77", "optim.betas=[0.8,0.9]"])
+    assert (config.optim.lr, config.algorithm, config.data.test) == (1e-4, "grpo", None)
+    assert config.vgpo_config().token_clamp == (0.1, 2.0)
+    assert config.loss_config().beta == 0.5
+    assert config.loss_config().max_completion_length == 77
+    assert tuple(config.optim.betas) == (0.8, 0.9)
+
+
+def test_a_saved_configuration_loads_again(smallest: Path, tmp_path: Path) -> None:
+    config = load_config(smallest, ["rewards.filter_accuracy=[0.1,0.9]", "steps=3", "vgpo.kappa=0.4"])
+    saved = tmp_path / "elsewhere" / "config.yaml"
+    saved.parent.mkdir()
+    save_config(config, saved)
+    assert load_config(saved, []) == config
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("optm.lr=1", "command line: optm: no such option; did you mean 'optim'"),
+        ("optim.learning=1", "command line: optim.learning: no such option; did you mean '"),
+        ("rollout.max_tokens=5", "rollout.max_tokens: no such option; did you mean 'max_new_tokens'"),
+        ("optim.lr=fast", "(?s)command line: .*'fast'.*lr"),
+        ("rollout.prompts=1.5", "(?s)command line: .*1.5.*prompts"),
+        ("optim=3", "command line: optim: expected keys and values, got 3"),
+        ("model.dtype=float16", "model.dtype: expected one of 'float32', 'bfloat16', got 'float16'"),
+        ("model.liger=yes", "(?s)model.liger: expected one of 'auto', 'on', 'off', got|command line"),
+        ("rollout.gather=sometimes", "rollout.gather: expected one of 'auto', 'always', 'never', got 'sometimes'"),
+        ("focus.source=attentive", "focus.source: expected one of 'similarity', got 'attentive'"),
+        ("resume=maybe", "resume: expected one of 'no', 'auto', got 'maybe'"),
+        ("rollout.temperature=0", "rollout.temperature: expected a positive number, got 0"),
+        ("optim.micro_batch=-1", "optim.micro_batch: expected a positive number, got -1"),
+        ("steps=0", "steps: expected a positive number, got 0"),
+        ("rollout.top_p=1.5", r"rollout.top_p: expected a number in \(0, 1\], got 1.5"),
+        ("rewards.filter_accuracy=[0.9,0.1]", r"rewards.filter_accuracy: expected low < high, got \(0.9, 0.1\)"),
+        ("rewards.accuracy=exact", r"rewards.accuracy: expected one of rewards.weights \(exact_match\), got 'exact'"),
+        ("optim.update_prompts=100", r"optim.update_prompts: expected a divisor of rollout.prompts \(512\), got 100"),
+        ("recipe=papers", "recipe.*papers"),
+        ("vgpo.kapa=0.2", "kapa"),
+        ("vgpo.kappa=-0.2", "kappa.*-0.2"),
+        ("loss.epsilon=0.2", "loss.epsilon: no such option; did you mean 'epsilon_"),
+        ("loss.beta=-1", "beta"),
+        ("loss.loss_type=ppo", "loss_type.*'ppo'"),
+        ("optim.lr", "expected key=value, got 'optim.lr'"),
+    ],
+)
+def test_a_wrong_value_is_named(smallest: Path, argument: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(smallest, [argument])
+
+
+def test_missing_values_are_all_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: m}\n")
+    with pytest.raises(ConfigError, match=r"run.yaml: no value for data.train, output_dir, rewards.accuracy"):
+        load_config(path, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: {path: m}", r"run.yaml: modle: no such option; did you mean 'model'"),
+        ("model: 3", "run.yaml: model: expected keys and values, got 3"),
+        ("model:", "run.yaml: model: expected keys and values, got None"),
+        ("- a\n- b", "run.yaml: expected keys and values, got ListConfig"),
+        ("model: {path: [", "run.yaml: not readable as YAML"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(path, [])
+
+
+def test_the_command_says_what_is_wrong_and_fails(tmp_path: Path, smallest: Path, capsys) -> None:
+    assert main(["--config", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err == f"error: --config: no such file: {tmp_path / 'none.yaml'}\n"
+    assert main(["--local_rank=1", "--config", str(smallest), "algorithm=grpo", "optim.typo=1"]) == 2
+    assert "error: command line: optim.typo: no such option" in capsys.readouterr().err
+
+
+def test_only_the_main_process_repeats_the_mistake(smallest: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["--config", str(smallest), "optim.typo=1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_algorithms_by_name(smallest: Path) -> None:
+    assert isinstance(build_algorithm(load_config(smallest, [])), VGPO)
+    assert isinstance(build_algorithm(load_config(smallest, ["algorithm=grpo"])), GRPO)
+    with pytest.raises(ConfigError, match=r"algorithm: expected one of .*'grpo', .*, got 'vppo'; did you mean 'v"):
+        build_algorithm(load_config(smallest, ["algorithm=vppo"]))
+
+    @register("custom")
+    class Custom:
+        wants = frozenset()
+
+        def __init__(self, config) -> None:
+            self.lr = config.optim.lr
+
+        def weigh(self, rollout, step: int) -> Weighting:  # noqa: ARG002
+            return Weighting()
+
+    assert build_algorithm(load_config(smallest, ["algorithm=custom", "optim.lr=0.5"])).lr == 0.5
+
+
+def _deepspeed_file(path: Path, content: str) -> list[str]:
+    path.write_text(content)
+    return [f"deepspeed={path}"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "ds.json is no JSON"),
+        ('{"zero_optimization": {"stage": 2}}', "ds.json: expected zero_optimization.stage 3, got 2"),
+        ("{}", "ds.json: expected zero_optimization.stage 3, got None"),
+        ("[]", "ds.json: expected an object"),
+        (
+            '{"zero_optimization": {"stage": 3}, "train_batch_size": 8}',
+            "'train_batch_size' is set by optim.update_prompts of the YAML file; remove it",
+        ),
+        (
+            '{"zero_optimization": {"stage": 3}, "optimizer": {"type": "Adam"}}',
+            "'optimizer' is set by optim of the YAML file",
+        ),
+        ('{"zero_optimization": {"stage": 3}, "fp16": {}}', "'fp16' is set by model.dtype"),
+    ],
+)
+def test_a_wrong_deepspeed_file_is_named(smallest: Path, tmp_path: Path, content: str, message: str) -> None:
+    from vgpo_train.engine import deepspeed_options
+
+    config = load_config(smallest, _deepspeed_file(tmp_path / "ds.json", content))
+    with pytest.raises(ConfigError, match=f"deepspeed: .*{message}"):
+        deepspeed_options(config)
+
+
+def test_a_missing_deepspeed_file_is_named(smallest: Path) -> None:
+    from vgpo_train.engine import deepspeed_options
+
+    with pytest.raises(ConfigError, match=r"deepspeed: cannot read .*zero3.json: No such file"):
+        deepspeed_options(load_config(smallest, []))
+
+
+def test_deepspeed_gets_what_the_yaml_file_says(smallest: Path, tmp_path: Path) -> None:
+    from vgpo_train.engine import deepspeed_options
+
+    ours = {"zero_optimization": {"stage": 3, "overlap_comm": False}, "communication_data_type": "fp32"}
+    arguments = _deepspeed_file(tmp_path / "ds.json", json.dumps(ours))
+    options = deepspeed_options(load_config(smallest, [*arguments, "optim.micro_batch=3", "optim.max_grad_norm=0.5"]))
+    assert options.items() >= ours.items()
+    assert options["train_micro_batch_size_per_gpu"] == 3
+    assert options["gradient_clipping"] == 0.5
+    assert options["bf16"] == {"enabled": True}
+
+
+def test_liger_on_a_cpu_is_refused(smallest: Path) -> None:
+    import torch
+
+    from vgpo_train.engine import _apply_liger
+
+    if torch.cuda.is_available():
+        pytest.skip("Liger's kernels run here")
+    config = load_config(smallest, ["model.liger='on'"])
+    with pytest.raises(ConfigError, match=r"model.liger: Liger's kernels need a GPU; set it to auto or off"):
+        _apply_liger(config.model, None)

@@ -1,0 +1,167 @@
+"""The policy's forward on a real tiny Qwen2.5-VL: inputs, log-probabilities, focus, the companion."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from train_stand_ins import PlainEngine, collator, mixed_samples, random_completions
+
+from vgpo_train import policy
+from vgpo_train.batching import build_companion, micro_batches
+from vgpo_train.data import PromptBatch
+from vgpo_train.experience import image_ids, score
+from vgpo_train.model import load_model
+from vgpo_train.rollout import Completions
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_checkpoint: Path) -> PlainEngine:
+    return PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32))
+
+
+@pytest.fixture(scope="module")
+def prompts(tiny_checkpoint: Path, pictures: Path) -> PromptBatch:
+    # One picture, none, two: three prompt lengths.
+    return collator(tiny_checkpoint)(mixed_samples(pictures, "ptd"))
+
+
+@pytest.fixture
+def completions() -> Completions:
+    return random_completions([7, 1, 4])
+
+
+def _row(completions: Completions, row: int) -> Completions:
+    length = int(completions.mask[row].sum())
+    return Completions(completions.ids[[row], :length], completions.mask[[row], :length])
+
+
+def _score(engine: PlainEngine, prompts: PromptBatch, completions: Completions, *, per_image: bool = False):
+    return score(engine, None, prompts.tensors(), completions, temperature=0.7, wants_focus=True, per_image=per_image)
+
+
+def test_inputs_keep_token_types_and_leave_vision_inputs_alone(prompts: PromptBatch, completions: Completions) -> None:
+    before = prompts.tensors()
+    width = before["input_ids"].shape[1]
+    inputs = policy.model_inputs(before, completions)
+    assert set(inputs) == set(before)
+    assert "mm_token_type_ids" in before
+    for name, tail in (
+        ("input_ids", completions.ids),
+        ("attention_mask", completions.mask.long()),
+        ("mm_token_type_ids", torch.zeros_like(completions.ids)),
+    ):
+        assert torch.equal(inputs[name], torch.cat([before[name], tail], dim=1))
+    assert inputs["mm_token_type_ids"][:, :width].any(), "the pictures' token types must survive"
+    for name in ("pixel_values", "image_grid_thw"):
+        assert inputs[name] is before[name]
+
+
+def test_a_vision_input_of_the_prompts_shape_is_not_extended(completions: Completions) -> None:
+    # Three rows of five tokens, and by chance a (3, 5) floating vision input.
+    inputs = {"input_ids": torch.ones(3, 5, dtype=torch.long), "pixel_values": torch.ones(3, 5)}
+    assert policy.model_inputs(inputs, completions)["pixel_values"].shape == (3, 5)
+
+
+def test_dropping_token_types_would_change_log_probabilities(
+    engine: PlainEngine, prompts: PromptBatch, completions: Completions
+) -> None:
+    # Without them the tower's patches get text positions (or the model refuses): what the first test guards.
+    inputs = prompts.take([0]).tensors()
+    own = _row(completions, 0)
+    right = policy.forward(engine, inputs, own, temperature=1.0).logps
+    del inputs["mm_token_type_ids"]
+    try:
+        wrong = policy.forward(engine, inputs, own, temperature=1.0).logps
+    except (ValueError, TypeError):
+        return
+    assert not torch.allclose(right, wrong, atol=1e-3)
+
+
+def test_log_probabilities_are_those_of_each_token_given_all_before(
+    engine: PlainEngine, prompts: PromptBatch, completions: Completions
+) -> None:
+    logps = policy.forward(engine, prompts.tensors(), completions, temperature=0.7).logps
+    for row in range(3):
+        own = _row(completions, row)
+        inputs = policy.model_inputs(prompts.take([row]).tensors(), own)
+        length = own.ids.shape[1]
+        logits = engine.module(**inputs).logits[0, -length - 1 : -1].double() / 0.7
+        expected = torch.log_softmax(logits, -1)[torch.arange(length), own.ids[0]]
+        assert logps.dtype == torch.float32
+        # Attention over a padded row adds in another order.
+        torch.testing.assert_close(logps[row, :length].double(), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+def test_left_padding_changes_neither_log_probabilities_nor_focus(
+    engine: PlainEngine, prompts: PromptBatch, completions: Completions, per_image: bool
+) -> None:
+    assert len(set(prompts.prompt_lengths)) == 3, "rows of one length would not be padded"
+    together = _score(engine, prompts, completions, per_image=per_image)
+    assert together.has_visual.tolist() == [True, False, True]
+    for row in range(3):
+        own = _row(completions, row)
+        length = own.ids.shape[1]
+        alone = _score(engine, prompts.take([row]), own, per_image=per_image)
+        torch.testing.assert_close(together.old_logps[row, :length], alone.old_logps[0], atol=2e-5, rtol=0)
+        torch.testing.assert_close(together.focus[row, :length], alone.focus[0], atol=2e-6, rtol=0)
+        assert not together.focus[row, length:].any()
+    assert not together.focus[1].any(), "a row without a picture has no focus"
+    assert together.focus[0].abs().min() > 0
+
+
+def test_generating_leaves_no_trace_in_the_next_forward(
+    engine: PlainEngine, prompts: PromptBatch, completions: Completions
+) -> None:
+    # Qwen2.5-VL remembers the position offsets of its last prefill.
+    before = _score(engine, prompts, completions)
+    inputs = prompts.take([2, 0, 1]).tensors()
+    engine.module.generate(**inputs, max_new_tokens=3, do_sample=False)
+    after = _score(engine, prompts, completions)
+    assert torch.equal(before.old_logps, after.old_logps)
+    assert torch.equal(before.focus, after.focus)
+
+
+def test_the_companion_changes_no_gradient(tiny_checkpoint: Path, pictures: Path) -> None:
+    engine = PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32))
+    make = collator(tiny_checkpoint)
+    prompts, completions = make(mixed_samples(pictures, "tt")), random_completions([5, 3])
+    companion = build_companion(make)
+    (batch,) = micro_batches(prompts, completions, [0, 1], companion, size=2)
+    assert batch.prompts.images_per_row == [0, 0, 1]
+    assert batch.completions.mask.sum(1).tolist() == [5, 3, 0]
+
+    def gradients(inputs, own: Completions) -> dict[str, torch.Tensor]:
+        engine.module.zero_grad()
+        logps = policy.forward(engine, inputs, own, temperature=1.0).logps
+        logps.masked_fill(~own.mask, 0.0).sum().backward()
+        return {name: p.grad for name, p in engine.module.named_parameters() if p.grad is not None}
+
+    without = gradients(prompts.tensors(), completions)
+    with_companion = gradients(batch.prompts.tensors(), batch.completions)
+    assert not any("visual" in name for name in without), "text alone does not reach the tower"
+    assert any("visual" in name for name in with_companion), "the companion runs the tower forward and backward"
+    for name, gradient in with_companion.items():
+        expected = without.get(name, torch.zeros_like(gradient))
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(
+            gradient, expected, atol=1e-5 * scale, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def test_image_ids_number_the_pictures_of_a_row() -> None:
+    visual = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]).bool()
+    assert image_ids(visual).tolist() == [[-1, 0, 0, -1, 1, -1], [0, -1, -1, -1, -1, 1], [-1] * 6]
+
+
+def test_a_model_without_last_hidden_state_is_named() -> None:
+    class Odd(torch.nn.Module):
+        base_model = torch.nn.Identity()
+
+        def forward(self, input_ids, attention_mask, **_):  # noqa: ARG002
+            return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 9)})()
+
+    inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    own = Completions(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="Odd: its base model gives no last_hidden_state"):
+        policy.forward(PlainEngine(Odd()), inputs, own, temperature=1.0, with_hidden_states=True)

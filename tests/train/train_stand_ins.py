@@ -1,0 +1,93 @@
+"""What several tests of the driver share: an engine without DeepSpeed, prompts, completions."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vgpo_train.data import PromptBatch, PromptCollator, Sample
+from vgpo_train.model import load_processor
+from vgpo_train.rollout import Completions
+from vgpo_train.updates import Experience
+
+
+class PlainEngine:
+    """What the driver uses of a DeepSpeed engine, on one process and without an optimizer."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.device = torch.device("cpu")
+        self.boundaries: list[bool] = []
+        self.steps = 0
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def train(self, mode: bool = True) -> None:
+        self.module.train(mode)
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        self.boundaries.append(is_boundary)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.steps += 1
+
+    def was_step_applied(self) -> bool:
+        return True
+
+    def get_global_grad_norm(self) -> float:
+        return 1.0
+
+
+def collator(checkpoint: Path) -> PromptCollator:
+    """Returns a collator with the checkpoint's processor."""
+    return PromptCollator(load_processor(checkpoint), max_prompt_length=200)
+
+
+def mixed_samples(pictures: Path, kinds: str) -> list[Sample]:
+    """Returns one sample a letter of `kinds`: p with a picture, t without, d with two."""
+    rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()]
+    numbers = {"t": 0, "p": 1, "d": 2}
+    samples = []
+    for place, kind in enumerate(kinds):
+        own = rows[2 * place : 2 * place + numbers[kind]]
+        paths = tuple(pictures / row["images"][0] for row in own)
+        # Problems of different lengths, so that prompts need padding.
+        problem = rows[place]["problem"] + " Count." * (place % 3)
+        samples.append(Sample(f"{kind}{place}", problem, rows[place]["answer"], paths))
+    return samples
+
+
+def random_completions(lengths: list[int], seed: int = 0) -> Completions:
+    """Returns completions of the given lengths, of plain tokens of the tiny tokenizer."""
+    draw = random.Random(seed)
+    longest = max(lengths)
+    ids = torch.tensor([[draw.randrange(200, 300) for _ in range(longest)] for _ in lengths])
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    return Completions(ids.masked_fill(~mask, 347), mask)
+
+
+def experience(prompts: PromptBatch, completions: Completions, seed: int = 0, **changes: Any) -> Experience:
+    """Returns an experience with random advantages, log-probabilities and factors."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = completions.mask.shape
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.rand(*size, generator=generator)
+
+    fields = {
+        "advantages": draw(shape[0]) * 4 - 2,
+        "old_logps": -6 + draw(*shape),
+        "ref_logps": -6 + draw(*shape),
+        "token_weights": 0.5 + draw(*shape),
+        "trajectory_weights": 0.5 + draw(shape[0]),
+    }
+    return Experience(prompts, completions, **(fields | changes))
