@@ -12,7 +12,10 @@ from vgpo_kernels.weights.token_kernels import weights_token_kernel
 
 _TOKEN_BLOCK = 512
 _ROW_BLOCK = 256
-_WARPS = 4
+_LAUNCH = {"num_warps": 4}
+if torch.version.hip is None:
+    # Left alone, ptxas spills a register or two of the token kernel to fit one more block on a processor.
+    _LAUNCH["maxnreg"] = 128
 
 
 def weights(
@@ -53,7 +56,7 @@ def weights(
         strength=warmup,
         HAS_VISUAL=has_visual is not None,
         **_token_options(config, source, advantages is not None),
-        num_warps=_WARPS,
+        **_LAUNCH,
     )
     if not config.inter:
         return token, torch.ones_like(score), normalized, gate, score
@@ -68,7 +71,7 @@ def weights(
         stride_advantage=0 if advantages is None else advantages.stride(0),
         strength=warmup,
         **_group_options(config, advantages is not None),
-        num_warps=_WARPS,
+        **_LAUNCH,
     )
     return token, trajectory, normalized, gate, score
 
@@ -132,15 +135,14 @@ def compile_cases() -> list[CompileCase]:
     for name, config in configs.items():
         signed = config.negative_strength != 1
         token = {"HAS_VISUAL": True, **_token_options(config, "similarity", signed)}
-        options = {"num_warps": _WARPS}
         cases += [
-            CompileCase(f"weights_token[{name}]", weights_token_kernel, _TOKEN_SIGNATURE, token, options),
+            CompileCase(f"weights_token[{name}]", weights_token_kernel, _TOKEN_SIGNATURE, token, _LAUNCH),
             CompileCase(
                 f"weights_group[{name}]",
                 weights_group_kernel,
                 _GROUP_SIGNATURE,
                 _group_options(config, signed),
-                options,
+                _LAUNCH,
             ),
         ]
     return cases

@@ -154,7 +154,8 @@ def _lift(
     # float64 tells p >= step_position as the reference does.
     b_p = b_t.to(tl.float64) / last.to(tl.float64)
     if SCHEDULE == "exponential":
-        b_p = tl.where(b_p > 0.0, tl.exp2(tl.full([], EXPONENT, tl.float64) * tl.log2(b_p)), 0.0)
+        b_power = tl.exp2(tl.full([], EXPONENT, tl.float64) * tl.log2(tl.where(b_p > 0.0, b_p, 1.0)))
+        b_p = tl.where(b_p > 0.0, b_power, 0.0)
     else:
         b_p = (b_p >= tl.full([], STEP_POSITION, tl.float64)).to(tl.float64)
     return (tl.full([], BETA, tl.float64) * b_p).to(tl.float32)
