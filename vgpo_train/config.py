@@ -161,6 +161,7 @@ def load_config(file: str | Path, overrides: list[str]) -> TrainConfig:
     if missing:
         raise ConfigError(f"{path}: no value for {', '.join(missing)}")
     config: TrainConfig = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    _restore_words(config)
     config.deepspeed = str((path.parent / config.deepspeed).resolve())
     _check(config)
     return config
@@ -190,6 +191,12 @@ def _check_keys(layer: DictConfig, schema: DictConfig, origin: str, prefix: str 
         if not isinstance(child, DictConfig):
             raise ConfigError(f"{origin}: {prefix}{key}: expected keys and values, got {layer[key]!r}")
         _check_keys(child, expected, origin, f"{prefix}{key}.")
+
+
+def _restore_words(config: TrainConfig) -> None:
+    # YAML reads the bare words on, off and no as booleans.
+    config.model.liger = {"True": "on", "False": "off"}.get(config.model.liger, config.model.liger)
+    config.resume = {"False": "no"}.get(config.resume, config.resume)
 
 
 def _nearest(key: str, known: list[str]) -> str:
