@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels.policy_loss import PolicyLossConfig, PolicyLossOutput, policy_loss
-from vgpo_kernels.testing import ragged_mask
+from vgpo_kernels.testing import assert_error_budget, ragged_mask
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,25 @@ def _row_terms(inputs: Inputs, logps: Tensor, b: int, config: PolicyLossConfig) 
             kl = kl.clamp(-config.kl_limit, config.kl_limit)
         loss = loss + config.beta * kl
     return loss
+
+
+def assert_mean_within_budget(name: str, actual: Tensor, same_dtype: Tensor, exact: Tensor, magnitude: Tensor) -> None:
+    """The error budget for a mean: terms of both signs cancel, their rounding errors do not.
+
+    So an ulp is that of `magnitude`, the same mean of the terms' absolute values.
+    """
+    beside = [torch.stack([value.double(), magnitude]) for value in (actual, same_dtype, exact)]
+    assert_error_budget(name, beside[0].to(actual.dtype), beside[1].to(actual.dtype), beside[2])
+
+
+def mean_magnitude(per_token: Tensor, mask: Tensor, config: PolicyLossConfig, num_items: float | None) -> Tensor:
+    """The loss if every token's loss were positive."""
+    rows, tokens = per_token.abs().sum(1), mask.sum(1)
+    if config.loss_type == "grpo":
+        return (rows / tokens.clamp(min=1)).mean()
+    if config.loss_type == "dr_grpo":
+        return rows.sum() / (len(rows) * config.max_completion_length)
+    return rows.sum() / (num_items or tokens.sum().clamp(min=1))
 
 
 def loss_and_gradient(inputs: Inputs, config: PolicyLossConfig, **options) -> tuple[PolicyLossOutput, Tensor]:
