@@ -73,7 +73,7 @@ def _projection_shift(
     return shift
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "stride_group", "stride_advantage"])
 def weights_group_kernel(
     group_score_ptr,
     group_ptr,

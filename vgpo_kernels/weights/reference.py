@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vgpo_kernels.weights.config import VGPOConfig
 
-# Trajectory scores this close (relative) differ by the order of their sums only, and count as equal.
-SCORE_RESOLUTION = 2.0**-30
+# Trajectory scores this close (relative) differ by float32's rounding only, and count as equal.
+SCORE_RESOLUTION = 2.0**-22
 PROJECTION_ROUNDS = 52
 
 

@@ -230,7 +230,16 @@ def _projection_shift(
     return shift
 
 
-@triton.jit(do_not_specialize=["batch", "length"])
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "length",
+        "stride_focus_b",
+        "stride_mask_b",
+        "stride_visual",
+        "stride_advantage",
+    ]
+)
 def weights_token_kernel(
     focus_ptr,
     mask_ptr,
