@@ -68,14 +68,14 @@ def test_every_option(config, device):
         ([1], 1),  # the smallest batch
         ([2], 2),  # one row
         ([1, 0, 1], 1),  # one column, one row of padding
-        ([1024, 1000], 1024),  # exactly one tile
-        ([1025, 1024], 1025),  # one token in a second tile, once masked
-        ([5000, 4097], 5000),  # five tiles
+        ([512, 500], 512),  # exactly one tile
+        ([513, 512], 513),  # one token in a second tile, once masked
+        ([5000, 4609], 5000),  # ten tiles
         ([0, 3000], 3001),  # tiles that are all padding
     ],
 )
 def test_sizes(lengths, length, config, device):
-    assert kernels.BLOCK == 1024
+    assert kernels.BLOCK == 512
     assert_matches_reference(random_inputs(lengths, length), config, device)
 
 
