@@ -95,7 +95,8 @@ def build_reference(config: TrainConfig) -> Any:
     model = _load_sharded(config.model, options)
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=options)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def _load_sharded(config: ModelConfig, options: dict[str, Any]) -> Any:
