@@ -1,0 +1,39 @@
+"""The operator `vgpo::visual_focus_score`: what torch.compile sees of the room."""
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels.focus.values import check_values
+
+
+@torch.library.custom_op("vgpo::visual_focus_score", mutates_args=())
+def visual_focus_score(
+    hidden_states: Tensor,
+    visual_mask: Tensor,
+    completion_mask: Tensor,
+    image_ids: Tensor | None,
+    seq_ids: Tensor | None,
+    impl: str | None,
+) -> Tensor:
+    """Scores each completion token against the visual prototypes; arguments as in the public function."""
+    module = implementation("focus", impl, hidden_states)
+    if checks_values(impl, hidden_states):
+        check_values(visual_mask, completion_mask, image_ids, seq_ids)
+    focus: Tensor = module.visual_focus_score(
+        hidden_states, visual_mask.bool(), completion_mask.bool(), image_ids, seq_ids
+    )
+    return focus
+
+
+@visual_focus_score.register_fake
+def _(
+    hidden_states: Tensor,
+    visual_mask: Tensor,  # noqa: ARG001
+    completion_mask: Tensor,  # noqa: ARG001
+    image_ids: Tensor | None,  # noqa: ARG001
+    seq_ids: Tensor | None,  # noqa: ARG001
+    impl: str | None,  # noqa: ARG001
+) -> Tensor:
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    return hidden_states.new_empty(hidden_states.shape[:2], dtype=dtype)
