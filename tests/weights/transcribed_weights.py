@@ -1,4 +1,4 @@
-"""The formulas of `docs/algorithm.md` in float64, one row and one group at a time: nothing is shared with the package."""
+"""The formulas of `docs/algorithm.md` in float64, a row and a group at a time, sharing nothing with the package."""
 
 import math
 

@@ -13,7 +13,8 @@ def _load_members(p_score, p_group, o_b, batch, stride_group, group, first, last
     inside = o_b < batch
     b_group = tl.load(p_group + o_b.to(tl.int64) * stride_group, mask=inside, other=0).to(tl.int64)
     b_score = tl.load(p_score + o_b, mask=inside, other=float("inf"))
-    m_member = inside & (b_group == group) & (o_b > first) & (o_b < last) & is_finite(b_score)
+    m_member = inside & (b_group == group) & (o_b > first) & (o_b < last)
+    m_member = m_member & (tl.abs(b_score) < float("inf"))
     return m_member, tl.where(m_member, b_score, 0.0)
 
 
@@ -59,7 +60,7 @@ def _projection_shift(
         above = tl.full([], HIGH, tl.float64)
         for _ in range(PROJECTION_ROUNDS):
             middle = (below + above) * 0.5
-            b_sum = tl.zeros([BLOCK], tl.float64)
+            b_sum = tl.full([BLOCK], 0, tl.float64)
             for start in range(0, batch, BLOCK):
                 m_member, b_score = _load_members(
                     p_score, p_group, start + offsets, batch, stride_group, group, first, last
@@ -103,7 +104,7 @@ def weights_group_kernel(
     members = 0
     low = tl.full([], float("inf"), tl.float64)
     high = tl.full([], float("-inf"), tl.float64)
-    b_total = tl.zeros([BLOCK], tl.float64)
+    b_total = tl.full([BLOCK], 0, tl.float64)
     for start in range(0, batch, BLOCK):
         m_member, b_score = _load_members(
             group_score_ptr, group_ptr, start + offsets, batch, stride_group, group, first, last

@@ -5,9 +5,8 @@ min-max over a group would magnify float32's rounding of long sums.
 """
 
 from vgpo_kernels._triton import tl, triton
-from vgpo_kernels.weights import reference
 
-PROJECTION_ROUNDS = tl.constexpr(reference.PROJECTION_ROUNDS)
+PROJECTION_ROUNDS = tl.constexpr(32)  # leaves the shift uncertain by 1e-9, below what float32 shows
 
 
 @triton.jit
@@ -98,37 +97,41 @@ def _scan_batch(
 
 
 @triton.jit
-def _tail_begin(p_mask, length, stride_mask, head, BLOCK: tl.constexpr):
-    """The column of the first valid token behind the row's `head` first ones; `length` if there is none."""
+def _write_tail_keys(p_focus, p_mask, p_keys, length, visible, stride_focus, stride_mask, head, BLOCK: tl.constexpr):
+    """Writes the ordered bits of the scores behind the row's `head` first ones, the least integer elsewhere.
+
+    Returns the tail's first column.
+    """
     offsets = tl.arange(0, BLOCK)
     seen = 0
     begin = length
     for start in range(0, length, BLOCK):
         o_t = start + offsets
-        b_valid = _load_valid(p_mask, o_t, length, stride_mask).to(tl.int32)
-        b_behind = (b_valid != 0) & (seen + tl.cumsum(b_valid, 0) > head)
-        begin = tl.minimum(begin, tl.min(tl.where(b_behind, o_t, length), 0))
-        seen += tl.sum(b_valid, 0)
+        m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, length, visible, stride_focus, stride_mask)
+        m_tail = m_valid & (seen + tl.cumsum(m_valid.to(tl.int32), 0) > head)
+        b_keys = tl.where(m_tail, _ordered_bits(b_raw), -2147483648)
+        tl.store(p_keys + o_t, b_keys.to(tl.float32, bitcast=True), mask=o_t < length)
+        begin = tl.minimum(begin, tl.min(tl.where(m_tail, o_t, length), 0))
+        seen += tl.sum(m_valid.to(tl.int32), 0)
     return begin
 
 
 @triton.jit
-def _kth_largest(p_focus, p_mask, begin, length, visible, stride_focus, stride_mask, k, BLOCK: tl.constexpr):
-    """The k-th largest of the valid scores from column `begin` on, as ordered bits: 32 halvings, no sort."""
+def _kth_largest(p_keys, begin, length, k, BLOCK: tl.constexpr):
+    """The k-th largest of the keys from column `begin` on: 32 halvings of the integers, no sort."""
     offsets = tl.arange(0, BLOCK)
-    low = tl.full([], -2147483648, tl.int64)  # at least k scores are not below it
+    low = tl.full([], -2147483648, tl.int64)  # at least k keys are not below it, if there are k
     high = tl.full([], 2147483648, tl.int64)  # fewer than k are not below it
     for _ in range(32):
-        middle = ((low + high) >> 1).to(tl.int32)
-        b_count = tl.zeros([BLOCK], tl.int32)
+        middle = (low + high) >> 1
+        b_count = tl.full([BLOCK], 0, tl.int32)
         for start in range((begin // BLOCK) * BLOCK, length, BLOCK):
             o_t = start + offsets
-            m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, length, visible, stride_focus, stride_mask)
-            m_tail = m_valid & (o_t >= begin)
-            b_count += (m_tail & (_ordered_bits(b_raw) >= middle)).to(tl.int32)
+            b_keys = tl.load(p_keys + o_t, mask=o_t < length, other=0.0).to(tl.int32, bitcast=True)
+            b_count += ((b_keys >= middle.to(tl.int32)) & (o_t < length)).to(tl.int32)
         enough = tl.sum(b_count, 0) >= k
-        low = tl.where(enough, middle.to(tl.int64), low)
-        high = tl.where(enough, high, middle.to(tl.int64))
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
     return low.to(tl.int32)
 
 
@@ -215,12 +218,13 @@ def _projection_shift(
         above = tl.full([], HIGH, tl.float64)
         for _ in range(PROJECTION_ROUNDS):
             middle = (below + above) * 0.5
-            b_sum = tl.zeros([BLOCK], tl.float64)
+            b_sum = tl.full([BLOCK], 0, tl.float64)
             for start in range(0, length, BLOCK):
                 o_t = start + offsets
-                m_valid = _load_valid(p_mask, o_t, length, stride_mask)
+                inside = o_t < length
+                m_valid = inside & (tl.load(p_mask + o_t.to(tl.int64) * stride_mask, mask=inside, other=0) != 0)
                 b_w = tl.load(p_w + o_t, mask=m_valid, other=0.0)
-                b_x = 1.0 + (_normalized(b_w, low, high, varies) - mean.to(tl.float32))
+                b_x = 1.0 + (tl.div_rn(b_w - low, high - low) - mean.to(tl.float32))
                 b_x = tl.minimum(tl.maximum(b_x.to(tl.float64) + middle, LOW), HIGH)
                 b_sum += tl.where(m_valid, b_x, 0.0)
             short = tl.sum(b_sum, 0) < count.to(tl.float64)
@@ -284,7 +288,8 @@ def weights_token_kernel(
     offsets = tl.arange(0, BLOCK)
     p_focus = focus_ptr + row * stride_focus_b
     p_mask = mask_ptr + row * stride_mask_b
-    p_normalized = normalized_ptr + row * length
+    p_token = token_ptr + row * length  # holds the gate's keys first
+    p_normalized = normalized_ptr + row * length  # holds the compensated scores first
     visible = length
     if HAS_VISUAL:
         visible = tl.where(tl.load(visual_ptr + row * stride_visual) != 0, length, 0)
@@ -311,15 +316,14 @@ def weights_token_kernel(
 
     count, broken, raw_low, raw_high = _survey(p_focus, p_mask, extent, visible, stride_focus_t, stride_mask_t, BLOCK)
 
-    begin = 0
     threshold = 0
     if COMPENSATION and GATE:
         head = (count.to(tl.float64) * tl.full([], TAIL_START, tl.float64)).to(tl.int32)
         top = ((count - head).to(tl.float64) * tl.full([], KAPPA, tl.float64)).to(tl.int32)
-        begin = _tail_begin(p_mask, extent, stride_mask_t, head, BLOCK)
-        threshold = _kth_largest(
-            p_focus, p_mask, begin, extent, visible, stride_focus_t, stride_mask_t, tl.maximum(top, 1), BLOCK
-        )
+        begin = _write_tail_keys(p_focus, p_mask, p_token, extent, visible, stride_focus_t, stride_mask_t, head, BLOCK)
+        tl.debug_barrier()  # other threads may read what this one wrote
+        threshold = _kth_largest(p_token, begin, extent, tl.maximum(top, 1), BLOCK)
+        threshold = tl.maximum(threshold, -2147483647)  # an empty tail opens no gate
 
     seen = 0
     low = float("inf")
@@ -335,9 +339,10 @@ def weights_token_kernel(
             b_w = _normalized(b_raw, batch_low, batch_high, batch_high > batch_low)
         m_gate = o_t < 0
         if COMPENSATION:
-            m_gate = m_valid & (o_t >= begin)
+            m_gate = m_valid
             if GATE:
-                m_gate = m_gate & (_ordered_bits(b_raw) >= threshold)
+                b_keys = tl.load(p_token + o_t, mask=m_valid, other=0.0).to(tl.int32, bitcast=True)
+                m_gate = m_valid & (b_keys >= threshold)
             b_rank = seen + tl.cumsum(m_valid.to(tl.int32), 0)
             b_lift = _lift(b_rank, count, BETA, SCHEDULE, EXPONENT, STEP_POSITION, POSITION)
             b_w = b_w * (1.0 + tl.where(m_gate, b_lift, 0.0))
@@ -355,7 +360,6 @@ def weights_token_kernel(
     span = tl.where(varies, high.to(tl.float64) - low.to(tl.float64), 1.0)
     mean = tl.where(varies, (mean_w - low.to(tl.float64)) / span, 0.0)
 
-    # The compensated scores just written are read back, perhaps by other threads.
     tl.debug_barrier()
     shift = tl.full([], 0.0, tl.float64)
     if CLAMP == "project" and INTRA:
@@ -375,7 +379,7 @@ def weights_token_kernel(
         if INTRA:
             b_token = scaled(_token_factor(b_normalized, mean, shift, LOW, HIGH, CLAMP), strength)
             b_factor = tl.where(m_valid, b_token, 1.0)
-        tl.store(token_ptr + row * length + o_t, b_factor, mask=inside)
+        tl.store(p_token + o_t, b_factor, mask=inside)
 
     score = mean_w
     if SCORE == "normalized_mean" or SCORE == "normalized_sum":
