@@ -2,7 +2,7 @@
 
 from vgpo_kernels._triton import tl, triton
 from vgpo_kernels.weights import reference
-from vgpo_kernels.weights.token_kernels import PROJECTION_ROUNDS, is_finite, row_strength, scaled
+from vgpo_kernels.weights.token_kernels import PROJECTION_ROUNDS, row_strength, scaled
 
 _RESOLUTION = tl.constexpr(reference.SCORE_RESOLUTION)
 
@@ -113,11 +113,14 @@ def weights_group_kernel(
         low = tl.minimum(low, tl.min(tl.where(m_member, b_score, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(m_member, b_score, float("-inf")), 0))
         b_total += b_score
+    takes_part = tl.abs(own) < float("inf")
+    low = tl.where(takes_part, low, 0.0)
+    high = tl.where(takes_part, high, 0.0)
     differ = high - low > _RESOLUTION * tl.maximum(tl.abs(low), tl.abs(high))
     span = tl.where(differ, high - low, 1.0)
     mean = (tl.sum(b_total, 0) / tl.maximum(members, 1).to(tl.float64) - low) / span
 
-    factor = 1.0 + ((own - low) / span - mean)
+    factor = 1.0 + ((tl.where(takes_part, own, low) - low) / span - mean)
     if CLAMP == "project":
         factor += _projection_shift(
             group_score_ptr,
@@ -140,7 +143,6 @@ def weights_group_kernel(
         factor = tl.minimum(tl.maximum(factor, LOW), HIGH)
 
     strength = row_strength(advantage_ptr, o_row, stride_advantage, strength, NEGATIVE, SIGNED)
-    takes_part = is_finite(own)
-    factor = tl.where(takes_part & differ, scaled(factor, strength.to(tl.float64)), 1.0)
+    factor = tl.where(differ, scaled(factor, strength.to(tl.float64)), 1.0)
     factor = tl.where(own != own, float("nan"), factor)
     tl.store(trajectory_ptr + o_row, factor.to(tl.float32))

@@ -22,7 +22,7 @@ def _schema() -> str:
     options = ", ".join(f"{_SCHEMA_TYPES[field.type]} {field.name}" for field in dataclasses.fields(VGPOConfig))
     return (
         "(Tensor focus, Tensor completion_mask, Tensor group_ids, Tensor? has_visual, Tensor? advantages, *, "
-        f"str source, int? step, str? impl, {options}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"str source, SymInt? step, str? impl, {options}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     )
 
 

@@ -373,11 +373,13 @@ def weights_token_kernel(
         inside = o_t < length
         m_valid = _load_valid(p_mask, o_t, extent, stride_mask_t)
         b_w = tl.load(p_normalized + o_t, mask=inside, other=0.0)
-        b_normalized = tl.where(broken > 0, float("nan"), _normalized(b_w, low, high, varies))
-        tl.store(p_normalized + o_t, tl.where(m_valid, b_normalized, 0.0), mask=inside)
+        b_normalized = _normalized(b_w, low, high, varies)
+        b_stored = tl.where(broken > 0, float("nan"), b_normalized)
+        tl.store(p_normalized + o_t, tl.where(m_valid, b_stored, 0.0), mask=inside)
         b_factor = tl.full([BLOCK], 1.0, tl.float32)
         if INTRA:
             b_token = scaled(_token_factor(b_normalized, mean, shift, LOW, HIGH, CLAMP), strength)
+            b_token = tl.where(broken > 0, float("nan"), b_token)
             b_factor = tl.where(m_valid, b_token, 1.0)
         tl.store(p_token + o_t, b_factor, mask=inside)
 
