@@ -12,12 +12,13 @@ from vgpo_train.config import ConfigError, RolloutConfig
 from vgpo_train.model import load_model, load_processor, visual_token_ids
 from vgpo_train.rollout import Completions, TransformersEngine, build_rollout_engine, completion_mask, register
 
-END, PAD = 346, 347
-
 
 def _engine(model, *, suppressed: list[int] | None = None, ends: list[int] | None = None, **settings):
+    text = model.config.text_config
     config = RolloutConfig(max_new_tokens=6, gather="never", **settings)
-    return TransformersEngine(config, PlainEngine(model), suppressed or [], PAD, ends or [END])
+    return TransformersEngine(
+        config, PlainEngine(model), suppressed or [], text.pad_token_id, ends or [text.eos_token_id]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,11 @@ def test_sampling_follows_the_rollouts_settings_and_the_seed(tiny_checkpoint: Pa
 
     def sample(seed: int, temperature: float, **settings) -> torch.Tensor:
         torch.manual_seed(seed)
-        return _engine(model, ends=[399], **settings).generate(inputs, temperature=temperature).ids
+        return (
+            _engine(model, ends=[model.config.text_config.vocab_size], **settings)
+            .generate(inputs, temperature=temperature)
+            .ids
+        )
 
     greedy = sample(0, 0.0)
     assert torch.equal(greedy, sample(1, 0.0))
@@ -115,12 +120,13 @@ def test_completions_end_where_the_checkpoints_generation_settings_say(tiny_chec
     from vgpo_train.trainer import end_tokens
 
     tokenizer = load_processor(tiny_checkpoint).tokenizer
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
-    assert end_tokens(str(folder), tokenizer) == [END]
-    GenerationConfig(eos_token_id=[END, PAD]).save_pretrained(folder)
-    assert end_tokens(str(folder), tokenizer) == [END, PAD]
+    assert end_tokens(str(folder), tokenizer) == [end]
+    GenerationConfig(eos_token_id=[end, pad]).save_pretrained(folder)
+    assert end_tokens(str(folder), tokenizer) == [end, pad]
     (folder / "generation_config.json").unlink()
-    assert end_tokens(str(folder), tokenizer) == [tokenizer.eos_token_id]
+    assert end_tokens(str(folder), tokenizer) == [end]
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match=r"model.path: .* names no end-of-sequence token"):
         end_tokens(str(folder), tokenizer)

@@ -52,6 +52,12 @@ def collator(checkpoint: Path) -> PromptCollator:
     return PromptCollator(load_processor(checkpoint), max_prompt_length=200)
 
 
+def end_and_pad(checkpoint: Path) -> tuple[int, int]:
+    """Returns the ids of a checkpoint's end-of-sequence and padding tokens."""
+    tokenizer = load_processor(checkpoint).tokenizer
+    return tokenizer.eos_token_id, tokenizer.pad_token_id
+
+
 def mixed_samples(pictures: Path, kinds: str) -> list[Sample]:
     """Returns one sample a letter of `kinds`: p with a picture, t without, d with two."""
     rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()]
@@ -70,9 +76,9 @@ def random_completions(lengths: list[int], seed: int = 0) -> Completions:
     """Returns completions of the given lengths, of plain tokens of the tiny tokenizer."""
     draw = random.Random(seed)
     longest = max(lengths)
-    ids = torch.tensor([[draw.randrange(200, 300) for _ in range(longest)] for _ in lengths])
+    ids = torch.tensor([[draw.randrange(100, 200) for _ in range(longest)] for _ in lengths])
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
-    return Completions(ids.masked_fill(~mask, 347), mask)
+    return Completions(ids.masked_fill(~mask, 0), mask)
 
 
 def experience(prompts: PromptBatch, completions: Completions, seed: int = 0, **changes: Any) -> Experience:

@@ -1,0 +1,224 @@
+"""What needs two real ZeRO-3 processes: one launch does everything (`workers/two_processes.py`), the tests judge it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from train_launch import WORKERS, Finished, launch
+from train_stand_ins import PlainEngine, collator, experience, mixed_samples, random_completions
+from transformers import AutoModelForImageTextToText
+
+from vgpo_kernels import policy_loss
+from vgpo_train import policy
+from vgpo_train.metrics import read_metrics
+from vgpo_train.model import load_model, load_processor
+
+sys.path.insert(0, str(WORKERS))
+import scenario
+
+pytestmark = pytest.mark.deepspeed
+
+LOSSES = tuple(scenario.LOSSES)
+
+
+@pytest.fixture(scope="module")
+def leaky_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with sampling defaults of its own."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("leaky") / "checkpoint")
+    path = folder / "generation_config.json"
+    own = {"repetition_penalty": 30.0, "do_sample": True, "top_k": 1, "temperature": 0.01, "max_length": 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two processes")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tiny_checkpoint: Path, leaky_checkpoint: Path, pictures: Path) -> Finished:
+    script = WORKERS / "two_processes.py"
+    paths = [str(path) for path in (folder, tiny_checkpoint, leaky_checkpoint, pictures)]
+    # A collective that one rank does not reach waits for ever: the limit is what turns a hang into a failure.
+    ended = launch(script, *paths, log=folder / "log", timeout=400)
+    assert ended.returncode == 0, ended.output[-6000:]
+    return ended
+
+
+@pytest.fixture(scope="module")
+def ranks(finished: Finished, folder: Path) -> list[dict[str, Any]]:  # noqa: ARG001
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+def _metrics(folder: Path, run: str) -> list[dict[str, Any]]:
+    return read_metrics(folder / run / "metrics.jsonl")
+
+
+def _summary(folder: Path, run: str) -> dict[str, Any]:
+    return json.loads((folder / run / "summary.json").read_text())
+
+
+def test_processes_share_the_cores(ranks) -> None:
+    import os
+
+    assert [rank["threads"] for rank in ranks] == [max(1, os.cpu_count() // 2)] * 2
+
+
+def test_the_policy_trains_in_training_mode(ranks) -> None:
+    # In eval mode transformers leaves gradient checkpointing out without a word.
+    assert ranks[0]["exact"]["training"]
+
+
+def test_gathering_changes_no_completion(ranks, tiny_checkpoint) -> None:
+    for rank in ranks:
+        samples = rank["exact"]["completions"]
+        assert len(samples) == 3
+        for both in samples:
+            whole, sharded = both["always"], both["never"]
+            # Under sharded parameters a rank runs on until all have ended: what follows the end is padding.
+            width = whole.ids.shape[1]
+            assert torch.equal(whole.ids, sharded.ids[:, :width])
+            assert torch.equal(whole.mask, sharded.mask[:, :width])
+            assert (sharded.ids[:, width:] == load_processor(tiny_checkpoint).tokenizer.pad_token_id).all()
+        assert not torch.equal(samples[0]["always"].ids, samples[-1]["always"].ids), "updates reach the rollouts"
+
+
+@pytest.mark.parametrize("number", range(len(LOSSES)), ids=LOSSES)
+def test_ranks_and_micro_batches_add_up_to_one_batch(ranks, tiny_checkpoint, pictures, number: int) -> None:
+    # Between the updates, parameters were gathered for a rollout and let go again: the hooks must be back.
+    before, after, metrics = ranks[0]["exact"]["updates"][LOSSES[number]]
+    engine = PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32))
+    engine.module.load_state_dict(before, strict=False)
+    whole = experience(
+        collator(tiny_checkpoint)(mixed_samples(pictures, scenario.KINDS)), random_completions(scenario.LENGTHS)
+    )
+    logps = policy.forward(engine, whole.prompts.tensors(), whole.completions, temperature=0.8).logps
+    output = policy_loss(
+        logps,
+        whole.old_logps,
+        whole.advantages,
+        whole.completions.mask,
+        token_weights=whole.token_weights,
+        trajectory_weights=whole.trajectory_weights,
+        config=scenario.LOSSES[LOSSES[number]],
+    )
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in engine.module.named_parameters()}
+    steps = {name: (before[name] - after[name]) / scenario.LEARNING_RATE for name in gradients}
+    expected = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    found = torch.cat([step.flatten() for step in steps.values()])
+    # The difference of two parameters of size 1 is only known to 1e-7, the step to ten times that.
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+    assert metrics["loss"] == pytest.approx(float(output.loss.detach()), rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
+    assert metrics == ranks[1]["exact"]["updates"][LOSSES[number]][2], "ranks report the same"
+
+
+def test_a_checkpoints_sampling_settings_do_not_reach_rollouts(ranks) -> None:
+    for rank in ranks:
+        samples = rank["leaky"]
+        for temperature in (0.0, 1.0):
+            assert torch.equal(samples["leaky", temperature], samples["clean", temperature])
+        assert not torch.equal(samples["clean", 0.0], samples["clean", 1.0])
+        assert samples["clean", "gathers"], "a million parameters fit"
+
+
+@pytest.mark.parametrize("run", ["nan", "nan in bfloat16"])
+def test_an_update_without_finite_gradients_is_skipped_counted_and_said(ranks, folder, finished, run: str) -> None:
+    lines = _metrics(folder, run)
+    changed = [before != after for before, after in ranks[0][run]["digests"]]
+    assert changed == [True, False, True][: len(lines)]
+    assert ranks[0][run]["digests"] == ranks[1][run]["digests"]
+    assert ranks[0][run]["finite"]
+    assert [line["skipped_updates"] for line in lines] == [0, 1, 1][: len(lines)]
+    assert lines[1]["loss"] is None
+    assert lines[1]["grad_norm"] is None
+    assert _summary(folder, run)["skipped_updates"] == 1
+    assert finished.output.count("gradients are not finite: this update was skipped") == 2, "once a run, by one rank"
+
+
+def test_a_skipped_update_does_not_move_the_schedule(ranks, folder) -> None:  # noqa: ARG001
+    rates = [line["learning_rate"] for line in _metrics(folder, "nan")]
+    assert rates[0] == rates[1] != rates[2]
+
+
+def test_a_rollout_of_equal_rewards_changes_nothing(ranks, folder) -> None:
+    lines = _metrics(folder, "equal")
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert (line["reward"], line["reward_std"], line["kept_fraction"]) == (1.0, 0.0, 0.0)
+        assert (line["updates"], line["loss"], line["kl"], line["clip_fraction"]) == (0, 0.0, 0.0, 0.0)
+    # Weight decay alone would move them.
+    digests = {digest for step in ranks[0]["equal"]["digests"] for digest in step}
+    assert len(digests) == 1
+
+
+def test_a_rollout_engine_can_be_added_by_name(ranks, folder) -> None:  # noqa: ARG001
+    # The run of equal rewards rolled dice: half of its rows end at the middle, the others never.
+    for line in _metrics(folder, "equal"):
+        assert line["full_length_fraction"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_the_kl_to_the_reference_starts_at_zero(ranks, folder) -> None:
+    lines = _metrics(folder, "kl")
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert lines[1]["kl"] > 1e-4
+    assert all(before != after for before, after in ranks[0]["kl"]["digests"])
+    assert _summary(folder, "kl")["algorithm"] == "grpo"
+
+
+def test_later_updates_of_a_rollout_have_other_ratios(ranks, folder) -> None:  # noqa: ARG001
+    (line,) = _metrics(folder, "two updates")
+    assert line["updates"] == 2
+    assert line["ratio_max"] > 1.001
+    (single, *_) = _metrics(folder, "kl")
+    assert single["updates"] == 1
+    assert single["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_grpo_logs_focus_too(ranks, folder) -> None:  # noqa: ARG001
+    (line,) = _metrics(folder, "two updates")
+    assert -1 <= line["focus_mean"] <= 1
+    assert line["corr_trajectory_weight_length"] == 0.0
+
+
+def test_the_final_checkpoint_is_the_policy(ranks, folder, pictures, tiny_checkpoint) -> None:
+    final = folder / "two updates" / "final"
+    model = AutoModelForImageTextToText.from_pretrained(final)
+    inputs = collator(final)(mixed_samples(pictures, "pt")).tensors()
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert torch.equal(logits, ranks[0]["two updates"]["logits"])
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        assert (final / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+
+
+def test_the_final_checkpoint_keeps_its_dtype(ranks, folder) -> None:
+    # No comparison of logits here: DeepSpeed adds a linear layer's bias after rounding, which bfloat16 shows.
+    model = AutoModelForImageTextToText.from_pretrained(folder / "nan in bfloat16" / "final")
+    found = dict(model.named_parameters())
+    expected = ranks[0]["nan in bfloat16"]["parameters"]
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(found[name], value)
+
+
+def test_the_plots_are_pictures(ranks, folder) -> None:  # noqa: ARG001
+    for name in ("reward.png", "focus.png"):
+        with Image.open(folder / "kl" / name) as picture:
+            assert picture.format == "PNG"
+
+
+def test_a_folder_with_another_run_is_refused(ranks) -> None:
+    for rank in ranks:
+        said = rank["refusals"]
+        assert "holds a run already; go on with resume=auto or choose another folder" in said["occupied"]
+        assert said["learning rate"] == "resume: the saved run was configured otherwise in optim.lr"
+        assert said["update"] == "resume: the saved run was configured otherwise in optim.update_prompts"

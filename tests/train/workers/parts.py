@@ -1,0 +1,52 @@
+"""Rewards, algorithms and rollout engines that only tests need: registered by name, as a user would."""
+
+from dataclasses import replace
+
+import torch
+
+from vgpo_train import algorithms, rewards, rollout
+from vgpo_train.algorithms import VGPO, ScoredRollout, Weighting
+from vgpo_train.rollout import Completions, completion_mask
+
+
+@rewards.register("even_length")
+def even_length(text, sample) -> float:  # noqa: ARG001
+    """Right half of the time, whatever the policy has learnt."""
+    return float(len(text) % 2 == 0)
+
+
+@rewards.register("always_one")
+def always_one(text, sample) -> float:  # noqa: ARG001
+    """Teaches nothing."""
+    return 1.0
+
+
+@algorithms.register("nan_at_second_step")
+class NaNAtSecondStep(VGPO):
+    """Gives a token weight of NaN once."""
+
+    def weigh(self, rollout: ScoredRollout, step: int) -> Weighting:
+        weighting = super().weigh(rollout, step)
+        if step != 1:
+            return weighting
+        poisoned = weighting.token_weights.clone()
+        poisoned[:, 0] = float("nan")
+        return replace(weighting, token_weights=poisoned)
+
+
+@rollout.register("dice")
+class Dice:
+    """Rolls completions without asking the policy."""
+
+    def __init__(self, config, engine, suppressed, pad_token_id, eos_token_ids) -> None:  # noqa: ARG002
+        self.length, self.ends = config.max_new_tokens, eos_token_ids
+
+    def session(self):
+        """Needs no preparation."""
+        return torch.no_grad()
+
+    def generate(self, prompts, *, temperature: float) -> Completions:  # noqa: ARG002
+        """Returns random tokens; a row may end early."""
+        ids = torch.randint(100, 200, (prompts["input_ids"].shape[0], self.length))
+        ids[::2, self.length // 2] = self.ends[0]
+        return Completions(ids, completion_mask(ids, self.ends))

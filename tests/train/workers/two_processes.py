@@ -1,0 +1,203 @@
+"""Does what needs two real ZeRO-3 processes, and writes what happened for the tests to judge: `FOLDER/rank_N.pt`."""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import parts  # noqa: F401
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import GatheredParameters
+from scenario import FIRST_RANK, KINDS, LEARNING_RATE, LENGTHS, LOSSES
+from train_stand_ins import collator, end_and_pad, experience, mixed_samples, random_completions
+from transformers import set_seed
+
+from vgpo_train import distributed, engine
+from vgpo_train.batching import build_companion, with_picture
+from vgpo_train.config import ConfigError, TrainConfig, load_config
+from vgpo_train.engine import build_policy, start_distributed
+from vgpo_train.rollout import Completions, RolloutConfig, build_rollout_engine
+from vgpo_train.trainer import Trainer
+from vgpo_train.updates import Experience, Update
+
+FOLDER, CHECKPOINT, LEAKY, PICTURES = (Path(argument) for argument in sys.argv[-4:])
+
+
+def config_of(name: str, *overrides: str) -> TrainConfig:
+    """Returns the tiny run's configuration, writing to `FOLDER/name`."""
+    given = [f"model.path={CHECKPOINT}", f"data.train={PICTURES}/train.jsonl", f"output_dir={FOLDER}/{name}"]
+    return load_config(Path(__file__).parent / "tiny.yaml", [*given, *overrides])
+
+
+def parameters(of: Any) -> dict[str, torch.Tensor]:
+    """Returns the whole parameters of a sharded engine."""
+    found = dict(of.module.named_parameters())
+    with GatheredParameters(list(found.values())):
+        return {name: value.detach().clone() for name, value in found.items()}
+
+
+def whole_experience() -> Experience:
+    """Returns the rows of both ranks together."""
+    prompts = collator(CHECKPOINT)(mixed_samples(PICTURES, KINDS))
+    return experience(prompts, random_completions(LENGTHS))
+
+
+def own_experience(whole: Experience) -> Experience:
+    """Returns this rank's rows."""
+    rows = range(FIRST_RANK) if distributed.rank() == 0 else range(FIRST_RANK, len(KINDS))
+    rows = list(rows)
+    return Experience(
+        whole.prompts.take(rows),
+        Completions(whole.completions.ids[rows], whole.completions.mask[rows]),
+        *(getattr(whole, name)[rows] for name in ("advantages", "old_logps", "ref_logps")),
+        *(getattr(whole, name)[rows] for name in ("token_weights", "trajectory_weights")),
+    )
+
+
+def rollouts_and_updates() -> dict[str, Any]:
+    """Samples with and without gathering, and updates with every loss, on one engine in turn."""
+    adam, engine._optimizer = engine._optimizer, _plain_descent
+    config = config_of(
+        "none", "optim.max_grad_norm=1e9", "optim.schedule=constant", "deepspeed=zero3_any_optimizer.json"
+    )
+    policy_engine = build_policy(config, 10)
+    engine._optimizer = adam
+    companion = build_companion(collator(CHECKPOINT))
+    own = own_experience(whole_experience())
+    inputs = with_picture(own.prompts, companion).tensors()
+    happened: dict[str, Any] = {"training": policy_engine.module.training, "completions": [], "updates": {}}
+    for loss, loss_config in LOSSES.items():
+        if loss in ("grpo", "bnpo", "cispo"):  # before the first update, between two, and before the last
+            happened["completions"].append(_sample_both_ways(policy_engine, inputs))
+        before = parameters(policy_engine)
+        update = Update(policy_engine, loss_config, companion, micro_batch=2, temperature=0.8)
+        metrics = update(own, list(range(len(own.prompts))))
+        happened["updates"][loss] = (before, parameters(policy_engine), metrics)
+    return happened
+
+
+def _sample_both_ways(policy_engine: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Completions]:
+    completions = {}
+    for mode in ("never", "always"):
+        sampler = _sampler(policy_engine, mode)
+        with sampler.session():
+            completions[mode] = sampler.generate(inputs, temperature=0.0)
+    return completions
+
+
+def _plain_descent(_config: TrainConfig, model: Any, _options: dict[str, Any]) -> torch.optim.Optimizer:
+    # Its step is the gradient itself.
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+
+def rollouts_of_a_leaky_checkpoint() -> dict[str, Any]:
+    """Samples from two checkpoints of the same weights, one with sampling defaults of its own."""
+    happened = {}
+    inputs = collator(CHECKPOINT)(mixed_samples(PICTURES, "pp")).tensors()
+    for name, folder in (("clean", CHECKPOINT), ("leaky", LEAKY)):
+        sampler = _sampler(build_policy(config_of("none", f"model.path={folder}"), 10), "auto")
+        for temperature in (0.0, 1.0):
+            set_seed(distributed.rank())
+            with sampler.session():
+                happened[name, temperature] = sampler.generate(inputs, temperature=temperature).ids
+        happened[name, "gathers"] = sampler.gathers
+    return happened
+
+
+def _sampler(policy_engine: Any, mode: str) -> Any:
+    settings = RolloutConfig(gather=mode, max_new_tokens=8)
+    end, pad = end_and_pad(CHECKPOINT)
+    return build_rollout_engine(settings, policy_engine, suppressed=[], pad_token_id=pad, eos_token_ids=[end])
+
+
+class WatchedTrainer(Trainer):
+    """Notes the parameters before and after each step."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.digests: list[tuple[str, str]] = []
+        self.finite = True
+
+    def step(self, step: int) -> dict[str, Any]:
+        before = self._digest()
+        metrics = super().step(step)
+        self.digests.append((before, self._digest()))
+        return metrics
+
+    def _digest(self) -> str:
+        values = parameters(self.engine)
+        self.finite &= all(bool(value.isfinite().all()) for value in values.values())
+        raw = b"".join(value.float().numpy().tobytes() for value in values.values())
+        return hashlib.sha256(raw).hexdigest()
+
+
+def run(name: str, *overrides: str) -> dict[str, Any]:
+    """Trains; returns what the steps did to the parameters, and the policy at the end."""
+    trainer = WatchedTrainer(config_of(name, *overrides))
+    trainer.run()
+    inputs = trainer.collator(mixed_samples(PICTURES, "pt")).tensors()
+    with torch.no_grad():
+        logits = trainer.engine(**inputs).logits
+    last = parameters(trainer.engine)
+    return {"digests": trainer.digests, "finite": trainer.finite, "parameters": last, "logits": logits}
+
+
+def refusals() -> dict[str, str]:
+    """Starts runs over the folder of another, each of which must be refused."""
+    said = {}
+    for name, overrides in {
+        "occupied": (),
+        "learning rate": ("resume=auto", "optim.lr=0.5"),
+        "update": ("resume=auto", "optim.update_prompts=4"),
+    }.items():
+        try:
+            Trainer(config_of("two updates", "algorithm=grpo", "optim.update_prompts=2", *overrides)).run()
+        except ConfigError as error:
+            said[name] = str(error)
+    return said
+
+
+SCENARIOS = {
+    "exact": rollouts_and_updates,
+    "leaky": rollouts_of_a_leaky_checkpoint,
+    "nan": lambda: run("nan", "algorithm=nan_at_second_step"),
+    "nan in bfloat16": lambda: run(
+        "nan in bfloat16",
+        "algorithm=nan_at_second_step",
+        "model.dtype=bfloat16",
+        "model.gradient_checkpointing=true",
+        "rollout.gather=never",
+        "steps=2",
+    ),
+    "equal": lambda: run(
+        "equal",
+        "rewards.weights={even_length: 0.0, always_one: 1.0}",
+        "rollout.engine=dice",
+        "optim.weight_decay=0.1",
+        "steps=2",
+    ),
+    "kl": lambda: run("kl", "algorithm=grpo", "loss.beta=0.01", "optim.schedule=constant", "steps=2"),
+    "two updates": lambda: run("two updates", "algorithm=grpo", "optim.update_prompts=2", "steps=1"),
+    "refusals": refusals,
+}
+
+
+def main() -> None:
+    """Runs all scenarios, in the same order on both ranks."""
+    start_distributed()
+    happened: dict[str, Any] = {"threads": torch.get_num_threads()}
+    for name, scenario in SCENARIOS.items():
+        start = time.perf_counter()
+        happened[name] = scenario()
+        if distributed.is_main():
+            print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
+    torch.save(happened, FOLDER / f"rank_{distributed.rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
