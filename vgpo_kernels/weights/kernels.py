@@ -128,8 +128,9 @@ _GROUP_SIGNATURE = {
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels of each recipe, and of the exponential schedule."""
+    """The kernels of each recipe, and of the other schedules."""
     configs = {name: VGPOConfig.from_recipe(name) for name in ("paper", "official", "balanced")}
+    configs["step"] = VGPOConfig.balanced(schedule="step", warmup_steps=100)
     configs["exponential"] = VGPOConfig.official(schedule="exponential", negative_strength=0.5)
     cases = []
     for name, config in configs.items():

@@ -152,16 +152,15 @@ def _lift(
         b_t = b_rank - 1
         last = count - 1
     last = tl.maximum(last, 1)
-    if SCHEDULE == "linear":
-        return BETA * tl.div_rn(b_t.to(tl.float32), last.to(tl.float32))
-    # float64 tells p >= step_position as the reference does.
-    b_p = b_t.to(tl.float64) / last.to(tl.float64)
+    if SCHEDULE == "step":
+        # float64 tells p >= step_position as the reference does.
+        b_p = b_t.to(tl.float64) / last.to(tl.float64)
+        return tl.where(b_p >= tl.full([], STEP_POSITION, tl.float64), BETA, 0.0)
+    b_p = tl.div_rn(b_t.to(tl.float32), last.to(tl.float32))
     if SCHEDULE == "exponential":
-        b_power = tl.exp2(tl.full([], EXPONENT, tl.float64) * tl.log2(tl.where(b_p > 0.0, b_p, 1.0)))
+        b_power = tl.exp2(EXPONENT * tl.log2(tl.where(b_p > 0.0, b_p, 1.0)))
         b_p = tl.where(b_p > 0.0, b_power, 0.0)
-    else:
-        b_p = (b_p >= tl.full([], STEP_POSITION, tl.float64)).to(tl.float64)
-    return (tl.full([], BETA, tl.float64) * b_p).to(tl.float32)
+    return BETA * b_p
 
 
 @triton.jit
@@ -290,6 +289,7 @@ def weights_token_kernel(
     p_mask = mask_ptr + row * stride_mask_b
     p_token = token_ptr + row * length  # holds the gate's keys first
     p_normalized = normalized_ptr + row * length  # holds the compensated scores first
+    strength = row_strength(advantage_ptr, row, stride_advantage, strength, NEGATIVE, SIGNED)
     visible = length
     if HAS_VISUAL:
         visible = tl.where(tl.load(visual_ptr + row * stride_visual) != 0, length, 0)
@@ -367,7 +367,6 @@ def weights_token_kernel(
             p_normalized, p_mask, extent, stride_mask_t, count, low, high, varies, mean, LOW, HIGH, BLOCK
         )
 
-    strength = row_strength(advantage_ptr, row, stride_advantage, strength, NEGATIVE, SIGNED)
     for start in range(0, length, BLOCK):
         o_t = start + offsets
         inside = o_t < length
