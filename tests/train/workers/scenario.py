@@ -2,7 +2,7 @@
 
 from vgpo_kernels import PolicyLossConfig
 
-LEARNING_RATE = 0.1
+LEARNING_RATE = 1.0
 # The first five rows are those of rank 0; rank 1 has two of text alone, and runs out of micro-batches first.
 KINDS, FIRST_RANK = "pdptptt", 5
 LENGTHS = [5, 1, 9, 2, 7, 3, 4]

@@ -180,6 +180,7 @@ SCENARIOS = {
         "optim.weight_decay=0.1",
         "steps=2",
     ),
+    "one-sided": lambda: run("one-sided", f"data.train={FOLDER}/one_sided.jsonl", "rollout.gather=never", "steps=1"),
     "kl": lambda: run("kl", "algorithm=grpo", "loss.beta=0.01", "optim.schedule=constant", "steps=2"),
     "two updates": lambda: run("two updates", "algorithm=grpo", "optim.update_prompts=2", "steps=1"),
     "refusals": refusals,

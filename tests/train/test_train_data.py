@@ -1,0 +1,194 @@
+"""Rows from disk, prompts with pictures, and batches whose rows can be taken apart."""
+
+import io
+import json
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from vgpo_train.data import PictureDataset, PromptCollator, PromptTooLong, Sample, epoch_order
+from vgpo_train.model import image_token_mask, load_model, load_processor
+
+
+def _png(colour: str = "red", size: tuple[int, int] = (56, 84)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, colour).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _jsonl(folder: Path, *rows: dict | str) -> Path:
+    path = folder / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_checkpoint: Path):
+    return load_processor(tiny_checkpoint)
+
+
+@pytest.fixture
+def collator(processor) -> PromptCollator:
+    return PromptCollator(processor, max_prompt_length=128)
+
+
+def test_rows_of_a_real_data_set(pictures: Path) -> None:
+    data = PictureDataset(pictures / "train.jsonl", limit=5)
+    assert len(data) == 5
+    sample = data[3]
+    row = json.loads((pictures / "train.jsonl").read_text().splitlines()[3])
+    assert (sample.id, sample.problem, sample.answer) == (row["id"], row["problem"], row["answer"])
+    assert sample.images == (pictures / row["images"][0],)
+    assert sample.extra["solution"] == row["solution"]
+    assert [image.mode for image in sample.open_images()] == ["RGB"]
+
+
+def test_an_id_is_the_rows_or_its_number(tmp_path: Path) -> None:
+    rows = {"problem": "?", "answer": 1}
+    data = PictureDataset(_jsonl(tmp_path, rows, rows | {"id": 7}, rows | {"qid": "q1"}))
+    assert [sample.id for sample in data] == ["0", "7", "q1"]
+    assert [sample.answer for sample in data] == ["1", "1", "1"]
+    assert all(sample.images == () for sample in data)
+
+
+@pytest.mark.parametrize("as_struct", [True, False])
+def test_parquet_holds_bytes(tmp_path: Path, as_struct: bool) -> None:
+    image = {"bytes": _png("blue"), "path": None} if as_struct else _png("blue")
+    rows = [{"problem": "<image>?", "answer": "2", "images": [image]} for _ in range(3)]
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    data = PictureDataset(path, limit=2)
+    assert len(data) == 2
+    assert data[1].open_images()[0].getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_a_parquet_path_starts_at_the_files_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(_png())
+    rows = [{"problem": "?", "answer": "2", "images": [{"bytes": None, "path": "a.png"}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert PictureDataset(tmp_path / "rows.parquet")[0].images == (tmp_path / "a.png",)
+
+
+def test_errors_name_file_row_and_id(tmp_path: Path) -> None:
+    good = {"id": "a", "problem": "?", "answer": "1"}
+    with pytest.raises(FileNotFoundError, match=r"data file '.*nowhere\.jsonl' does not exist"):
+        PictureDataset(tmp_path / "nowhere.jsonl")
+    (tmp_path / "rows.csv").write_text("problem,answer\n")
+    with pytest.raises(ValueError, match=r"rows\.csv: unknown extension '\.csv'; expected \.jsonl or \.parquet"):
+        PictureDataset(tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 1: id 'b': field 'answer' is missing"):
+        PictureDataset(_jsonl(tmp_path, good, {"id": "b", "problem": "?"}))
+    with pytest.raises(FileNotFoundError, match=r"rows\.jsonl, row 0: id 'a': image file '.*gone\.png' does not exist"):
+        PictureDataset(_jsonl(tmp_path, good | {"images": ["gone.png"]}))
+    with pytest.raises(ValueError, match=r"row 0: id 'a': an image must be a path, bytes or .*, got int"):
+        PictureDataset(_jsonl(tmp_path, good | {"images": [3]}))
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 1: not JSON"):
+        PictureDataset(_jsonl(tmp_path, good, "{problem"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 0: expected a JSON object, got list"):
+        PictureDataset(_jsonl(tmp_path, "[1]"))
+    with pytest.raises(ValueError, match=r"row 1: id 'a' is already that of .*row 0"):
+        PictureDataset(_jsonl(tmp_path, good, good))
+    with pytest.raises(ValueError, match="no rows"):
+        PictureDataset(_jsonl(tmp_path))
+    with pytest.raises(ValueError, match="limit must be at least 1 row or None, got 0"):
+        PictureDataset(_jsonl(tmp_path, good), limit=0)
+
+
+def test_an_unreadable_picture_names_the_row(tmp_path: Path, collator: PromptCollator) -> None:
+    (tmp_path / "cut.png").write_bytes(_png()[:60])
+    data = PictureDataset(_jsonl(tmp_path, {"id": "x9", "problem": "?", "answer": "1", "images": ["cut.png"]}))
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 0: id 'x9': cannot read image .*cut\.png"):
+        collator([data[0]])
+
+
+def test_an_epochs_order_depends_on_epoch_and_seed_alone() -> None:
+    order = epoch_order(50, 3, 1)
+    assert sorted(order) == list(range(50))
+    torch.manual_seed(99)  # the global generator must not matter: ranks and resumes differ in it
+    assert epoch_order(50, 3, 1) == order
+    assert epoch_order(50, 4, 1) != order
+    assert epoch_order(50, 3, 2) != order
+
+
+def test_pictures_stand_where_the_problem_says(collator: PromptCollator) -> None:
+    def kinds(problem: str, images: int) -> list[str]:
+        content = collator.messages(Sample("a", problem, "1", (_png(),) * images))[-1]["content"]
+        return [part.get("text", "IMAGE") for part in content]
+
+    assert kinds("How many?", 2) == ["IMAGE", "IMAGE", "How many?"]
+    assert kinds("In <image> and <image>: how many?", 2) == ["In ", "IMAGE", " and ", "IMAGE", ": how many?"]
+    assert kinds("No picture?", 0) == ["No picture?"]
+    with pytest.raises(ValueError, match="id 'a': the problem has 1 <image> placeholders for 2 images"):
+        kinds("<image>?", 2)
+
+
+def test_system_prompt_and_suffix(processor) -> None:
+    collator = PromptCollator(processor, system_prompt="Think.", suffix=" Box it.", max_prompt_length=128)
+    text = processor.tokenizer.decode(collator([Sample("a", "Why?", "1")]).rows[0]["input_ids"][0])
+    assert text.index("Think.") < text.index("Why? Box it.")
+
+
+def test_a_prompt_over_the_limit_is_refused_not_cut(processor) -> None:
+    sample = Sample("long", "How many?", "1", (_png(),))
+    length = PromptCollator(processor, max_prompt_length=999)([sample]).prompt_lengths[0]
+    assert PromptCollator(processor, max_prompt_length=length)([sample]).prompt_lengths == [length]
+    with pytest.raises(PromptTooLong, match=rf"id 'long': the prompt has {length} tokens, .* is {length - 1}"):
+        PromptCollator(processor, max_prompt_length=length - 1)([sample])
+
+
+def test_image_tokens_match_the_vision_inputs(collator: PromptCollator, tiny_checkpoint: Path) -> None:
+    # Grids of different sizes and a row without a picture: counts must agree row by row.
+    samples = [
+        Sample("a", "One?", "1", (_png(size=(56, 56)),)),
+        Sample("b", "None?", "1"),
+        Sample("c", "Two <image> or <image>?", "1", (_png(size=(84, 56)), _png(size=(56, 112)))),
+    ]
+    batch = collator(samples)
+    tensors = batch.tensors()
+    config = load_model(tiny_checkpoint, dtype=torch.float32).config
+    merge = config.vision_config.spatial_merge_size**2
+    tokens = image_token_mask(tensors["input_ids"], config).sum(1).tolist()
+    grids = tensors["image_grid_thw"].prod(1)
+    assert batch.images_per_row == [1, 0, 2]
+    assert tokens == [int(grids[0]) // merge, 0, int(grids[1:].sum()) // merge]
+    assert tensors["pixel_values"].shape[0] == int(grids.sum())
+    assert "mm_token_type_ids" in tensors
+
+
+def test_rows_are_padded_on_the_left(collator: PromptCollator) -> None:
+    batch = collator([Sample("a", "Why?", "1"), Sample("b", "Why is this one longer?", "1")])
+    tensors = batch.tensors(length=max(batch.prompt_lengths) + 3)
+    for row, length in enumerate(batch.prompt_lengths):
+        mask = tensors["attention_mask"][row]
+        assert int(mask.sum()) == length
+        assert mask[-length:].all()
+        assert torch.equal(tensors["input_ids"][row, -length:], batch.rows[row]["input_ids"][0])
+    with pytest.raises(ValueError, match=r"length 2 is shorter than the longest prompt"):
+        batch.tensors(length=2)
+
+
+def test_taken_rows_bring_their_own_pictures(collator: PromptCollator, tiny_checkpoint: Path) -> None:
+    samples = [
+        Sample("a", "One?", "1", (_png("red", (56, 56)),)),
+        Sample("b", "None?", "1"),
+        Sample("c", "A longer one?", "1", (_png("blue", (84, 56)), _png("green", (56, 112)))),
+    ]
+    batch = collator(samples)
+    model = load_model(tiny_checkpoint, dtype=torch.float32).eval()
+    whole = model(**batch.tensors()).logits[:, -1]
+    for rows in ([2], [2, 0], [1, 2, 1]):
+        part = batch.take(rows)
+        assert [sample.id for sample in part.samples] == [samples[row].id for row in rows]
+        torch.testing.assert_close(model(**part.tensors()).logits[:, -1], whole[rows], rtol=1e-4, atol=1e-4)
+    repeated = batch.repeat(2)
+    assert [sample.id for sample in repeated.samples] == ["a", "a", "b", "b", "c", "c"]
+    assert repeated.tensors()["image_grid_thw"].shape[0] == 2 * 3
+
+
+def test_an_empty_batch_is_refused(collator: PromptCollator) -> None:
+    with pytest.raises(ValueError, match="samples must hold at least one sample"):
+        collator([])
