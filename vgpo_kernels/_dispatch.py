@@ -15,7 +15,7 @@ import torch
 
 IMPLEMENTATIONS = ("triton", "reference")
 ROOMS = ("focus", "weights", "policy_loss")
-_MODULES = {"triton": "kernels", "reference": "reference"}
+MODULES = {"triton": "kernels", "reference": "reference"}
 _TRITON_MISSING = "Triton is not installed: pip install 'vgpo-kernels[triton]', or pass impl='reference'"
 
 
@@ -48,9 +48,7 @@ def choose(impl: str | None, device: torch.device, dtype: torch.dtype = torch.fl
         RuntimeError: the implementation cannot run here; the message says what to do.
     """
     if impl is not None and impl not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, got {impl!r}"
-        )
+        raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, got {impl!r}")
     if impl == "reference":
         return "reference", "asked for"
     if impl is None and device.type == "cpu":
@@ -71,7 +69,7 @@ def choose(impl: str | None, device: torch.device, dtype: torch.dtype = torch.fl
 def implementation(room: str, impl: str | None, tensor: torch.Tensor) -> ModuleType:
     """Returns the module of `room` that runs an operation whose main input is `tensor`."""
     name, _ = choose(impl, tensor.device, tensor.dtype)
-    return importlib.import_module(f"vgpo_kernels.{room}.{_MODULES[name]}")
+    return importlib.import_module(f"vgpo_kernels.{room}.{MODULES[name]}")
 
 
 def checks_values(impl: str | None, tensor: torch.Tensor) -> bool:

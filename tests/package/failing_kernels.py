@@ -1,0 +1,48 @@
+"""Kernels that must fail `python -m vgpo_kernels compile`, each in one way, and one that must not.
+
+Run as a script, it compiles the one named first for the targets named after it.
+"""
+
+import argparse
+import sys
+
+from vgpo_kernels import _compile
+from vgpo_kernels._triton import CompileCase, tl, triton
+
+
+@triton.jit
+def spilling(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    b_x = tl.load(x_ptr + offsets)
+    # Every element is needed again after the sum, in a register of its own.
+    tl.store(out_ptr + offsets, b_x * tl.sum(b_x, axis=0))
+
+
+@triton.jit
+def transposing(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    rows, columns = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    b_x = tl.load(x_ptr + rows * BLOCK + columns)
+    tl.store(out_ptr + rows * BLOCK + columns, tl.trans(b_x))
+
+
+@triton.jit
+def broken(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, BLOCK), tl.load(x_ptr + tl.arange(0, 2 * BLOCK)))
+
+
+def case(name: str) -> CompileCase:
+    signature = {"x_ptr": "*fp32", "out_ptr": "*fp32"}
+    kernel, block, warps = {
+        "spilling": (spilling, 32768, 1),
+        "modest": (spilling, 1024, 4),
+        # 256 KiB pass through shared memory, more than any target has.
+        "greedy": (transposing, 256, 32),
+        "broken": (broken, 128, 4),
+    }[name]
+    return CompileCase(name, kernel, signature, {"BLOCK": block}, {"num_warps": warps})
+
+
+if __name__ == "__main__":
+    name, *targets = sys.argv[1:]
+    options = argparse.Namespace(target=targets, kernel=None, json=None)
+    sys.exit(_compile.run(options, [case(name)]))

@@ -1,0 +1,105 @@
+"""`python -m vgpo_kernels compile`, for real: Triton compiles without a GPU."""
+
+import json
+
+import pytest
+from package_launch import HERE, python
+
+pytest.importorskip("triton")
+
+FAILING = HERE / "failing_kernels.py"
+
+
+def table(output: str) -> dict[tuple[str, str], list[str]]:
+    """Returns registers, stack, spilled, shared and verdict by kernel and target."""
+    lines = [line for line in output.splitlines() if line.endswith("ok") or "FAILS" in line]
+    rows = {}
+    for line in lines:
+        kernel, target, *cells = line.replace("FAILS: ", "FAILS:").split(None, 6)
+        rows[kernel, target] = cells
+    return rows
+
+
+def test_one_kernel_for_two_targets(tmp_path):
+    report = tmp_path / "rows.json"
+    done = python(
+        *("-m", "vgpo_kernels", "compile", "--kernel", "focus cosine bf16"),
+        *("--target", "sm_90", "gfx942", "--json", report),
+        TRITON_CACHE_DIR=str(tmp_path / "cache"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(report.read_text())["rows"]
+    variants = ("", " strided", " grouped", " grouped strided")
+    expected = [(f"focus cosine bf16{variant}", target) for variant in variants for target in ("sm_90", "gfx942")]
+    assert [(row["kernel"], row["target"]) for row in rows] == expected
+    for row in rows:
+        assert 8 <= row["registers"] <= 255
+        assert row["stack"] == 0
+        assert row["spilled"] == (None if row["target"] == "sm_90" else 0)
+        assert row["error"] is None
+        assert f"{row['kernel']} " in done.stdout
+    assert "8 of 8 well, 0 failed" in done.stdout
+
+
+def test_spills_fail(tmp_path):
+    done = python(FAILING, "spilling", "sm_90", "gfx942", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = table(done.stdout)
+    assert int(rows["spilling", "sm_90"][1]) > 0
+    assert int(rows["spilling", "gfx942"][2]) > 0
+    assert {cells[4] for cells in rows.values()} == {"FAILS:spills registers"}
+    assert "0 of 2 well, 2 failed" in done.stdout
+
+
+def test_shared_memory_above_the_targets_fails(tmp_path):
+    done = python(FAILING, "greedy", "sm_90", "sm_120", "gfx942", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = table(done.stdout)
+    for target, limit in (("sm_90", 227), ("sm_120", 99), ("gfx942", 64)):
+        _, stack, _, shared, verdict = rows["greedy", target]
+        assert (stack, shared) == ("0", str(256 * 1024))
+        assert verdict == f"FAILS:takes more shared memory than the {limit * 1024} bytes there are"
+
+
+def test_what_does_not_compile_fails(tmp_path):
+    done = python(FAILING, "broken", "sm_80", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 1, done.stdout + done.stderr
+    cells = table(done.stdout)["broken", "sm_80"]
+    assert cells[:4] == ["-"] * 4
+    assert cells[4].startswith("FAILS:does not compile: CompilationError")
+
+
+def test_a_modest_kernel_passes(tmp_path):
+    done = python(FAILING, "modest", "sm_90", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert table(done.stdout)["modest", "sm_90"][4] == "ok"
+
+
+def test_the_interpreter_compiles_nothing():
+    done = python("-m", "vgpo_kernels", "compile", TRITON_INTERPRET="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "TRITON_INTERPRET=1 replaces the compiler by an interpreter: unset it to compile\n"
+
+
+def test_without_triton_there_is_a_remedy():
+    code = (
+        "import sys; sys.modules['triton'] = None; from vgpo_kernels.__main__ import main; sys.exit(main(['compile']))"
+    )
+    done = python("-c", code)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "Triton is not installed: pip install 'vgpo-kernels[triton]'\n"
+
+
+def test_an_unknown_kernel_lists_the_known_ones():
+    done = python("-m", "vgpo_kernels", "compile", "--kernel", "attention of a whale")
+    assert done.returncode == 2
+    assert "no kernel has 'attention of a whale' in its name" in done.stderr
+    for known in ("focus prototype fp32", "weights", "policy_loss"):
+        assert known in done.stderr
+
+
+def test_an_unknown_target_lists_the_known_ones():
+    done = python("-m", "vgpo_kernels", "compile", "--target", "sm_91")
+    assert done.returncode == 2
+    assert "invalid choice: 'sm_91'" in done.stderr
+    assert "sm_100" in done.stderr

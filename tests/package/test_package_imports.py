@@ -1,0 +1,69 @@
+"""The package without its heavy dependencies, in fresh processes."""
+
+from package_launch import python
+
+WITHOUT = """
+import sys
+
+for name in ("triton", "transformers", "deepspeed", "liger_kernel", "trl"):
+    sys.modules[name] = None  # what makes `import name` fail and find_spec find nothing
+"""
+
+EVERY_REFERENCE = """
+import torch
+import vgpo_kernels as vk
+
+torch.manual_seed(0)
+visual = torch.zeros(4, 12, dtype=torch.bool)
+visual[:, 1:4] = True
+completion = torch.zeros_like(visual)
+completion[:, 6:] = True
+focus = vk.visual_focus_score(torch.randn(4, 12, 8), visual, completion)
+assert focus[completion].ne(0).all()
+
+weights = vk.vgpo_weights(focus[:, 6:], completion[:, 6:], torch.tensor([0, 0, 1, 1]), vk.VGPOConfig.balanced())
+assert weights.token_weights.shape == (4, 6)
+assert weights.trajectory_weights.std() > 0
+
+logps = torch.randn(4, 6).requires_grad_()
+out = vk.policy_loss(
+    logps,
+    None,
+    torch.randn(4),
+    completion[:, 6:],
+    token_weights=weights.token_weights,
+    trajectory_weights=weights.trajectory_weights,
+    config=vk.PolicyLossConfig(),
+)
+out.loss.backward()
+assert logps.grad.ne(0).all()
+
+try:
+    vk.visual_focus_score(torch.randn(4, 12, 8), visual, completion, impl="triton")
+except RuntimeError as error:
+    assert "pip install 'vgpo-kernels[triton]'" in str(error), error
+else:
+    raise AssertionError("impl='triton' ran without Triton")
+"""
+
+
+def test_every_reference_runs_without_triton_transformers_and_deepspeed():
+    done = python("-c", WITHOUT + EVERY_REFERENCE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_doctor_runs_without_them():
+    done = python("-c", WITHOUT + "from vgpo_kernels.__main__ import main; sys.exit(main(['doctor']))")
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_brings_in_nothing_heavy():
+    code = (
+        "import sys, torch; before = set(sys.modules); import vgpo_kernels; "
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    brought = set(done.stdout.split())
+    assert "vgpo_kernels" in brought
+    assert not brought & {"triton", "transformers", "deepspeed", "liger_kernel", "trl", "numpy", "matplotlib"}

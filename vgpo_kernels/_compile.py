@@ -1,0 +1,204 @@
+"""`python -m vgpo_kernels compile`: every kernel compiled for every target, without a GPU.
+
+A kernel fails where it does not compile, spills registers, or wants more shared memory than the target has.
+"""
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vgpo_kernels import _dispatch
+
+if TYPE_CHECKING:
+    from vgpo_kernels._triton import CompileCase
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for: Triton's names for it, and the shared memory a program may take, in bytes."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "sm_120": Target("cuda", 120, 32, 99 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+COLUMNS = ("registers", "stack", "spilled", "shared")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel came to on one target.
+
+    Args:
+        kernel: name of the compile case.
+        target: name of the target.
+        registers: of a thread.
+        stack: bytes of a thread; anything above 0 is a spill.
+        spilled: registers spilled, where the compiler counts them (AMD).
+        shared: bytes of a program.
+        error: why it fails, or None.
+    """
+
+    kernel: str
+    target: str
+    registers: int | None = None
+    stack: int | None = None
+    spilled: int | None = None
+    shared: int | None = None
+    error: str | None = None
+
+
+def add_command(commands: Any) -> None:
+    """Adds `compile` to the command line."""
+    parser = commands.add_parser(
+        "compile",
+        help="compile every kernel ahead of time and print registers, stack and shared memory",
+        description="Fails where a kernel does not compile, spills, or takes more shared memory than there is.",
+    )
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all of them")
+    parser.add_argument("--kernel", metavar="NAME", help="only kernels with NAME in their name")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, cases: Sequence["CompileCase"] | None = None) -> int:
+    """Prints the table; returns 1 where a kernel fails and 2 where nothing can be compiled."""
+    obstacle = _obstacle()
+    if obstacle:
+        print(obstacle, file=sys.stderr)
+        return 2
+    every = all_cases() if cases is None else cases
+    wanted = [case for case in every if options.kernel is None or options.kernel in case.name]
+    if not wanted:
+        names = "\n".join(f"  {case.name}" for case in every)
+        print(f"--kernel: no kernel has {options.kernel!r} in its name; there are\n{names}", file=sys.stderr)
+        return 2
+    width = max(len(case.name) for case in wanted)
+    print(_line(width, "kernel", "target", COLUMNS, ""))
+    rows = []
+    with warnings.catch_warnings():
+        # Said once a process about a default that changes; the launches take the same default.
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        for row in compiled_rows(wanted, options.target):
+            rows.append(row)
+            numbers = ["-" if number is None else str(number) for number in (getattr(row, c) for c in COLUMNS)]
+            verdict = f"FAILS: {row.error}" if row.error else "ok"
+            print(_line(width, row.kernel, row.target, numbers, verdict), flush=True)
+    failed = [row for row in rows if row.error]
+    print(f"\n{len(rows) - len(failed)} of {len(rows)} well, {len(failed)} failed (Triton {_triton_version()})")
+    if options.json:
+        report = {"triton": _triton_version(), "rows": [asdict(row) for row in rows]}
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    return 1 if failed else 0
+
+
+def _obstacle() -> str | None:
+    if not _dispatch.has_triton():
+        return "Triton is not installed: pip install 'vgpo-kernels[triton]'"
+    if _dispatch.interpreting():
+        return "TRITON_INTERPRET=1 replaces the compiler by an interpreter: unset it to compile"
+    return None
+
+
+def _triton_version() -> str:
+    version: str = importlib.import_module("triton").__version__
+    return version
+
+
+def all_cases() -> list["CompileCase"]:
+    """Returns the compile cases of every room."""
+    rooms = [importlib.import_module(f"vgpo_kernels.{room}.kernels") for room in _dispatch.ROOMS]
+    return [case for room in rooms for case in room.compile_cases()]
+
+
+def compiled_rows(cases: Sequence["CompileCase"], targets: Sequence[str]) -> Iterator[Row]:
+    """Yields the row of each kernel on each target."""
+    for case in cases:
+        for target in targets:
+            try:
+                yield _judged(_compiled_row(case, target))
+            except Exception as error:  # Triton raises its own and LLVM's errors, of no common kind
+                yield Row(case.name, target, error=f"does not compile: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
+def _judged(row: Row) -> Row:
+    """Returns the row with the reason why it fails, if it does."""
+    limit = TARGETS[row.target].shared
+    if row.stack or row.spilled:
+        return replace(row, error="spills registers")
+    if (row.shared or 0) > limit:
+        return replace(row, error=f"takes more shared memory than the {limit} bytes there are")
+    return row
+
+
+def _compiled_row(case: "CompileCase", name: str) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    kernel: Any = case.kernel
+    target = TARGETS[name]
+    signature = {argument: case.signature.get(argument, "constexpr") for argument in kernel.arg_names}
+    # The launcher tells the compiler that a pointer is a multiple of 16 bytes, as torch's allocations are.
+    aligned_pointers = {
+        (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    source = triton.compiler.ASTSource(
+        fn=kernel, signature=signature, constexprs=case.constexprs, attrs=aligned_pointers
+    )
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    compiled = triton.compile(source, target=gpu, options=dict(case.options))
+    usage = _nvidia_usage if target.backend == "cuda" else _amd_usage
+    registers, stack, spilled = usage(compiled.asm)
+    return Row(case.name, name, registers, stack, spilled, compiled.metadata.shared)
+
+
+def _nvidia_usage(asm: dict[str, Any]) -> tuple[int, int, None]:
+    """Returns registers and stack as the disassembler that Triton ships reads them from the binary."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        listing = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return _largest(r"REG:(\d+)", listing), _largest(r"STACK:(\d+)", listing), None
+
+
+def _amd_usage(asm: dict[str, Any]) -> tuple[int, int, int]:
+    """Returns registers, stack and spilled registers from the metadata at the end of the assembly."""
+    listing = asm["amdgcn"]
+    return (
+        _largest(r"\.vgpr_count:\s+(\d+)", listing),
+        _largest(r"\.private_segment_fixed_size:\s+(\d+)", listing),
+        _largest(r"\.[vs]gpr_spill_count:\s+(\d+)", listing),
+    )
+
+
+def _largest(pattern: str, listing: str) -> int:
+    return max(int(number) for number in re.findall(pattern, listing))
+
+
+def _line(width: int, kernel: str, target: str, numbers: Sequence[str], verdict: str) -> str:
+    return "  ".join((kernel.ljust(width), target.ljust(6), *(n.rjust(9) for n in numbers), verdict)).rstrip()
