@@ -14,9 +14,15 @@ from PIL import Image, ImageDraw
 CELL = 28  # pixels: one merged visual token of a Qwen2.5-VL tower with patches of 14
 SUPERSAMPLING = 4
 BACKGROUND = (244, 244, 240)
-COLOURS = {"red": (214, 48, 49), "green": (39, 160, 80), "blue": (40, 90, 210), "yellow": (240, 196, 25)}
+COLOURS = {
+    "red": (214, 48, 49),
+    "green": (39, 160, 80),
+    "blue": (40, 90, 210),
+    "yellow": (240, 196, 25),
+    "purple": (150, 60, 190),
+}
 SHAPES = ("circle", "square", "triangle")
-GRIDS = ((2, 2), (2, 3), (3, 2))  # rows, columns
+GRIDS = ((2, 2), (2, 3), (3, 2), (3, 3))  # rows, columns
 EMPTY = "empty"
 
 
@@ -27,14 +33,10 @@ class Cell:
     colour: str
     shape: str
 
-    @property
-    def words(self) -> str:
-        return f"{self.colour} {self.shape}"
-
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A grid of cells, read row by row (None: an empty cell), and the colour or shape asked for."""
+    """A grid of cells, read row by row (None: an empty cell), and the colour asked for."""
 
     rows: int
     columns: int
@@ -42,56 +44,43 @@ class Puzzle:
     asked: str
 
     @property
-    def content(self) -> tuple[int, tuple[Cell | None, ...]]:
-        """What the picture shows, without the question: pictures of the two splits never share it."""
-        return self.columns, self.cells
+    def names(self) -> tuple[str, ...]:
+        """What the cells are called, row by row: a colour or `empty`."""
+        return tuple(EMPTY if cell is None else cell.colour for cell in self.cells)
+
+    @property
+    def content(self) -> tuple[int, tuple[str, ...]]:
+        """What a completion would say of the picture: no two pictures of a data set share it."""
+        return self.columns, self.names
 
     @property
     def problem(self) -> str:
-        noun = f"{self.asked}s" if self.asked in SHAPES else f"{self.asked} shapes"
-        return f"Name the cells in order, then count the {noun}."
+        return f"Name the cells in order. How many are {self.asked}?"
 
     @property
     def answer(self) -> str:
-        return str(count(self.cells, self.asked))
+        return str(self.names.count(self.asked))
 
     @property
     def solution(self) -> str:
-        return solution_text(self.cells, self.answer)
+        return solution_text(self.names, self.asked)
 
 
-def count(cells: tuple[Cell | None, ...], asked: str) -> int:
-    """Return how many cells have the colour or shape asked for."""
-    return sum(cell is not None and asked in (cell.colour, cell.shape) for cell in cells)
+def solution_text(names: tuple[str, ...], asked: str) -> str:
+    """Return the completion that names the cells in order and then says how many have the name asked for."""
+    return f"<think> {' '.join(names)}</think>\\boxed{{{names.count(asked)}}}"
 
 
-def solution_text(cells: tuple[Cell | None, ...], answer: str) -> str:
-    """Return the completion that names the cells in order and then gives the answer."""
-    names = " ".join(EMPTY if cell is None else cell.words for cell in cells)
-    return f"<think> {names}</think>\\boxed{{{answer}}}"
-
-
-def parse_cells(completion: str) -> tuple[Cell | None, ...]:
-    """Return the cells that a completion names, up to the first word that names none."""
-    names = completion.partition("<think>")[2].partition("</think>")[0].split()
-    cells: list[Cell | None] = []
-    while names:
-        if names[0] == EMPTY:
-            cells.append(None)
-            names = names[1:]
-        elif names[0] in COLOURS and len(names) > 1 and names[1] in SHAPES:
-            cells.append(Cell(names[0], names[1]))
-            names = names[2:]
-        else:
-            break
-    return tuple(cells)
+def named_cells(completion: str) -> tuple[str, ...]:
+    """Return what a completion calls the cells: the words of its `<think>` part."""
+    return tuple(completion.partition("<think>")[2].partition("</think>")[0].split())
 
 
 def draw_puzzle(rng: random.Random) -> Puzzle:
     """Draw a puzzle whose answer is uniform over 0 to the number of cells, so that a guess is rarely right."""
     rows, columns = rng.choice(GRIDS)
     n = rows * columns
-    asked = rng.choice((*COLOURS, *SHAPES))
+    asked = rng.choice(tuple(COLOURS))
     matching = set(rng.sample(range(n), rng.randint(0, n)))
     return Puzzle(rows, columns, tuple(_draw_cell(rng, asked, i in matching) for i in range(n)), asked)
 
@@ -164,9 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _draw_cell(rng: random.Random, asked: str, matches: bool) -> Cell | None:
     if not matches and rng.random() < 0.15:
         return None
-    colours = [c for c in COLOURS if asked not in COLOURS or (c == asked) == matches]
-    shapes = [s for s in SHAPES if asked not in SHAPES or (s == asked) == matches]
-    return Cell(rng.choice(colours), rng.choice(shapes))
+    colour = asked if matches else rng.choice([colour for colour in COLOURS if colour != asked])
+    return Cell(colour, rng.choice(SHAPES))
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, content: Cell, left: int, top: int, rng: random.Random) -> None:

@@ -193,6 +193,9 @@ def visual_token_ids(config: Any, processor: Any = None) -> list[int]:
         for field in (*VISUAL_TOKEN_FIELDS, "image_token_ids", "video_token_ids"):
             found.update(_as_ids(getattr(owner, field, None)))
     tokenizer = getattr(processor, "tokenizer", None)
+    for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items():
+        if added.special and any(word in added.content for word in ("image", "video", "vision")):
+            found.add(int(token))
     unknown = getattr(tokenizer, "unk_token_id", None)
     found.discard(unknown if unknown is not None else -1)
     return sorted(found)

@@ -6,9 +6,10 @@ import threading
 import pytest
 import torch
 
+from vgpo_train import rewards
 from vgpo_train.config import ConfigError
 from vgpo_train.data import Sample
-from vgpo_train.rewards import Rewards, RewardMixer, boxed_answer, get_reward, register
+from vgpo_train.rewards import RewardMixer, Rewards, boxed_answer, get_reward, register
 
 
 def _sample(answer: str, name: str = "s1") -> Sample:
@@ -18,7 +19,7 @@ def _sample(answer: str, name: str = "s1") -> Sample:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of a reward that raises on the sample 'bad' alone, registered for one test."""
-    monkeypatch.setattr("vgpo_train.rewards._REWARDS", dict(__import__("vgpo_train.rewards").rewards._REWARDS))
+    monkeypatch.setattr("vgpo_train.rewards._REWARDS", dict(rewards._REWARDS))
 
     @register("brittle")
     def brittle(_completion: str, sample: Sample) -> float:
@@ -96,21 +97,21 @@ def test_pathological_mathematics_ends(completion: str) -> None:
 def test_the_mixer_weighs_and_reports_each_reward() -> None:
     mixer = RewardMixer({"exact_match": 1.0, "format": 0.5}, accuracy="exact_match")
     completions = [r"<think> a</think>\boxed{1}", r"\boxed{1}", r"<think> a</think>\boxed{2}"]
-    rewards = mixer(completions, [_sample("1")] * 3)
-    assert isinstance(rewards, Rewards)
-    assert torch.equal(rewards.total, torch.tensor([1.5, 1.0, 0.5]))
-    assert torch.equal(rewards.accuracy, torch.tensor([1.0, 1.0, 0.0]))
-    assert torch.equal(rewards.named["format"], torch.tensor([1.0, 0.0, 1.0]))
-    assert rewards.failures == 0
+    earned = mixer(completions, [_sample("1")] * 3)
+    assert isinstance(earned, Rewards)
+    assert torch.equal(earned.total, torch.tensor([1.5, 1.0, 0.5]))
+    assert torch.equal(earned.accuracy, torch.tensor([1.0, 1.0, 0.0]))
+    assert torch.equal(earned.named["format"], torch.tensor([1.0, 0.0, 1.0]))
+    assert earned.failures == 0
 
 
 def test_a_failing_reward_costs_its_completion_alone(failing: str, caplog: pytest.LogCaptureFixture) -> None:
     mixer = RewardMixer({"exact_match": 1.0, failing: 1.0}, accuracy="exact_match")
     samples = [_sample("1", "good"), _sample("1", "bad"), _sample("1", "bad")]
     with caplog.at_level(logging.ERROR):
-        rewards = mixer([r"\boxed{1}"] * 3, samples)
-    assert torch.equal(rewards.total, torch.tensor([2.0, 1.0, 1.0]))
-    assert rewards.failures == 2
+        earned = mixer([r"\boxed{1}"] * 3, samples)
+    assert torch.equal(earned.total, torch.tensor([2.0, 1.0, 1.0]))
+    assert earned.failures == 2
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1, "one line a reward and sample"
     assert "reward 'brittle' failed on sample 'bad'" in messages[0]
@@ -121,9 +122,9 @@ def test_a_failing_reward_costs_its_completion_alone(failing: str, caplog: pytes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
 def test_what_is_no_finite_number_is_a_failure(failing: str, value) -> None:
     register(failing)(lambda _completion, _sample: value)
-    rewards = RewardMixer({failing: 1.0}, accuracy=failing)(["x"], [_sample("1")])
-    assert rewards.total.tolist() == [0.0]
-    assert rewards.failures == 1
+    earned = RewardMixer({failing: 1.0}, accuracy=failing)(["x"], [_sample("1")])
+    assert earned.total.tolist() == [0.0]
+    assert earned.failures == 1
 
 
 def test_mathematics_outside_the_main_thread_is_said_not_swallowed(caplog: pytest.LogCaptureFixture) -> None:

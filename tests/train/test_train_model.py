@@ -1,0 +1,102 @@
+"""Checkpoint folders: processors with and without a video half, models, the tokens of pictures."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig
+from transformers.utils import is_torchvision_available
+
+from vgpo_train.model import (
+    copy_processor_files,
+    image_token_id,
+    image_token_mask,
+    load_model,
+    load_processor,
+    visual_token_ids,
+)
+
+
+def test_the_processor_pads_on_the_left_and_takes_pictures(tiny_checkpoint: Path) -> None:
+    processor = load_processor(tiny_checkpoint)
+    assert type(processor).__name__ == "Qwen2_5_VLProcessor"
+    assert processor.tokenizer.padding_side == "left"
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}], tokenize=False
+    )
+    inputs = processor(images=[Image.new("RGB", (56, 56))], text=[text], return_tensors="pt")
+    assert {"input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids"} <= set(inputs)
+
+
+@pytest.mark.skipif(is_torchvision_available(), reason="with torchvision the processor takes videos")
+def test_videos_are_refused_without_torchvision(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="videos need torchvision, which is not installed"):
+        load_processor(tiny_checkpoint)(text=["?"], videos=[object()])
+
+
+def test_missing_folders_are_named(tmp_path: Path) -> None:
+    for load in (load_processor, lambda folder: load_model(folder, dtype=torch.float32)):
+        with pytest.raises(FileNotFoundError, match=r"model folder '.*nowhere' does not exist"):
+            load(tmp_path / "nowhere")
+        with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+            load(tmp_path)
+
+
+def test_processor_files_are_copied_unchanged_and_weights_are_not(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    names = copy_processor_files(tiny_checkpoint, target)
+    assert {path.name for path in target.iterdir()} == set(names)
+    assert {"tokenizer.json", "preprocessor_config.json", "video_preprocessor_config.json"} <= set(names)
+    assert not {"config.json", "generation_config.json", "model.safetensors"} & set(names)
+    for name in names:
+        assert (target / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+    assert copy_processor_files(tiny_checkpoint, tiny_checkpoint) == names, "a folder may be its own target"
+
+
+def test_a_copied_checkpoint_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_checkpoint, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    copy_processor_files(tiny_checkpoint, tmp_path)
+    ids = load_processor(tmp_path).tokenizer("How many?", return_tensors="pt").input_ids
+    again = load_model(tmp_path, dtype=torch.float32)
+    assert torch.equal(model.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
+
+
+def test_dtype_is_the_one_asked_for(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_visual_tokens_of_the_checkpoint(tiny_checkpoint: Path) -> None:
+    processor = load_processor(tiny_checkpoint)
+    config = AutoConfig.from_pretrained(tiny_checkpoint)
+    ids = visual_token_ids(config, processor)
+    tokens = processor.tokenizer.convert_ids_to_tokens(ids)
+    assert {"<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"} <= set(tokens)
+    assert processor.tokenizer.eos_token_id not in ids
+    assert processor.tokenizer.pad_token_id not in ids
+
+
+def test_visual_tokens_by_the_names_of_other_families() -> None:
+    config = SimpleNamespace(image_token_index=7, boi_token_index=8, eoi_token_index=[9, 10], video_token_id=None)
+    assert visual_token_ids(config) == [7, 8, 9, 10]
+    assert image_token_id(config) == 7
+    assert visual_token_ids(SimpleNamespace()) == []
+    with pytest.raises(ValueError, match="SimpleNamespace names no image token"):
+        image_token_id(SimpleNamespace())
+
+
+def test_the_mask_covers_pictures_and_videos() -> None:
+    config = SimpleNamespace(image_token_id=7, video_token_id=8)
+    mask = image_token_mask(torch.tensor([[7, 1, 8, 2]]), config)
+    assert mask.tolist() == [[True, False, True, False]]
+    assert mask.dtype == torch.bool
+
+
+def test_the_video_half_keeps_its_settings(tiny_checkpoint: Path) -> None:
+    settings = json.loads((tiny_checkpoint / "video_preprocessor_config.json").read_text())
+    assert settings["video_processor_type"] == "Qwen2VLVideoProcessor"
+    assert "image_processor_type" not in settings
