@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from train_launch import WORKERS, Finished, launch
-from train_stand_ins import PlainEngine, collator, experience, mixed_samples, random_completions
+from train_stand_ins import PlainEngine, collator, mixed_samples
 from transformers import AutoModelForImageTextToText
 
 from vgpo_kernels import policy_loss
@@ -100,18 +100,16 @@ def test_gathering_changes_no_completion(ranks, tiny_checkpoint) -> None:
             assert torch.equal(whole.ids, sharded.ids[:, :width])
             assert torch.equal(whole.mask, sharded.mask[:, :width])
             assert (sharded.ids[:, width:] == load_processor(tiny_checkpoint).tokenizer.pad_token_id).all()
-        assert not torch.equal(samples[0]["always"].ids, samples[-1]["always"].ids), "updates reach the rollouts"
+        assert not torch.equal(samples[-2]["always"].ids, samples[-1]["always"].ids), "updates reach the rollouts"
 
 
 @pytest.mark.parametrize("number", range(len(LOSSES)), ids=LOSSES)
-def test_ranks_and_micro_batches_add_up_to_one_batch(ranks, tiny_checkpoint, pictures, number: int) -> None:
-    # Between the updates, parameters were gathered for a rollout and let go again: the hooks must be back.
+def test_ranks_and_micro_batches_add_up_to_one_batch(ranks, tiny_checkpoint, number: int) -> None:
+    # Before each update, parameters were gathered for a rollout and let go again: the hooks must be back.
     before, after, metrics = ranks[0]["exact"]["updates"][LOSSES[number]]
     engine = PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32))
     engine.module.load_state_dict(before, strict=False)
-    whole = experience(
-        collator(tiny_checkpoint)(mixed_samples(pictures, scenario.KINDS)), random_completions(scenario.LENGTHS)
-    )
+    whole = ranks[0]["exact"]["experience"]
     logps = policy.forward(engine, whole.prompts.tensors(), whole.completions, temperature=0.8).logps
     output = policy_loss(
         logps,
@@ -129,7 +127,7 @@ def test_ranks_and_micro_batches_add_up_to_one_batch(ranks, tiny_checkpoint, pic
     found = torch.cat([step.flatten() for step in steps.values()])
     # Rounding of the new parameters: about 3e-8 each, 3e-5 in the norm of a million.
     assert (found - expected).norm() < 1e-4 * expected.norm() + 3e-5
-    assert expected.norm() > 0.01
+    assert expected.norm() > 0.1
     assert metrics["loss"] == pytest.approx(float(output.loss.detach()), rel=1e-4)
     assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
     assert metrics == ranks[1]["exact"]["updates"][LOSSES[number]][2], "ranks report the same"

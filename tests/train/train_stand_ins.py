@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vgpo_train import policy
 from vgpo_train.data import PromptBatch, PromptCollator, Sample
 from vgpo_train.model import load_processor
 from vgpo_train.rollout import Completions
@@ -81,19 +82,23 @@ def random_completions(lengths: list[int], seed: int = 0) -> Completions:
     return Completions(ids.masked_fill(~mask, 0), mask)
 
 
-def experience(prompts: PromptBatch, completions: Completions, seed: int = 0, **changes: Any) -> Experience:
-    """Returns an experience with random advantages, log-probabilities and factors."""
-    generator = torch.Generator().manual_seed(seed)
+def experience(engine: Any, prompts: PromptBatch, completions: Completions) -> Experience:
+    """Returns an experience with random advantages and factors, sampled by a policy not far from the engine's."""
+    generator = torch.Generator().manual_seed(0)
     shape = completions.mask.shape
+    with torch.no_grad():
+        logps = policy.forward(engine, prompts.tensors(), completions, temperature=0.8).logps
 
     def draw(*size: int) -> torch.Tensor:
         return torch.rand(*size, generator=generator)
 
-    fields = {
-        "advantages": draw(shape[0]) * 4 - 2,
-        "old_logps": -6 + draw(*shape),
-        "ref_logps": -6 + draw(*shape),
-        "token_weights": 0.5 + draw(*shape),
-        "trajectory_weights": 0.5 + draw(shape[0]),
-    }
-    return Experience(prompts, completions, **(fields | changes))
+    return Experience(
+        prompts,
+        completions,
+        advantages=draw(shape[0]) * 4 - 2,
+        # Ratios of e^-0.5 to e^0.5: some are clipped, most are not.
+        old_logps=logps + draw(*shape) - 0.5,
+        ref_logps=logps + draw(*shape) - 0.5,
+        token_weights=0.5 + draw(*shape),
+        trajectory_weights=0.5 + draw(shape[0]),
+    )

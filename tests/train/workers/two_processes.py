@@ -40,10 +40,10 @@ def parameters(of: Any) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in found.items()}
 
 
-def whole_experience() -> Experience:
-    """Returns the rows of both ranks together."""
+def whole_experience(policy_engine: Any) -> Experience:
+    """Returns the rows of both ranks together, sampled by a policy not far from this one."""
     prompts = collator(CHECKPOINT)(mixed_samples(PICTURES, KINDS))
-    return experience(prompts, random_completions(LENGTHS))
+    return experience(policy_engine, prompts, random_completions(LENGTHS))
 
 
 def own_experience(whole: Experience) -> Experience:
@@ -59,25 +59,25 @@ def own_experience(whole: Experience) -> Experience:
 
 
 def rollouts_and_updates() -> dict[str, Any]:
-    """Samples with and without gathering, and updates with every loss, on one engine in turn."""
+    """Samples with and without gathering before an update with each loss, and once more after it."""
+    happened: dict[str, Any] = {"completions": [], "updates": {}}
     adam, engine._optimizer = engine._optimizer, _plain_descent
-    config = config_of(
-        "none", "optim.max_grad_norm=1e9", "optim.schedule=constant", "deepspeed=zero3_any_optimizer.json"
-    )
-    policy_engine = build_policy(config, 10)
-    engine._optimizer = adam
-    companion = build_companion(collator(CHECKPOINT))
-    own = own_experience(whole_experience())
-    inputs = with_picture(own.prompts, companion).tensors()
-    happened: dict[str, Any] = {"training": policy_engine.module.training, "completions": [], "updates": {}}
     for loss, loss_config in LOSSES.items():
-        if loss in ("grpo", "bnpo", "cispo"):  # before the first update, between two, and before the last
+        given = ("optim.max_grad_norm=1e9", "optim.schedule=constant", "deepspeed=zero3_any_optimizer.json")
+        policy_engine = build_policy(config_of("none", *given), 10)
+        companion = build_companion(collator(CHECKPOINT))
+        whole = whole_experience(policy_engine)
+        own = own_experience(whole)
+        inputs = with_picture(own.prompts, companion).tensors()
+        if loss in ("grpo", "cispo"):
             happened["completions"].append(_sample_both_ways(policy_engine, inputs))
         before = parameters(policy_engine)
         update = Update(policy_engine, loss_config, companion, micro_batch=2, temperature=0.8)
         metrics = update(own, list(range(len(own.prompts))))
         happened["updates"][loss] = (before, parameters(policy_engine), metrics)
-    return happened
+    happened["completions"].append(_sample_both_ways(policy_engine, inputs))
+    engine._optimizer = adam
+    return happened | {"training": policy_engine.module.training, "experience": whole}
 
 
 def _sample_both_ways(policy_engine: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Completions]:
