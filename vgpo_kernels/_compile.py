@@ -135,10 +135,10 @@ def compiled_rows(cases: Sequence["CompileCase"], targets: Sequence[str]) -> Ite
             try:
                 yield _judged(_compiled_row(case, target))
             except Exception as error:  # Triton raises its own and LLVM's errors, of no common kind
-                yield Row(case.name, target, error=f"does not compile: {_first_line(error)}")
+                yield Row(case.name, target, error=f"does not compile: {_last_line(error)}")
 
 
-def _first_line(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 

@@ -35,8 +35,7 @@ def assert_error_budget(
     budget = factor * baseline + ulps * ulp
     if not error <= budget:
         raise AssertionError(
-            f"{name}: error {error:.3e} above the budget {budget:.3e} "
-            f"(torch's own error {baseline:.3e}, ulp {ulp:.3e})"
+            f"{name}: error {error:.3e} above the budget {budget:.3e} (torch's own error {baseline:.3e}, ulp {ulp:.3e})"
         )
 
 
