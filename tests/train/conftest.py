@@ -1,10 +1,5 @@
 """A small data set of real pictures and a small checkpoint, made once for all tests of the driver."""
 
-import os
-
-# One thread: the shapes are tiny, and two processes share two cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 from collections.abc import Iterator
 from pathlib import Path
 
