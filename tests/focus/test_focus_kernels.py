@@ -110,6 +110,29 @@ def test_strided_masks_and_ids(device):
     assert torch.equal(check("strided", device, states, *transposed, strided), expected)
 
 
+@pytest.mark.parametrize("name", ["image_ids", "seq_ids"])
+def test_visual_tokens_without_an_image_or_in_padding_count_for_nothing(device, monkeypatch, name):
+    # An error where values are checked; unchecked, they must not make a prototype of their own.
+    monkeypatch.delenv("VGPO_DEBUG", raising=False)
+    states, visual, completion, ids = inputs(2, 40, 8, kind="packed images")
+    states, visual, completion = (value.to(device) for value in (states, visual, completion))
+    lost = (ids["image_ids"] == 870).to(device)
+    ids = {key: value.to(device) for key, value in ids.items()}
+    expected = visual_focus_score(states, visual & ~lost, completion, impl="triton", **ids)
+    ids[name] = torch.where(lost, -1, ids[name])
+    assert lost.any()
+    assert torch.equal(visual_focus_score(states, visual, completion, impl="triton", **ids), expected)
+
+
+def test_a_completion_in_padding_scores_zero_unchecked(device, monkeypatch):
+    monkeypatch.delenv("VGPO_DEBUG", raising=False)
+    states, visual, completion, ids = inputs(1, 40, 8, kind="packed")
+    padded = torch.where(completion, -1, ids["seq_ids"])
+    arguments = [value.to(device) for value in (states, visual, completion)]
+    scores = visual_focus_score(*arguments, seq_ids=padded.to(device), impl="triton")
+    assert torch.equal(scores, torch.zeros_like(scores))
+
+
 def test_runs_are_bit_identical(device):
     states, visual, completion, ids = inputs(2, 70, 72, torch.float16, kind="images")
     first = check("images", device, states, visual, completion, ids)

@@ -77,8 +77,6 @@ def index_prototypes(visual_mask: Tensor, image_ids: Tensor | None, seq_ids: Ten
     sequences = torch.div(keys, images, rounding_mode="floor")
     begin = torch.searchsorted(sequences, sequence, out_int32=True)
     end = torch.searchsorted(sequences, sequence, out_int32=True, right=True)
-    if seq_ids is not None:
-        end = torch.where(seq_ids >= 0, end, begin)
     return Prototypes(index, in_order[ends - sizes], in_order[ends - 1], begin, end)
 
 
