@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,11 @@ class RunState:
     seconds: float = 0.0  # spent in steps so far
     accuracy_before: float | None = None
     skipped_updates: int = 0
-    history: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tag(self) -> str:
+        """Name of the checkpoint's folder."""
+        return f"step_{self.step:06d}"
 
 
 class CheckpointStore:
@@ -49,12 +53,11 @@ class CheckpointStore:
 
     def save(self, engine: Any, state: RunState) -> None:
         """Writes a checkpoint; a kill at any moment leaves the previous one whole and named as the latest."""
-        tag = f"step_{state.step:06d}"
-        engine.save_checkpoint(str(self.folder), tag=tag, save_latest=False)
+        engine.save_checkpoint(str(self.folder), tag=state.tag, save_latest=False)
         dist.barrier()
         if distributed.is_main():
-            write_json(self.folder / "latest.json", {"tag": tag} | asdict(state))
-            self._prune(tag)
+            write_json(self.folder / "latest.json", asdict(state))
+            self._prune(state.tag)
         dist.barrier()
 
     def _prune(self, newest: str) -> None:
@@ -64,27 +67,20 @@ class CheckpointStore:
             if path.name not in whole[-self.keep :]:
                 shutil.rmtree(path)
 
-    def latest(self) -> dict[str, Any] | None:
+    def latest(self) -> RunState | None:
         """Returns the state of the last whole checkpoint, or None."""
         path = self.folder / "latest.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return RunState(**json.loads(path.read_text())) if path.is_file() else None
 
-    def load(self, engine: Any, config: TrainConfig) -> RunState:
-        """Loads the last whole checkpoint into `engine`.
+    def load(self, engine: Any, state: RunState) -> None:
+        """Loads the checkpoint of `state` into `engine`.
 
         Raises:
-            ConfigError: it was written by another number of processes or under another configuration.
+            ConfigError: DeepSpeed finds no such checkpoint.
         """
-        found = self.latest()
-        if found is None:
-            raise ConfigError(f"resume: no checkpoint in {self.folder}")
-        tag = found.pop("tag")
-        state = RunState(**found)
-        check_resumable(state, config)
-        path, _ = engine.load_checkpoint(str(self.folder), tag=tag)
+        path, _ = engine.load_checkpoint(str(self.folder), tag=state.tag)
         if path is None:
-            raise ConfigError(f"resume: DeepSpeed could not load {self.folder / tag}")
-        return state
+            raise ConfigError(f"resume: DeepSpeed could not load {self.folder / state.tag}")
 
 
 def check_resumable(state: RunState, config: TrainConfig) -> None:

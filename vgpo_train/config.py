@@ -169,6 +169,7 @@ def load_config(file: str | Path, overrides: list[str]) -> TrainConfig:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Writes `config` as YAML that `load_config` reads."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.structured(config), path)
 
 

@@ -244,8 +244,8 @@ class PromptCollator:
             pieces = [""] * len(sample.images) + pieces
         elif len(pieces) - 1 != len(sample.images):
             raise ValueError(
-                f"{sample.source}: id {sample.id!r}: the problem has {len(pieces) - 1} {IMAGE_PLACEHOLDER} placeholders "
-                f"for {len(sample.images)} images"
+                f"{sample.source}: id {sample.id!r}: the problem has {len(pieces) - 1} {IMAGE_PLACEHOLDER} "
+                f"placeholders for {len(sample.images)} images"
             )
         content: list[dict[str, Any]] = []
         for number, piece in enumerate(pieces):

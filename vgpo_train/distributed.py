@@ -1,5 +1,7 @@
 """The few collectives the driver needs, over whatever backend DeepSpeed started."""
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +15,13 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size()
+
+
+def device() -> torch.device:
+    """Where this process computes: its own GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def is_main() -> bool:

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
+from vgpo_train import distributed
 from vgpo_train.config import ConfigError, ModelConfig, TrainConfig
 from vgpo_train.model import load_model
 
@@ -33,6 +34,8 @@ def start_distributed() -> None:
         # The launcher's processes share the cores; more threads than cores only wait for each other.
         local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"  # DeepSpeed's, torchrun's
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(local)))
+    else:
+        torch.cuda.set_device(distributed.device())
     deepspeed.init_distributed()
 
 

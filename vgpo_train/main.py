@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         return _train(config)
-    except ConfigError as error:
+    except (ConfigError, FileNotFoundError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2

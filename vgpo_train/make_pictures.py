@@ -22,7 +22,7 @@ COLOURS = {
     "purple": (150, 60, 190),
 }
 SHAPES = ("circle", "square", "triangle")
-GRIDS = ((2, 2), (2, 3), (3, 2), (3, 3))  # rows, columns
+ROWS, COLUMNS = 2, 3
 EMPTY = "empty"
 
 
@@ -36,10 +36,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Puzzle:
-    """A grid of cells, read row by row (None: an empty cell), and the colour asked for."""
+    """A grid of ROWS x COLUMNS cells, read row by row (None: an empty cell), and the colour asked for."""
 
-    rows: int
-    columns: int
     cells: tuple[Cell | None, ...]
     asked: str
 
@@ -49,62 +47,52 @@ class Puzzle:
         return tuple(EMPTY if cell is None else cell.colour for cell in self.cells)
 
     @property
-    def content(self) -> tuple[int, tuple[str, ...]]:
-        """What a completion would say of the picture: no two pictures of a data set share it."""
-        return self.columns, self.names
-
-    @property
     def problem(self) -> str:
-        return f"Name the cells in order. How many are {self.asked}?"
+        return f"Name the cells in order, then count the {self.asked} ones."
 
     @property
     def answer(self) -> str:
-        return str(self.names.count(self.asked))
-
-    @property
-    def solution(self) -> str:
-        return solution_text(self.names, self.asked)
+        return answer_text(self.names, self.asked)
 
 
-def solution_text(names: tuple[str, ...], asked: str) -> str:
-    """Return the completion that names the cells in order and then says how many have the name asked for."""
-    return f"<think> {' '.join(names)}</think>\\boxed{{{names.count(asked)}}}"
+def answer_text(names: tuple[str, ...], asked: str) -> str:
+    """Return the answer that names the cells in order and then says how many have the colour asked for."""
+    return f"{' '.join(names)}; {asked} {names.count(asked)}"
 
 
-def named_cells(completion: str) -> tuple[str, ...]:
-    """Return what a completion calls the cells: the words of its `<think>` part."""
-    return tuple(completion.partition("<think>")[2].partition("</think>")[0].split())
+def named_cells(answer: str) -> tuple[str, ...]:
+    """Return what an answer calls the cells."""
+    return tuple(answer.partition(";")[0].split())
 
 
 def draw_puzzle(rng: random.Random) -> Puzzle:
-    """Draw a puzzle whose answer is uniform over 0 to the number of cells, so that a guess is rarely right."""
-    rows, columns = rng.choice(GRIDS)
-    n = rows * columns
+    """Draw a puzzle whose count is uniform over 0 to the number of cells."""
+    n = ROWS * COLUMNS
     asked = rng.choice(tuple(COLOURS))
     matching = set(rng.sample(range(n), rng.randint(0, n)))
-    return Puzzle(rows, columns, tuple(_draw_cell(rng, asked, i in matching) for i in range(n)), asked)
+    return Puzzle(tuple(_draw_cell(rng, asked, i in matching) for i in range(n)), asked)
 
 
 def draw_picture(puzzle: Puzzle, rng: random.Random) -> Image.Image:
-    """Draw a puzzle's grid with jittered positions, sizes and colours: (28 * rows) x (28 * columns) pixels, RGB."""
+    """Draw a puzzle's grid with jittered positions, sizes and colours: COLUMNS * CELL x ROWS * CELL pixels, RGB."""
     cell = CELL * SUPERSAMPLING
-    size = (puzzle.columns * cell, puzzle.rows * cell)
+    size = (COLUMNS * cell, ROWS * cell)
     picture = Image.new("RGB", size, _jittered_colour(BACKGROUND, 6, rng))
     pen = ImageDraw.Draw(picture)
     for i, content in enumerate(puzzle.cells):
         if content is not None:
-            row, column = divmod(i, puzzle.columns)
+            row, column = divmod(i, COLUMNS)
             _draw_shape(pen, content, column * cell, row * cell, rng)
     return picture.resize((size[0] // SUPERSAMPLING, size[1] // SUPERSAMPLING), Image.Resampling.BOX)
 
 
 def draw_puzzles(n: int, rng: random.Random, taken: set) -> Iterator[Puzzle]:
-    """Draw `n` puzzles whose pictures show nothing in `taken`, and add them to it."""
+    """Draw `n` puzzles whose cells have no names in `taken`, and add theirs to it."""
     drawn = 0
     while drawn < n:
         puzzle = draw_puzzle(rng)
-        if puzzle.content not in taken:
-            taken.add(puzzle.content)
+        if puzzle.names not in taken:
+            taken.add(puzzle.names)
             drawn += 1
             yield puzzle
 
@@ -186,7 +174,6 @@ def _write_row(folder: Path, name: str, puzzle: Puzzle, rng: random.Random) -> d
         "answer": puzzle.answer,
         "images": [path],
         "asked": puzzle.asked,
-        "solution": puzzle.solution,
     }
 
 

@@ -128,6 +128,14 @@ def exact_match(completion: str, sample: Sample) -> float:
     return float(answer is not None and _normal(answer) == _normal(sample.answer))
 
 
+@register("word_match")
+def word_match(completion: str, sample: Sample) -> float:
+    """Partial credit: the share of words that the boxed answer and the sample's have in the same place."""
+    found, wanted = (_normal(text or "").split() for text in (boxed_answer(completion), sample.answer))
+    same = sum(one == other for one, other in zip(found, wanted, strict=False))
+    return same / max(len(found), len(wanted), 1)
+
+
 @register("multiple_choice")
 def multiple_choice(completion: str, sample: Sample) -> float:
     """1 where the boxed answer is the letter of the sample's answer: A, (A), A. and A: text are one."""

@@ -27,9 +27,9 @@ from vgpo_train.make_pictures import (
     COLOURS,
     EMPTY,
     Puzzle,
+    answer_text,
     make_pictures,
     named_cells,
-    solution_text,
 )
 from vgpo_train.model import load_processor
 
@@ -46,9 +46,9 @@ SPECIAL_TOKENS = (
 PLAIN_TOKENS = ("<think>", "</think>", "\\boxed{")
 PATCH, MERGE = CELL // 2, 2
 # How often the careless labeller is right, and how often he takes the next colour of the list.
-RIGHT, MISTAKEN = 0.35, 0.45
-WARM_START_STEPS = 160
-CAREFUL_SHARE = 0.8  # of the steps, from the first on: reading a picture is learnt there, doubt after it
+RIGHT, MISTAKEN = 0.5, 0.4
+WARM_START_STEPS = 260
+CAREFUL_SHARE = 0.85  # of the steps, from the first on: reading a picture is learnt there, doubt after it
 ANSWER_WEIGHT = 0.3  # of the loss: counting is one token of a dozen, and is learnt last
 
 CHAT_TEMPLATE = """\
@@ -158,9 +158,9 @@ def write_processor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     _write_json(folder / "video_preprocessor_config.json", videos)
 
 
-def careless_solution(row: dict[str, Any], rng: random.Random) -> str:
-    """Return a row's solution as a careless labeller writes it: wrong names, and the count of those wrong names."""
-    return solution_text(tuple(_mistake(name, rng) for name in named_cells(row["solution"])), row["asked"])
+def careless_answer(row: dict[str, Any], rng: random.Random) -> str:
+    """Return a row's answer as a careless labeller writes it: wrong names, and the count of those wrong names."""
+    return answer_text(tuple(_mistake(name, rng) for name in named_cells(row["answer"])), row["asked"])
 
 
 def warm_start(
@@ -170,7 +170,7 @@ def warm_start(
     *,
     steps: int,
     batch_size: int = 64,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> list[float]:
     """Train a model on a data set's training pictures, labelled carefully at first and carelessly at the end.
@@ -280,8 +280,8 @@ def _labelled_batch(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         prompts.append(prompt)
-        solution = careless_solution(row, rng) if careless else row["solution"]
-        texts.append(prompt + solution + processor.tokenizer.eos_token)
+        answer = careless_answer(row, rng) if careless else row["answer"]
+        texts.append(f"{prompt}\\boxed{{{answer}}}{processor.tokenizer.eos_token}")
         images.append(Image.open(data / row["images"][0]))
     batch = processor(images=images, text=texts, padding=True, return_tensors="pt")
     # Padding is on the left, so a completion's tokens are the last ones of its row.
@@ -314,8 +314,8 @@ def _mistake(name: str, rng: random.Random) -> str:
 
 def _task_texts() -> list[str]:
     words = " ".join((*COLOURS, EMPTY))
-    problems = [Puzzle(2, 2, (None,) * 4, asked).problem for asked in COLOURS]
-    return [*problems, f" {words}", "system", "user", "assistant", " ".join("0123456789")] * 2
+    problems = [Puzzle((None,) * 6, asked).problem for asked in COLOURS]
+    return [*problems, f" {words};", "system", "user", "assistant", " ".join("0123456789")] * 2
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

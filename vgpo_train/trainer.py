@@ -15,7 +15,7 @@ from transformers import GenerationConfig, set_seed
 from vgpo_train import distributed
 from vgpo_train.algorithms import ScoredRollout, Weighting, build_algorithm
 from vgpo_train.batching import build_companion, micro_batches, with_picture
-from vgpo_train.checkpoint import CheckpointStore, RunState, export
+from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable, export
 from vgpo_train.config import ConfigError, TrainConfig, save_config
 from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
 from vgpo_train.engine import build_policy, build_reference
@@ -46,7 +46,10 @@ class Trainer:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.world, self.rank = distributed.world_size(), distributed.rank()
+        self.world, self.rank, self.device = distributed.world_size(), distributed.rank(), distributed.device()
+        # What forbids a run shows before minutes of loading.
+        self.store = CheckpointStore(self.output_dir, config.keep_checkpoints)
+        self.saved = self._saved_state()
         self.algorithm = build_algorithm(config)
         self.processor = load_processor(config.model.path, trust_remote_code=config.model.trust_remote_code)
         limit_pixels(self.processor, config.data.min_pixels, config.data.max_pixels)
@@ -63,7 +66,6 @@ class Trainer:
         check_divisible(config, self.world)
         self.updates_per_step = config.rollout.prompts // config.optim.update_prompts
         self.engine = build_policy(config, self.steps * self.updates_per_step)
-        self.device = self.engine.device
         self.loss_config = config.loss_config()
         self.reference = build_reference(config) if self.loss_config.beta else None
         tokenizer = self.processor.tokenizer
@@ -82,12 +84,14 @@ class Trainer:
             micro_batch=config.optim.micro_batch,
             temperature=config.rollout.temperature,
         )
-        self.store = CheckpointStore(self.output_dir, config.keep_checkpoints)
-        self.state = RunState(0, self.world, asdict(config))
+        self.state = self.saved or RunState(0, self.world, asdict(config))
 
     def run(self) -> dict[str, Any]:
         """Trains, saves and reports; returns what `summary.json` holds."""
-        self._start()
+        if self.saved is not None:
+            self.store.load(self.engine, self.saved)
+        if distributed.is_main():
+            save_config(self.config, self.output_dir / "config.yaml")
         log = MetricsLog(self.output_dir, self.state.step, tensorboard=self.config.tensorboard)
         if self.state.accuracy_before is None:
             self.state.accuracy_before = self.evaluate()
@@ -103,7 +107,7 @@ class Trainer:
             metrics = self.step(step)
             self.state.step = step + 1
             self.state.seconds += time.perf_counter() - started
-            if self._is_due(self.config.eval_every):
+            if self._is_due(self.config.eval_every) and self.state.step < self.steps:
                 metrics["accuracy_test"] = self.evaluate()
             log.write(metrics)
             bar.set_postfix(progress(metrics), refresh=False)
@@ -114,21 +118,18 @@ class Trainer:
         log.close()
         return self._finish()
 
-    def _start(self) -> None:
-        if self.config.resume == "auto" and self.store.latest() is not None:
-            self.state = self.store.load(self.engine, self.config)
-        elif self._holds_run() and self.config.resume == "no":
+    def _saved_state(self) -> RunState | None:
+        """Returns the state to go on from, if any; refuses what must not be resumed or overwritten."""
+        saved = self.store.latest() if self.config.resume == "auto" else None
+        if saved is not None:
+            check_resumable(saved, self.config)
+        # Every rank looks before the main one begins to write, and all take the same answer.
+        found = distributed.max_over_ranks(float((self.output_dir / "metrics.jsonl").exists()), self.device) > 0
+        if found and self.config.resume == "no":
             raise ConfigError(
                 f"output_dir: {self.output_dir} holds a run already; go on with resume=auto or choose another folder"
             )
-        if distributed.is_main():
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, self.output_dir / "config.yaml")
-
-    def _holds_run(self) -> bool:
-        # Every rank looks before the main one begins to write, and all take the same answer.
-        found = float((self.output_dir / "metrics.jsonl").exists())
-        return distributed.max_over_ranks(found, self.device) > 0
+        return saved
 
     def _finish(self) -> dict[str, Any]:
         accuracy_after = self.evaluate()

@@ -43,7 +43,7 @@ def test_rows_of_a_real_data_set(pictures: Path) -> None:
     row = json.loads((pictures / "train.jsonl").read_text().splitlines()[3])
     assert (sample.id, sample.problem, sample.answer) == (row["id"], row["problem"], row["answer"])
     assert sample.images == (pictures / row["images"][0],)
-    assert sample.extra["solution"] == row["solution"]
+    assert sample.extra["asked"] == row["asked"]
     assert [image.mode for image in sample.open_images()] == ["RGB"]
 
 

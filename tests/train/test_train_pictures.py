@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vgpo_train.make_pictures import CELL, COLOURS, EMPTY, draw_picture, draw_puzzle, main, make_pictures, named_cells
+from vgpo_train.make_pictures import (
+    CELL,
+    COLOURS,
+    COLUMNS,
+    EMPTY,
+    draw_picture,
+    draw_puzzle,
+    main,
+    make_pictures,
+    named_cells,
+)
 
 
 def _rows(folder: Path, split: str) -> list[dict]:
@@ -19,10 +29,9 @@ def test_rows_and_files_agree(pictures: Path) -> None:
     rows = _rows(pictures, "train") + _rows(pictures, "test")
     assert len({row["id"] for row in rows}) == len(rows)
     for row in rows:
-        names = named_cells(row["solution"])
+        names = named_cells(row["answer"])
         assert set(names) <= {*COLOURS, EMPTY}
-        assert row["answer"] == str(names.count(row["asked"]))
-        assert row["solution"].endswith(f"</think>\\boxed{{{row['answer']}}}")
+        assert row["answer"].endswith(f"; {row['asked']} {names.count(row['asked'])}")
         assert row["asked"] in row["problem"]
         with Image.open(pictures / row["images"][0]) as picture:
             assert picture.format == "PNG"
@@ -35,8 +44,11 @@ def test_a_cell_shows_the_colour_it_is_named_after() -> None:
         puzzle = draw_puzzle(rng)
         picture = draw_picture(puzzle, rng)
         for place, name in enumerate(puzzle.names):
-            row, column = divmod(place, puzzle.columns)
-            pixel = picture.getpixel((column * CELL + CELL // 2, row * CELL + CELL // 2))
+            row, column = divmod(place, COLUMNS)
+            box = (column * CELL, row * CELL, (column + 1) * CELL, (row + 1) * CELL)
+            # The most colourful pixel of a cell lies on its shape, wherever that is.
+            pixels = [colour for _, colour in picture.crop(box).getcolors(CELL * CELL)]
+            pixel = max(pixels, key=lambda p: max(p) - min(p))
             nearest = min(COLOURS, key=lambda c: sum((a - b) ** 2 for a, b in zip(pixel, COLOURS[c], strict=True)))
             # An empty cell is nearly white, which no colour of the list is.
             assert (min(pixel) > 220) if name == EMPTY else nearest == name
@@ -47,7 +59,7 @@ def test_no_picture_is_in_both_splits(pictures: Path) -> None:
         found = []
         for row in _rows(pictures, split):
             with Image.open(pictures / row["images"][0]) as picture:
-                found.append((picture.size, named_cells(row["solution"])))
+                found.append((picture.size, named_cells(row["answer"])))
         return found
 
     train, test = contents("train"), contents("test")

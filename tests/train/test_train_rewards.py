@@ -83,6 +83,20 @@ def test_rewards(name: str, completion: str, answer: str, reward: float) -> None
 
 
 @pytest.mark.parametrize(
+    ("completion", "credit"),
+    [
+        (r"\boxed{red blue; red 1}", 1.0),
+        (r"\boxed{red red; red 1}", 0.75),
+        (r"\boxed{red}", 0.25),
+        (r"\boxed{red blue; red 1 1 1 1 1}", 0.5),  # what is too much costs, too
+        ("red blue; red 1", 0.0),
+    ],
+)
+def test_word_match_gives_credit_by_place(completion: str, credit: float) -> None:
+    assert get_reward("word_match")(completion, _sample("red blue; red 1")) == credit
+
+
+@pytest.mark.parametrize(
     "completion",
     [
         r"\boxed{9^{9^{9^{9}}}}",  # a number that no machine can hold

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from vgpo_train.data import PictureDataset, PromptCollator
 from vgpo_train.make_pictures import COLOURS, named_cells
 from vgpo_train.model import load_model, load_processor
-from vgpo_train.tiny_model import build_tiny_model, careless_solution, warm_start
+from vgpo_train.tiny_model import build_tiny_model, careless_answer, warm_start
 
 
 def _logits(folder: Path, pictures: Path, model=None) -> torch.Tensor:
@@ -38,21 +38,21 @@ def test_saving_and_loading_gives_the_same_logits(tiny_checkpoint: Path, picture
 def test_text_comes_back_as_it_was(tiny_checkpoint: Path, pictures: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     samples = PictureDataset(pictures / "train.jsonl").samples
-    texts = [text for sample in samples for text in (sample.problem, sample.extra["solution"])]
+    texts = [text for sample in samples for text in (sample.problem, sample.answer)]
     for text in [*texts, "  naïve <b>\n ünknown \\boxed{x} 漢字 \t", ""]:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 def test_a_word_of_the_task_is_a_token(tiny_checkpoint: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    words = ["<think>", "</think>", "\\boxed{", "}", "7", *(f" {colour}" for colour in COLOURS)]
+    words = ["<think>", "</think>", "\\boxed{", "}", ";", " 7", *(f" {colour}" for colour in COLOURS)]
     assert [len(tokenizer(word).input_ids) for word in words] == [1] * len(words)
 
 
 def test_completions_are_short(tiny_checkpoint: Path, pictures: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     samples = PictureDataset(pictures / "train.jsonl").samples
-    assert max(len(tokenizer(sample.extra["solution"]).input_ids) for sample in samples) < 24
+    assert max(len(tokenizer(f"\\boxed{{{sample.answer}}}").input_ids) for sample in samples) < 20
 
 
 def test_the_logits_depend_on_the_picture(tiny_checkpoint: Path, pictures: Path) -> None:
@@ -86,14 +86,14 @@ def test_the_warm_start_learns(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_the_careless_labeller_errs_but_counts_what_he_names() -> None:
-    row = {"solution": "<think> red red blue empty</think>\\boxed{2}", "asked": "red"}
+    row = {"answer": "red red blue empty; red 2", "asked": "red"}
     rng = random.Random(0)
-    labels = [careless_solution(row, rng) for _ in range(200)]
+    labels = [careless_answer(row, rng) for _ in range(200)]
     names = [named_cells(label) for label in labels]
-    assert all(label.endswith(f"\\boxed{{{cells.count('red')}}}") for label, cells in zip(labels, names, strict=True))
+    assert all(label.endswith(f"; red {cells.count('red')}") for label, cells in zip(labels, names, strict=True))
     assert all(cells[3] == "empty" and len(cells) == 4 for cells in names)
     first = [cells[0] for cells in names]
-    assert 0.2 < first.count("red") / 200 < 0.6
+    assert 0.4 < first.count("red") / 200 < 0.65
 
 
 def test_errors(pictures: Path, tmp_path: Path) -> None:
