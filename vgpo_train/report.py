@@ -1,5 +1,7 @@
-"""What a finished run leaves: `summary.json`, `reward.png`, `focus.png`."""
+"""What a finished run leaves: a summary and plots; `python -m vgpo_train.report` draws several runs together."""
 
+import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,40 @@ def write_report(output_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
+def compare(runs: list[Path], output: Path) -> None:
+    """Draws the accuracy of several finished runs into one picture, held-out accuracy as points.
+
+    Args:
+        runs: their output folders.
+        output: a PNG file.
+    """
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for run in runs:
+        summary = json.loads((run / "summary.json").read_text())
+        lines = read_metrics(run / "metrics.jsonl")
+        label = f"{summary['algorithm']}, seed {summary['seed']}"
+        (curve,) = axes.plot(
+            [line["step"] for line in lines], _smooth(tuple(line["accuracy"] for line in lines)), label=label
+        )
+        points = _held_out(summary, lines)
+        axes.plot(*zip(*points, strict=True), "o", color=curve.get_color(), markersize=4)
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy (line: sampled, dots: held out)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(output, dpi=150)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line of `compare`."""
+    parser = argparse.ArgumentParser(prog="python -m vgpo_train.report", description=compare.__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
+    parser.add_argument("--output", type=Path, required=True, metavar="PNG")
+    options = parser.parse_args(arguments)
+    compare(options.runs, options.output)
+
+
 def _held_out(summary: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
     points = [(line["step"], line["accuracy_test"]) for line in lines if line.get("accuracy_test") is not None]
     if summary["accuracy_before"] is None:
@@ -75,3 +111,7 @@ def _smooth(values: tuple[float, ...]) -> list[float]:
     """Returns the mean of each value and those up to `_SMOOTHING` steps before it."""
     windows = [values[max(0, i - _SMOOTHING + 1) : i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
+
+
+if __name__ == "__main__":
+    main()
