@@ -3,15 +3,14 @@
 Adding one is a class with `wants` and `weigh`, registered by name; the trainer knows no other detail.
 """
 
-import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from vgpo_kernels import vgpo_weights
-from vgpo_train.config import ConfigError, TrainConfig
+from vgpo_train.config import TrainConfig
+from vgpo_train.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -52,29 +51,13 @@ class Algorithm(Protocol):
         ...
 
 
-_ALGORITHMS: dict[str, type[Algorithm]] = {}
-A = TypeVar("A", bound=type)
-
-
-def register(name: str) -> Callable[[A], A]:
-    """Class decorator that makes an algorithm known by `name`."""
-
-    def add(algorithm: A) -> A:
-        _ALGORITHMS[name] = algorithm
-        return algorithm
-
-    return add
+_ALGORITHMS: Registry[type[Algorithm]] = Registry("algorithm")
+register = _ALGORITHMS.register
 
 
 def build_algorithm(config: TrainConfig) -> Algorithm:
     """Returns the algorithm that `config.algorithm` names, or raises ConfigError with the nearest name."""
-    if config.algorithm not in _ALGORITHMS:
-        close = difflib.get_close_matches(config.algorithm, _ALGORITHMS, n=1, cutoff=0.0)
-        raise ConfigError(
-            f"algorithm: expected one of {', '.join(map(repr, sorted(_ALGORITHMS)))}, got {config.algorithm!r}; "
-            f"did you mean {close[0]!r}?"
-        )
-    return _ALGORITHMS[config.algorithm](config)
+    return _ALGORITHMS.get(config.algorithm)(config)
 
 
 @register("grpo")

@@ -123,7 +123,7 @@ class TrainConfig:
         known = [f.name for f in fields(PolicyLossConfig)]
         for key in options:
             if key not in known:
-                raise ConfigError(f"loss.{key}: no such option{_nearest(key, known)}")
+                raise ConfigError(f"loss.{key}: no such option{nearest(key, known)}")
         return PolicyLossConfig(**_tuples(options))
 
 
@@ -185,7 +185,7 @@ def _check_keys(layer: DictConfig, schema: DictConfig, origin: str, prefix: str 
     for key in layer:
         known = [str(k) for k in schema]
         if key not in known:
-            raise ConfigError(f"{origin}: {prefix}{key}: no such option{_nearest(str(key), known)}")
+            raise ConfigError(f"{origin}: {prefix}{key}: no such option{nearest(str(key), known)}")
         child, expected = layer._get_node(key), schema._get_node(key)
         if key in free or not isinstance(expected, DictConfig):
             continue
@@ -200,7 +200,8 @@ def _restore_words(config: TrainConfig) -> None:
     config.resume = {"False": "no"}.get(config.resume, config.resume)
 
 
-def _nearest(key: str, known: list[str]) -> str:
+def nearest(key: str, known: list[str]) -> str:
+    """Returns "; did you mean ...?" with the known name that is most like `key`; nothing where none is known."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"; did you mean {close[0]!r}?" if close else ""
 

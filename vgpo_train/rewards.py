@@ -3,7 +3,6 @@
 A reward is a function of a completion's text and its sample that returns a float; `register` makes it known.
 """
 
-import difflib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +12,14 @@ import math_verify as math_verify_library
 import torch
 from torch import Tensor
 
-from vgpo_train.config import ConfigError
 from vgpo_train.data import Sample
+from vgpo_train.registry import Registry
 
 logger = logging.getLogger(__name__)
 
 Reward = Callable[[str, Sample], float]
-_REWARDS: dict[str, Reward] = {}
+_REWARDS: Registry[Reward] = Registry("rewards.weights")
+register, get_reward = _REWARDS.register, _REWARDS.get
 _SHOWN = 120  # characters of a completion in an error message
 _FORMAT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\\boxed\{.*\}\s*\S{0,2}\s*", re.DOTALL)
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?(?:[.:\s].*)?", re.DOTALL | re.IGNORECASE)
@@ -32,27 +32,6 @@ class Rewards(NamedTuple):
     accuracy: Tensor  # (B,) fp32, the reward that counts as being right
     named: dict[str, Tensor]  # (B,) fp32 of each reward, before its weight
     failures: int  # rewards that raised; each counts as 0
-
-
-def register(name: str) -> Callable[[Reward], Reward]:
-    """Decorator that makes a reward known by `name`."""
-
-    def add(reward: Reward) -> Reward:
-        _REWARDS[name] = reward
-        return reward
-
-    return add
-
-
-def get_reward(name: str) -> Reward:
-    """Returns the reward registered as `name`, or raises ConfigError with the nearest name."""
-    if name not in _REWARDS:
-        close = difflib.get_close_matches(name, _REWARDS, n=1, cutoff=0.0)
-        raise ConfigError(
-            f"rewards.weights: expected names among {', '.join(map(repr, sorted(_REWARDS)))}, got {name!r}; "
-            f"did you mean {close[0]!r}?"
-        )
-    return _REWARDS[name]
 
 
 class RewardMixer:

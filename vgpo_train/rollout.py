@@ -1,10 +1,9 @@
 """Rollout engines: prompts in, sampled completions out."""
 
 import contextlib
-import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from vgpo_train import distributed
-from vgpo_train.config import ConfigError, RolloutConfig
+from vgpo_train.config import RolloutConfig
+from vgpo_train.registry import Registry
 
 # What generation needs beside the parameters themselves (KV cache, activations) is left this share of free memory.
 _PARAMETER_SHARE = 0.5
@@ -38,18 +38,8 @@ class RolloutEngine(Protocol):
         ...
 
 
-_ENGINES: dict[str, type[RolloutEngine]] = {}
-E = TypeVar("E", bound=type)
-
-
-def register(name: str) -> Callable[[E], E]:
-    """Class decorator that makes a rollout engine known by `name`."""
-
-    def add(engine: E) -> E:
-        _ENGINES[name] = engine
-        return engine
-
-    return add
+_ENGINES: Registry[type[RolloutEngine]] = Registry("rollout.engine")
+register = _ENGINES.register
 
 
 def build_rollout_engine(
@@ -64,13 +54,7 @@ def build_rollout_engine(
         pad_token_id: fills completions after their end.
         eos_token_ids: end a completion.
     """
-    if config.engine not in _ENGINES:
-        close = difflib.get_close_matches(config.engine, _ENGINES, n=1, cutoff=0.0)
-        raise ConfigError(
-            f"rollout.engine: expected one of {', '.join(map(repr, sorted(_ENGINES)))}, got {config.engine!r}; "
-            f"did you mean {close[0]!r}?"
-        )
-    return _ENGINES[config.engine](config, engine, suppressed, pad_token_id, eos_token_ids)
+    return _ENGINES.get(config.engine)(config, engine, suppressed, pad_token_id, eos_token_ids)
 
 
 @register("transformers")
