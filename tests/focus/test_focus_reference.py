@@ -1,14 +1,12 @@
 """The reference against the formula written down a second time, and its memory."""
 
-import doctest
-
 import pytest
 import torch
 from focus_cases import KINDS, inputs, transcription
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from vgpo_kernels.focus import api, reference, visual_focus_score
+from vgpo_kernels.focus import reference, visual_focus_score
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,9 +57,3 @@ def test_reference_promotes_a_block_of_states_at_once(monkeypatch):
         reference.visual_focus_score(states, visual, completion, None, None)
     # The scores themselves are the largest, at (2, 200); a block of states is 8 x 16.
     assert 0 < largest.numel <= 2 * 200
-
-
-def test_the_example_of_the_docstring():
-    results = doctest.testmod(api)
-    assert results.attempted == 5
-    assert results.failed == 0

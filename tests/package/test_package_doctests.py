@@ -1,0 +1,21 @@
+"""The examples in the docstrings of the public functions and configs give what they say."""
+
+import doctest
+import importlib
+
+import pytest
+
+MODULES = (
+    "vgpo_kernels.focus.api",
+    "vgpo_kernels.weights.api",
+    "vgpo_kernels.weights.config",
+    "vgpo_kernels.policy_loss.api",
+    "vgpo_kernels.policy_loss.config",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted > 0
+    assert results.failed == 0
