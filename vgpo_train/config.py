@@ -1,12 +1,15 @@
 """The training configuration: typed, checked once, read from a YAML file and `key=value` arguments."""
 
 import difflib
+import functools
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers import SchedulerType
 
 from vgpo_kernels import PolicyLossConfig, VGPOConfig
 
@@ -33,6 +36,7 @@ class DataConfig:
     system_prompt: str | None = None
     suffix: str | None = None  # appended to every problem, such as how to format the answer
     max_prompt_length: int = 4096
+    overlong: str = "refuse"  # longer prompts, found before the first step: refuse | drop
     min_pixels: int | None = None  # of a picture after resizing; None: what the checkpoint's processor says
     max_pixels: int | None = None
 
@@ -127,6 +131,36 @@ class TrainConfig:
         return PolicyLossConfig(**_tuples(options))
 
 
+_POSITIVE = (
+    "data.max_prompt_length",
+    "data.min_pixels",
+    "data.max_pixels",
+    "data.test_limit",
+    "rollout.prompts",
+    "rollout.batch_size",
+    "rollout.max_new_tokens",
+    "rollout.temperature",
+    "optim.lr",
+    "optim.update_prompts",
+    "optim.micro_batch",
+    "steps",
+    "epochs",
+    "save_every",
+    "keep_checkpoints",
+)
+_AT_LEAST = {
+    "rollout.completions": 2,  # an advantage compares the completions of a prompt
+    "rollout.top_k": 0,
+    "optim.eps": 0,
+    "optim.weight_decay": 0,
+    "optim.warmup_updates": 0,
+    "optim.max_grad_norm": 0,  # 0: no clipping
+    "eval_every": 0,
+    "eval_temperature": 0,
+    "seed": 0,
+}
+
+
 class ConfigError(ValueError):
     """A configuration that cannot run; the message names the key."""
 
@@ -153,6 +187,8 @@ def load_config(file: str | Path, overrides: list[str]) -> TrainConfig:
         raise ConfigError(f"{path}: expected keys and values, got {type(from_file).__name__}")
     for origin, layer in [(str(path), from_file), ("command line", _overrides(overrides))]:
         _check_keys(layer, merged, origin)
+        for mapping in _replaced_mappings(overrides) if origin == "command line" else ():
+            OmegaConf.update(merged, mapping, {}, merge=False)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
@@ -178,6 +214,12 @@ def _overrides(arguments: list[str]) -> DictConfig:
         if "=" not in argument:
             raise ConfigError(f"expected key=value, got {argument!r}")
     return OmegaConf.from_dotlist(arguments)
+
+
+def _replaced_mappings(arguments: list[str]) -> list[str]:
+    """Returns the mappings that are given whole, such as `rewards.weights={...}`: nothing of the file's stays."""
+    keys = {argument.partition("=")[0] for argument in arguments}
+    return [mapping for mapping in ("rewards.weights", "vgpo", "loss") if mapping in keys]
 
 
 def _check_keys(layer: DictConfig, schema: DictConfig, origin: str, prefix: str = "") -> None:
@@ -235,7 +277,9 @@ def _check_choices(config: TrainConfig) -> None:
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "model.liger": (config.model.liger, ("auto", "on", "off")),
         "rollout.gather": (config.rollout.gather, ("auto", "always", "never")),
+        "data.overlong": (config.data.overlong, ("refuse", "drop")),
         "focus.source": (config.focus.source, ("similarity",)),
+        "optim.schedule": (config.optim.schedule, tuple(kind.value for kind in SchedulerType)),
         "resume": (config.resume, ("no", "auto")),
     }
     for key, (value, allowed) in choices.items():
@@ -244,27 +288,24 @@ def _check_choices(config: TrainConfig) -> None:
 
 
 def _check_ranges(config: TrainConfig) -> None:
-    positive = {
-        "rollout.prompts": config.rollout.prompts,
-        "rollout.completions": config.rollout.completions,
-        "rollout.batch_size": config.rollout.batch_size,
-        "rollout.max_new_tokens": config.rollout.max_new_tokens,
-        "rollout.temperature": config.rollout.temperature,
-        "optim.lr": config.optim.lr,
-        "optim.update_prompts": config.optim.update_prompts,
-        "optim.micro_batch": config.optim.micro_batch,
-        "data.max_prompt_length": config.data.max_prompt_length,
-        "save_every": config.save_every,
-        "keep_checkpoints": config.keep_checkpoints,
-        "epochs": config.epochs,
-    }
-    if config.steps is not None:
-        positive["steps"] = config.steps
-    for key, value in positive.items():
-        if not value > 0:
+    for key in _POSITIVE:
+        value = _value(config, key)
+        if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{key}: expected a positive number, got {value}")
+    for key, least in _AT_LEAST.items():
+        if not least <= _value(config, key) < math.inf:
+            raise ConfigError(f"{key}: expected a number of at least {least}, got {_value(config, key)}")
     if not 0 < config.rollout.top_p <= 1:
         raise ConfigError(f"rollout.top_p: expected a number in (0, 1], got {config.rollout.top_p}")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ConfigError(f"optim.betas: expected two numbers in [0, 1), got {tuple(config.optim.betas)}")
+    for name, weight in config.rewards.weights.items():
+        if not math.isfinite(weight):
+            raise ConfigError(f"rewards.weights.{name}: expected a finite number, got {weight}")
     limits = config.rewards.filter_accuracy
     if limits is not None and not limits[0] < limits[1]:
         raise ConfigError(f"rewards.filter_accuracy: expected low < high, got {tuple(limits)}")
+
+
+def _value(config: TrainConfig, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), config)

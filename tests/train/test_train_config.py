@@ -82,6 +82,18 @@ def test_a_saved_configuration_loads_again(smallest: Path, tmp_path: Path) -> No
         ("resume=maybe", "resume: expected one of 'no', 'auto', got 'maybe'"),
         ("rollout.temperature=0", "rollout.temperature: expected a positive number, got 0"),
         ("optim.micro_batch=-1", "optim.micro_batch: expected a positive number, got -1"),
+        ("rollout.temperature=inf", "rollout.temperature: expected a positive number, got inf"),
+        ("rollout.completions=1", "rollout.completions: expected a number of at least 2, got 1"),
+        ("rollout.top_k=-2", "rollout.top_k: expected a number of at least 0, got -2"),
+        ("optim.warmup_updates=-5", "optim.warmup_updates: expected a number of at least 0, got -5"),
+        ("optim.max_grad_norm=-1", "optim.max_grad_norm: expected a number of at least 0, got -1"),
+        ("optim.betas=[2,3]", r"optim.betas: expected two numbers in \[0, 1\), got \(2.0, 3.0\)"),
+        ("optim.schedule=cosin", "optim.schedule: expected one of .*'cosine', .*, got 'cosin'"),
+        ("data.test_limit=0", "data.test_limit: expected a positive number, got 0"),
+        ("data.overlong=cut", "data.overlong: expected one of 'refuse', 'drop', got 'cut'"),
+        ("eval_temperature=-1", "eval_temperature: expected a number of at least 0, got -1"),
+        ("rewards.weights.exact_match=nan", "rewards.weights.exact_match: expected a finite number, got nan"),
+        ("rewards.weights={}", r"rewards.accuracy: expected one of rewards.weights \(\), got 'exact_match'"),
         ("steps=0", "steps: expected a positive number, got 0"),
         ("rollout.top_p=1.5", r"rollout.top_p: expected a number in \(0, 1\], got 1.5"),
         ("rewards.filter_accuracy=[0.9,0.1]", r"rewards.filter_accuracy: expected low < high, got \(0.9, 0.1\)"),
@@ -99,6 +111,13 @@ def test_a_saved_configuration_loads_again(smallest: Path, tmp_path: Path) -> No
 def test_a_wrong_value_is_named(smallest: Path, argument: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(smallest, [argument])
+
+
+def test_a_mapping_given_whole_replaces_the_files(smallest: Path) -> None:
+    config = load_config(smallest, ["rewards.weights={format: 1.0}", "rewards.accuracy=format"])
+    assert config.rewards.weights == {"format": 1.0}
+    added = load_config(smallest, ["rewards.weights.format=0.5"])
+    assert added.rewards.weights == {"exact_match": 1.0, "format": 0.5}
 
 
 @pytest.mark.parametrize("word", ["on", "off"])
