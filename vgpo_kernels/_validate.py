@@ -1,6 +1,7 @@
 """Checks of arguments: every error names the argument, what was expected and what came."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,34 @@ def check_number(
         right = "]" if high is not None else ")"
         bounds = f"{left}{'-inf' if low is None else low}, {'inf' if high is None else high}{right}"
         raise ValueError(f"{name}: expected a number in {bounds}, got {value!r}")
+
+
+def check_mask_values(name: str, mask: Tensor) -> None:
+    """Raises unless `mask` (B, T) holds only 0 and 1; reads the data, so that on a GPU it waits for the device."""
+    if mask.dtype != torch.bool:
+        forbid((mask != 0) & (mask != 1), name, "0 or 1", mask)
+
+
+def forbid(wrong: Tensor, name: str, expected: str, value: Tensor) -> None:
+    """Raises, with the first place, where `wrong` holds anywhere; both tensors are (B,) or (B, T)."""
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        where = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "position"), place, strict=False))
+        raise ValueError(f"{name}: expected {expected}, got {value[place].item()} at {where}")
+
+
+def check_fields(fields: Iterable[str], known: Collection[str]) -> None:
+    """Raises where a name in `fields` is none of `known`."""
+    for name in fields:
+        if name not in known:
+            raise ValueError(unknown("field", name, known))
+
+
+def unknown(kind: str, name: Any, known: Iterable[str]) -> str:
+    """Says that `name` is none of `known`, and which of them is nearest."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
+    hint = f"the nearest known one is {near[0]!r}" if near else f"known ones are {', '.join(known)}"
+    return f"unknown {kind} {name!r}: {hint}"
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

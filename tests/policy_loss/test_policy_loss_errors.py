@@ -48,7 +48,7 @@ def call(**changes):
         (
             {"completion_mask": torch.full((2, 3), 0.5)},
             ValueError,
-            "completion_mask: expected zeros and ones, got 0.5",
+            "completion_mask: expected 0 or 1, got 0.5 at row 0, position 0",
         ),
         ({"ref_logps": torch.zeros(3, 2)}, ValueError, r"ref_logps: expected shape \(2, 3\)"),
         (
@@ -96,7 +96,7 @@ def test_kernels_check_the_mask_when_debugging(monkeypatch, device):
     inputs = inputs.replace(completion_mask=torch.full((2, 3), 2, device=device))
     inputs.call(PolicyLossConfig(), impl="triton")
     monkeypatch.setenv("VGPO_DEBUG", "1")
-    with pytest.raises(ValueError, match="completion_mask: expected zeros and ones, got 2"):
+    with pytest.raises(ValueError, match="completion_mask: expected 0 or 1, got 2 at row 0, position 0"):
         inputs.call(PolicyLossConfig(), impl="triton")
 
 
@@ -149,6 +149,17 @@ def test_bad_config(fields, error, message):
 def test_replace_checks_again():
     with pytest.raises(ValueError, match="beta: expected a number"):
         PolicyLossConfig.official().replace(beta=-1.0)
+    with pytest.raises(ValueError, match="beta: expected a number"):
+        PolicyLossConfig.official(beta=-1.0)
+    assert PolicyLossConfig.official(loss_type="grpo") == PolicyLossConfig.official().replace(loss_type="grpo")
+
+
+@pytest.mark.parametrize("change", [PolicyLossConfig().replace, PolicyLossConfig.official])
+def test_an_unknown_field_is_refused_with_the_nearest_known_one(change):
+    with pytest.raises(ValueError, match="unknown field 'epsilon': the nearest known one is 'epsilon_low'"):
+        change(epsilon=1)
+    with pytest.raises(ValueError, match="unknown field 'kl_limits': the nearest known one is 'kl_limit'"):
+        change(kl_limits=1)
 
 
 def test_config_is_frozen():

@@ -74,6 +74,9 @@ def test_unknown_names_are_refused_with_the_nearest_known_one():
         VGPOConfig.from_recipe("xyz")
     with pytest.raises(ValueError, match="unknown field 'kapa': the nearest known one is 'kappa'"):
         VGPOConfig.from_recipe("paper", kapa=0.1)
+    for change in (VGPOConfig.paper, VGPOConfig.official, VGPOConfig.balanced, VGPOConfig.paper().replace):
+        with pytest.raises(ValueError, match="unknown field 'kapa': the nearest known one is 'kappa'"):
+            change(kapa=1)
     with pytest.raises(ValueError, match="unknown field 'token_clip': the nearest known one is 'token_clamp'"):
         VGPOConfig.paper().replace(token_clip=None)
 

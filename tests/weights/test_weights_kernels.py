@@ -107,6 +107,27 @@ def test_the_gate_finds_the_kth_largest_exactly(values, kappa, device):
         assert not w.gate[:, : count // 2].any()
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize(
+    ("kappa", "exact", "float64"),
+    [
+        (0.29, 29, 28),  # 100 * 0.29 is below 29 in float64
+        (0.57, 57, 56),  # and 100 * 0.57 below 57
+        (1.0, 100, 100),
+    ],
+)
+def test_the_gate_opens_for_as_many_as_decimals_say(kappa, exact, float64, impl, device):
+    focus = torch.randperm(200, generator=torch.Generator().manual_seed(5))[None].to(device) / 200
+    group_ids = torch.zeros(1, dtype=torch.int64, device=device)
+    for config, opened in (
+        (VGPOConfig.paper(kappa=kappa), exact),
+        (VGPOConfig.balanced(kappa=kappa), exact),
+        (VGPOConfig.official(kappa=kappa), float64),
+    ):
+        w = vgpo_weights(focus, torch.ones_like(focus), group_ids, config, impl=impl)
+        assert w.gate.sum() == opened
+
+
 def test_any_length_runs_through_the_same_kernel(device):
     count = 20_002  # 40 tiles
     focus = torch.rand(1, count, device=device)

@@ -108,12 +108,12 @@ def test_balanced_weights_keep_mean_one_and_their_bounds(clamp, inputs):
         st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True), min_size=1, max_size=40
     ),
     repeats=st.integers(1, 3),
-    kappa=st.floats(0, 1),
+    percent=st.integers(0, 100),
 )
-def test_the_gate_is_topk_for_any_floats(values, repeats, kappa):
+def test_the_gate_is_topk_for_any_floats(values, repeats, percent):
     row = torch.tensor(values * repeats)[None]
-    config = VGPOConfig.paper(gamma=1.0, kappa=kappa)
-    top = max(1, int(row.shape[1] * kappa))
+    config = VGPOConfig.paper(gamma=1.0, kappa=percent / 100)
+    top = max(1, row.shape[1] * percent // 100)
     expected = row >= torch.topk(row, top).values[:, -1:]
     w = vgpo_weights(row, torch.ones_like(row), torch.zeros(1, dtype=torch.int64), config, impl="reference")
     assert torch.equal(w.gate, expected)
@@ -124,12 +124,12 @@ def test_the_gate_is_topk_for_any_floats(values, repeats, kappa):
     values=st.lists(
         st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnormal=True), min_size=1, max_size=40
     ),
-    kappa=st.floats(0, 1),
+    percent=st.integers(0, 100),
 )
-def test_the_kernels_gate_is_topk_for_any_floats(values, kappa):
+def test_the_kernels_gate_is_topk_for_any_floats(values, percent):
     row = torch.tensor(values * 2)[None]
-    config = VGPOConfig.paper(gamma=1.0, kappa=kappa)
-    top = max(1, int(row.shape[1] * kappa))
+    config = VGPOConfig.paper(gamma=1.0, kappa=percent / 100)
+    top = max(1, row.shape[1] * percent // 100)
     expected = row >= torch.topk(row, top).values[:, -1:]
     row = row.to(DEVICE)
     group_ids = torch.zeros(1, dtype=torch.int64, device=DEVICE)

@@ -48,6 +48,7 @@ CHANGES = {
     "no tail": {"gamma": 0.0},
     "all tail, all gated": {"gamma": 1.0, "kappa": 1.0},
     "one gated token": {"kappa": 0.0},
+    "an odd share": {"gamma": 0.71, "kappa": 0.29},
     "mean of normalized": {"trajectory_score": "normalized_mean"},
     "other positions": {"position": "zero_based"},
     "runs as groups": {"grouping": "consecutive"},
@@ -229,6 +230,35 @@ class TestErrors:
         focus[3, 4] = value
         with pytest.raises(ValueError, match=f"focus: expected finite scores .*got {value} at row 3, column 4"):
             self.call(focus=focus)
+
+    @pytest.mark.parametrize("value", [0.5, -1, 2, float("nan")])
+    def test_a_mask_of_other_values_is_refused(self, value):
+        _, mask, _ = batch()
+        mask = mask.float()
+        mask[3, 4] = value
+        expected = f"completion_mask: expected 0 or 1, got {float(value)} at row 3, position 4"
+        with pytest.raises(ValueError, match=expected):
+            self.call(completion_mask=mask)
+
+    def test_an_advantage_without_a_sign_is_refused_where_it_is_read(self):
+        advantages = torch.arange(8.0)
+        advantages[5] = float("nan")
+        with pytest.raises(ValueError, match="advantages: expected no NaN, got nan at row 5"):
+            self.call(advantages=advantages, config=VGPOConfig(negative_strength=0.5))
+        assert self.call(advantages=advantages).token_weights.isfinite().all()
+
+    @pytest.mark.parametrize("name", ["completion_mask", "advantages"])
+    def test_the_kernels_check_mask_and_advantages_when_debugging(self, name, monkeypatch, device):
+        focus, mask, group_ids = (x[:2, :9] if x.dim() == 2 else x[:2] for x in batch())
+        inputs = {"focus": focus, "completion_mask": mask.float(), "group_ids": group_ids, "advantages": torch.ones(2)}
+        inputs[name].view(-1)[0] = float("nan")
+        inputs = {key: x.to(device) for key, x in inputs.items()}
+        config = VGPOConfig(negative_strength=0.5)
+        monkeypatch.delenv("VGPO_DEBUG", raising=False)
+        assert vgpo_weights(**inputs, config=config, impl="triton").token_weights.isfinite().all()
+        monkeypatch.setenv("VGPO_DEBUG", "1")
+        with pytest.raises(ValueError, match=f"{name}: expected .*, got nan at row 0"):
+            vgpo_weights(**inputs, config=config, impl="triton")
 
     def test_the_kernels_refuse_it_too_when_debugging(self, monkeypatch, device):
         monkeypatch.setenv("VGPO_DEBUG", "1")

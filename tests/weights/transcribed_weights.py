@@ -1,6 +1,7 @@
 """The formulas of `docs/algorithm.md` in float64, a row and a group at a time, sharing nothing with the package."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 
@@ -21,17 +22,23 @@ def schedule(p, config):
     return 1.0 if p >= config.step_position else 0.0
 
 
+def floored(count, share, config):
+    """floor(count * share), with the share as the decimal that is meant or as the float64 next to it."""
+    return math.floor(count * (share if config.tail_rounding == "exact" else float(share)))
+
+
 def gate_of(scores, config):
     n = len(scores)
     if not config.compensation:
         return np.zeros(n, dtype=bool)
     if not config.gate:
         return np.ones(n, dtype=bool)
-    first = next((t for t in range(1, n + 1) if t > (1 - config.gamma) * n + 1e-9), n + 1)
+    gamma, kappa = Fraction(repr(config.gamma)), Fraction(repr(config.kappa))
+    first = floored(n, 1 - gamma, config) + 1
     tail = scores[first - 1 :]
     if len(tail) == 0:
         return np.zeros(n, dtype=bool)
-    threshold = sorted(tail, reverse=True)[max(1, int(len(tail) * config.kappa)) - 1]
+    threshold = sorted(tail, reverse=True)[max(1, floored(len(tail), kappa, config)) - 1]
     return np.array([t >= first and scores[t - 1] >= threshold for t in range(1, n + 1)])
 
 

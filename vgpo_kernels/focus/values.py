@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from vgpo_kernels._validate import check_mask_values, forbid
+
 
 def check_values(
     visual_mask: Tensor, completion_mask: Tensor, image_ids: Tensor | None, seq_ids: Tensor | None
@@ -14,20 +16,12 @@ def check_values(
         image_ids: (B, L) integers or None; from 0 at visual tokens.
         seq_ids: (B, L) integers or None; from 0 at visual and completion tokens.
     """
-    for name, mask in (("visual_mask", visual_mask), ("completion_mask", completion_mask)):
-        _forbid((mask != 0) & (mask != 1), name, "0 or 1", mask)
+    check_mask_values("visual_mask", visual_mask)
+    check_mask_values("completion_mask", completion_mask)
     visual, completion = visual_mask.bool(), completion_mask.bool()
-    _forbid(visual & completion, "completion_mask", "no visual token in the completion", completion_mask)
+    forbid(visual & completion, "completion_mask", "no visual token in the completion", completion_mask)
     if image_ids is not None:
-        _forbid(visual & (image_ids < 0), "image_ids", "0 or more at every visual token", image_ids)
+        forbid(visual & (image_ids < 0), "image_ids", "0 or more at every visual token", image_ids)
     if seq_ids is not None:
         used = visual | completion
-        _forbid(used & (seq_ids < 0), "seq_ids", "0 or more at visual and completion tokens", seq_ids)
-
-
-def _forbid(wrong: Tensor, name: str, expected: str, value: Tensor) -> None:
-    if wrong.any():
-        row, position = wrong.nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}: expected {expected}, got {value[row, position].item()} at row {row}, position {position}"
-        )
+        forbid(used & (seq_ids < 0), "seq_ids", "0 or more at visual and completion tokens", seq_ids)

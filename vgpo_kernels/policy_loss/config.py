@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from vgpo_kernels._validate import check_choice, check_number
+from vgpo_kernels._validate import check_choice, check_fields, check_number
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
@@ -71,11 +71,11 @@ class PolicyLossConfig:
         self._check_max_completion_length()
 
     @classmethod
-    def official(cls) -> "PolicyLossConfig":
-        """Returns the settings of the code published with VGPO (arXiv 2604.09349).
+    def official(cls, **fields: Any) -> "PolicyLossConfig":
+        """Returns the settings of the code published with VGPO (arXiv 2604.09349), with `fields` changed.
 
         Clip 0.2 / 0.28, dual clip 3, clamps inside the KL, mean over the batch's tokens; no KL unless `beta`
-        is set. Its mean of row means is `.replace(loss_type="grpo")`.
+        is set. Its mean of row means is `official(loss_type="grpo")`.
         """
         return cls(
             loss_type="bnpo",
@@ -84,16 +84,17 @@ class PolicyLossConfig:
             clip_ratio_dual=3.0,
             kl_log_ratio_limit=20.0,
             kl_limit=10.0,
-        )
+        ).replace(**fields)
 
     @property
     def divides_by_num_items(self) -> bool:
         """Whether the sum over tokens is divided by `num_items_in_batch`."""
         return self.loss_type in ("dapo", "cispo")
 
-    def replace(self, **changes: Any) -> "PolicyLossConfig":
-        """Returns a copy with these fields changed, checked again."""
-        return dataclasses.replace(self, **changes)
+    def replace(self, **fields: Any) -> "PolicyLossConfig":
+        """Returns a copy with `fields` changed, checked again; ValueError names the nearest known field."""
+        check_fields(fields, [field.name for field in dataclasses.fields(self)])
+        return dataclasses.replace(self, **fields)
 
     def log_bounds(self) -> tuple[float, float, float]:
         """Returns the log-ratios between which the surrogate follows the ratio.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._validate import check_mask_values
 from vgpo_kernels.policy_loss import terms
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 
@@ -34,7 +35,7 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss (), per-token loss (B, T), metrics, unnormalised gradient (B, T) and its normaliser ()."""
     if checks_values(impl, logps):
-        _check_mask_values(completion_mask)
+        check_mask_values("completion_mask", completion_mask)
     config = PolicyLossConfig(
         loss_type=loss_type,
         importance_sampling_level=importance_sampling_level,
@@ -59,14 +60,6 @@ def policy_loss(
         config,
     )
     return results
-
-
-def _check_mask_values(completion_mask: Tensor) -> None:
-    if completion_mask.dtype == torch.bool:
-        return
-    strange = completion_mask[(completion_mask != 0) & (completion_mask != 1)]
-    if strange.numel():
-        raise ValueError(f"completion_mask: expected zeros and ones, got {strange[0].item()}")
 
 
 @policy_loss.register_fake

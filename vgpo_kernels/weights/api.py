@@ -53,7 +53,7 @@ def vgpo_weights(
     Args:
         focus: (B, T) floating; cosines, or attention mass in [0, 1]. Never read where it is masked, nor
             in rows without a visual token.
-        completion_mask: (B, T) bool or number; nonzero where a token is generated.
+        completion_mask: (B, T) bool, or numbers 0 and 1; which tokens were generated.
         group_ids: (B,) integers; which prompt a row answers. Any labels in any order.
         config: the recipe.
         source: "similarity" for cosines, "attention" for attention mass.
@@ -71,8 +71,10 @@ def vgpo_weights(
 
     Raises:
         ValueError: a wrong shape or device, an empty batch, an unknown source, a missing `step` or
-            `advantages`, or a score that is NaN or infinite. The kernels check the scores only under
-            VGPO_DEBUG=1; otherwise such a row's own factors are NaN, and it stays out of all statistics.
+            `advantages`; on the reference and under VGPO_DEBUG=1 also a mask with values other than 0 and 1,
+            a score that is NaN or infinite, and a NaN among the advantages if `config.negative_strength` is
+            not 1. Unchecked, the kernels take any mask value but 0 as valid and a NaN advantage as not
+            negative; a row with a bad score has NaN factors and stays out of all statistics.
         TypeError: a wrong type or dtype.
 
     Example:

@@ -1,12 +1,10 @@
 """What the weights depend on besides the scores: one frozen dataclass and its three recipes."""
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vgpo_kernels._validate import check_choice, check_number
+from vgpo_kernels._validate import check_choice, check_fields, check_number, unknown
 
 SCHEDULES = ("linear", "exponential", "step")
 TRAJECTORY_SCORES = ("sum", "mean", "normalized_sum", "normalized_mean")
@@ -55,8 +53,8 @@ class VGPOConfig:
         focus_scale: rho from cosines: "affine" (cos + 1) / 2, or "batch_minmax" over the whole micro-batch
             with padding as 0.
         position: p of the t-th of T tokens: "one_based" t / T, or "zero_based" (t - 1) / (T - 1).
-        tail_rounding: the tail starts behind floor(T * (1 - gamma)) tokens: "exact" for decimal gamma, or
-            "float64" as float64 multiplies.
+        tail_rounding: the tail starts behind floor(T * (1 - gamma)) tokens, and the gate opens for
+            floor(tail * kappa): "exact" for decimal gamma and kappa, or "float64" as float64 multiplies.
         grouping: a group is all rows with one id ("ids"), or a run of neighbouring rows with one id
             ("consecutive").
         corners: rows without a visual token, without a valid token or with constant focus: "neutral"
@@ -148,19 +146,26 @@ class VGPOConfig:
             (0.1, 2.0)
         """
         if recipe not in RECIPES:
-            raise ValueError(_unknown("recipe", recipe, RECIPES))
-        _check_fields(fields)
+            raise ValueError(unknown("recipe", recipe, RECIPES))
+        check_fields(fields, _field_names())
         return cls(**{**RECIPES[recipe], **fields})
 
     def replace(self, **fields: Any) -> "VGPOConfig":
         """Returns a copy with `fields` changed; ValueError names the nearest known field."""
-        _check_fields(fields)
+        check_fields(fields, _field_names())
         return dataclasses.replace(self, **fields)
 
     @property
     def tail_start(self) -> float:
         """The share s of a trajectory before its tail: the tail starts behind int(T * s) tokens."""
-        share = round(1.0 - self.gamma, 12)
+        return self._share(round(1.0 - self.gamma, 12))
+
+    @property
+    def gated_share(self) -> float:
+        """The share s of a tail of N tokens that the gate opens for: int(N * s) tokens, at least one."""
+        return self._share(float(self.kappa))
+
+    def _share(self, share: float) -> float:
         # 100 * 0.29 is 28.999999999999996 in float64, and 29 is meant.
         return share * (1.0 + 1e-12) if self.tail_rounding == "exact" else share
 
@@ -199,14 +204,5 @@ def _checked_clamp(name: str, bounds: Any) -> tuple[float, float] | None:
     return low, high
 
 
-def _check_fields(fields: Iterable[str]) -> None:
-    known = [field.name for field in dataclasses.fields(VGPOConfig)]
-    for name in fields:
-        if name not in known:
-            raise ValueError(_unknown("field", name, known))
-
-
-def _unknown(kind: str, name: Any, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.4)
-    hint = f"the nearest known one is {near[0]!r}" if near else f"known ones are {', '.join(known)}"
-    return f"unknown {kind} {name!r}: {hint}"
+def _field_names() -> list[str]:
+    return [field.name for field in dataclasses.fields(VGPOConfig)]

@@ -88,7 +88,7 @@ def _token_options(config: VGPOConfig, source: str, signed: bool) -> dict[str, A
         "SCALE": "none" if source == "attention" else config.focus_scale,
         "BETA": float(config.beta),
         "TAIL_START": float(config.tail_start),
-        "KAPPA": float(config.kappa),
+        "GATED_SHARE": float(config.gated_share),
         "SCHEDULE": config.schedule,
         "EXPONENT": float(config.exponent),
         "STEP_POSITION": float(config.step_position),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._validate import check_mask_values, forbid
 from vgpo_kernels.weights.config import VGPOConfig
 
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -40,7 +41,10 @@ def _weights(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     config = VGPOConfig(**options)
     if checks_values(impl, focus):
+        check_mask_values("completion_mask", completion_mask)
         _check_finite(focus, completion_mask, has_visual)
+        if advantages is not None:
+            forbid(advantages.isnan(), "advantages", "no NaN", advantages)
     warmup = 1.0 if step is None else min(1.0, step / config.warmup_steps)
     room = implementation("weights", impl, focus)
     return room.weights(

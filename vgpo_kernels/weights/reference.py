@@ -79,7 +79,7 @@ def _gate(raw: Tensor, valid: Tensor, config: VGPOConfig) -> Tensor:
     count = valid.sum(1, keepdim=True)  # (B, 1)
     head = (count.double() * config.tail_start).long()
     tail = valid & (valid.cumsum(1) > head)
-    top = ((count - head).double() * config.kappa).long().clamp(min=1)
+    top = ((count - head).double() * config.gated_share).long().clamp(min=1)
     ordered = raw.masked_fill(~tail, -torch.inf).sort(dim=1, descending=True).values
     return tail & (raw >= ordered.gather(1, top - 1))
 

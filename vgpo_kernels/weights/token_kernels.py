@@ -70,7 +70,10 @@ def _scan_batch(
     HAS_VISUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Extremes of the raw scores over the micro-batch, padding's 0 included."""
+    """Extremes of the raw scores over the micro-batch, padding's 0 included.
+
+    Each program scans all of (B, T), B^2 T reads in all: meant for a micro-batch, as in the published code.
+    """
     offsets = tl.arange(0, BLOCK)
     b_low = tl.full([BLOCK], float("inf"), tl.float32)
     b_high = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -267,7 +270,7 @@ def weights_token_kernel(
     SCALE: tl.constexpr,
     BETA: tl.constexpr,
     TAIL_START: tl.constexpr,
-    KAPPA: tl.constexpr,
+    GATED_SHARE: tl.constexpr,
     SCHEDULE: tl.constexpr,
     EXPONENT: tl.constexpr,
     STEP_POSITION: tl.constexpr,
@@ -319,7 +322,7 @@ def weights_token_kernel(
     threshold = 0
     if COMPENSATION and GATE:
         head = (count.to(tl.float64) * tl.full([], TAIL_START, tl.float64)).to(tl.int32)
-        top = ((count - head).to(tl.float64) * tl.full([], KAPPA, tl.float64)).to(tl.int32)
+        top = ((count - head).to(tl.float64) * tl.full([], GATED_SHARE, tl.float64)).to(tl.int32)
         begin = _write_tail_keys(p_focus, p_mask, p_token, extent, visible, stride_focus_t, stride_mask_t, head, BLOCK)
         tl.debug_barrier()  # other threads may read what this one wrote
         threshold = _kth_largest(p_token, begin, extent, tl.maximum(top, 1), BLOCK)
