@@ -32,8 +32,9 @@ def test_official_reproduces_the_vectors(conformance_vectors, impl, device):
     mask = v["response_mask"].to(device)
     completion = torch.cat([mask.new_zeros(len(mask), meta["prompt_length"]), mask], dim=1)
     focus = visual_focus_score(v["hidden_states"].to(device), visual, completion.bool(), impl=impl)
+    focus = focus[:, meta["prompt_length"] :]
     w = vgpo_weights(
-        focus[:, meta["prompt_length"] :],
+        focus,
         mask,
         torch.arange(len(mask), device=device) // meta["group_size"],
         config_of(meta["cfg"]),
@@ -42,6 +43,8 @@ def test_official_reproduces_the_vectors(conformance_vectors, impl, device):
     )
     weighted = v["advantages"].to(device) * w.token_weights * w.trajectory_weights[:, None]
     found = {
+        "focus_score": (focus - focus.min()) / (focus.max() - focus.min()),
+        "mean_similarity": focus[visual.any(1)].mean(),
         "normalized_weights": w.normalized,
         "token_factor": w.token_weights,
         "trajectory_factor": w.trajectory_weights,
