@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
-from collections.abc import Mapping, Sequence
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 IMAGE_PLACEHOLDER = "<image>"
-REQUIRED_FIELDS = ("problem", "answer")
+IMAGE_FIELDS = ("images", "image")
+_SHOWN = 200  # characters of a row's value in an error message
 
 
-class PromptTooLong(ValueError):
+class DataError(ValueError):
+    """A file, a row or a prompt that cannot be used; the message says which and why."""
+
+
+class PromptTooLong(DataError):
     """A prompt is longer than the limit, and cutting it would cut the tokens of its pictures."""
 
 
@@ -45,7 +54,7 @@ class Sample:
         """Read the pictures as RGB.
 
         Raises:
-            ValueError: a picture that Pillow cannot read, naming the row and its id.
+            DataError: a picture that Pillow cannot read, naming the row and its id.
         """
         return [self._open(image) for image in self.images]
 
@@ -53,13 +62,15 @@ class Sample:
         try:
             with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
                 return opened.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # each of Pillow's decoders has its own errors for broken files
             what = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
-            raise ValueError(f"{self.source}: id {self.id!r}: cannot read image {what}: {error}") from error
+            raise DataError(f"{self.source}: id {self.id!r}: cannot read image {what}: {error}") from error
 
 
 class PictureDataset(Dataset):
     """Rows `{problem, answer, images}` of a JSONL or Parquet file (the ViRL39K layout).
+
+    `problem` and `answer` are text or numbers; `images`, or `image`, is a picture, a list of them, or null for none.
 
     Args:
         path: a `.jsonl` or `.parquet` file; relative image paths start at its folder.
@@ -67,8 +78,9 @@ class PictureDataset(Dataset):
 
     Raises:
         FileNotFoundError: the file or a picture it names does not exist.
-        ValueError: an unknown extension, a line that is no JSON object, a missing field, an id that appears twice,
-            no rows; the message names file, row and id.
+        DataError: an unknown extension, a file that cannot be read, a line that is no JSON object, a field that is
+            missing, empty or of another kind, an id that appears twice, no rows; the message names file, row and id.
+        ValueError: a limit below 1.
     """
 
     def __init__(self, path: str | Path, limit: int | None = None) -> None:
@@ -79,7 +91,7 @@ class PictureDataset(Dataset):
             raise ValueError(f"limit must be at least 1 row or None, got {limit}")
         rows = _read_rows(self.path, limit)
         if not rows:
-            raise ValueError(f"{self.path}: no rows")
+            raise DataError(f"{self.path}: no rows")
         self.samples = [self._sample(number, row) for number, row in enumerate(rows)]
         self._check_ids()
 
@@ -89,21 +101,29 @@ class PictureDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         return self.samples[index]
 
+    def without(self, ids: Collection[str]) -> PictureDataset:
+        """Return the data set less the samples of these ids, in the same order; ids it does not have change nothing.
+
+        Raises:
+            DataError: no sample is left.
+        """
+        rest = copy.copy(self)
+        rest.samples = [sample for sample in self.samples if sample.id not in ids]
+        if not rest.samples:
+            raise DataError(f"{self.path}: no rows are left of {len(self)}")
+        return rest
+
     def _sample(self, number: int, row: dict[str, Any]) -> Sample:
         name = str(row["id"]) if row.get("id") is not None else str(row.get("qid") or number)
-        where = f"{self.path}, row {number}"
-        for key in REQUIRED_FIELDS:
-            if row.get(key) is None:
-                raise ValueError(f"{where}: id {name!r}: field {key!r} is missing; the row has {sorted(row)}")
-        images = row.get("images", row.get("image"))
-        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        source = f"{self.path}, row {number}"
+        where = f"{source}: id {name!r}"
         return Sample(
             id=name,
-            problem=str(row["problem"]),
-            answer=str(row["answer"]),
-            images=tuple(self._image(image, f"{where}: id {name!r}") for image in images),
-            extra={k: v for k, v in row.items() if k not in ("id", "problem", "answer", "images", "image")},
-            source=where,
+            problem=_text(row, "problem", where),
+            answer=_text(row, "answer", where),
+            images=tuple(self._image(image, where) for image in _images(row, where)),
+            extra={k: v for k, v in row.items() if k not in ("id", "problem", "answer", *IMAGE_FIELDS)},
+            source=source,
         )
 
     def _image(self, image: Any, where: str) -> Path | bytes:
@@ -112,17 +132,17 @@ class PictureDataset(Dataset):
         if isinstance(image, (bytes, bytearray)):
             return bytes(image)
         if not isinstance(image, str):
-            raise ValueError(f"{where}: an image must be a path, bytes or {{bytes, path}}, got {type(image).__name__}")
+            raise DataError(f"{where}: an image must be a path, bytes or {{bytes, path}}, got {type(image).__name__}")
         path = self.path.parent / image
-        if not path.is_file():
-            raise FileNotFoundError(f"{where}: image file {str(path)!r} does not exist")
+        if not os.path.isfile(path):  # unlike Path.is_file, False for a name too long to be one, such as base64
+            raise FileNotFoundError(f"{where}: image file {str(path)[:_SHOWN]!r} does not exist")
         return path
 
     def _check_ids(self) -> None:
         seen: dict[str, str] = {}
         for sample in self.samples:
             if sample.id in seen:
-                raise ValueError(f"{sample.source}: id {sample.id!r} is already that of {seen[sample.id]}")
+                raise DataError(f"{sample.source}: id {sample.id!r} is already that of {seen[sample.id]}")
             seen[sample.id] = sample.source
 
 
@@ -207,7 +227,8 @@ class PromptCollator:
 
     Raises:
         PromptTooLong: a prompt has more tokens than allowed; names its id, its length and the limit.
-        ValueError: `<image>` placeholders that do not fit the number of pictures, an unreadable picture; names the id.
+        DataError: `<image>` placeholders that do not fit the number of pictures, an unreadable picture, a prompt that
+            the processor refuses; names the id.
     """
 
     def __init__(
@@ -243,7 +264,7 @@ class PromptCollator:
         if len(pieces) == 1:
             pieces = [""] * len(sample.images) + pieces
         elif len(pieces) - 1 != len(sample.images):
-            raise ValueError(
+            raise DataError(
                 f"{sample.source}: id {sample.id!r}: the problem has {len(pieces) - 1} {IMAGE_PLACEHOLDER} "
                 f"placeholders for {len(sample.images)} images"
             )
@@ -257,13 +278,12 @@ class PromptCollator:
             content.append({"type": "text", "text": self.suffix})
         return content
 
+    def prompt_length(self, sample: Sample) -> int:
+        """Return the number of tokens of a sample's prompt, pictures included, whatever the limit is."""
+        return self._inputs(sample)["input_ids"].shape[1]
+
     def _process(self, sample: Sample) -> dict[str, torch.Tensor]:
-        text = self.processor.apply_chat_template(self.messages(sample), add_generation_prompt=True, tokenize=False)
-        images = sample.open_images() or None
-        try:
-            inputs = self.processor(images=images, text=[text], return_tensors="pt")
-        except Exception as error:
-            raise ValueError(f"{sample.source}: id {sample.id!r}: the processor refuses it: {error}") from error
+        inputs = self._inputs(sample)
         length = inputs["input_ids"].shape[1]
         if length > self.max_prompt_length:
             raise PromptTooLong(
@@ -271,7 +291,62 @@ class PromptCollator:
                 f"{self.max_prompt_length}; cutting it would cut image tokens: raise the limit, shrink the picture or "
                 "drop the row"
             )
-        return dict(inputs)
+        return inputs
+
+    def _inputs(self, sample: Sample) -> dict[str, torch.Tensor]:
+        messages = self.messages(sample)
+        images = sample.open_images() or None
+        try:
+            text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return dict(self.processor(images=images, text=[text], return_tensors="pt"))
+        except Exception as error:
+            raise DataError(f"{sample.source}: id {sample.id!r}: the processor refuses it: {error}") from error
+
+
+def overlong(collator: PromptCollator, samples: Sequence[Sample]) -> list[tuple[Sample, int]]:
+    """Find the samples whose prompts are longer than the collator allows, before a run meets them.
+
+    Args:
+        collator: what makes the prompts, and the limit.
+        samples: each is processed once; nothing but its length is kept.
+
+    Returns:
+        Each sample over `collator.max_prompt_length` with its number of tokens, in the order given.
+
+    Raises:
+        DataError: a prompt that cannot be made, such as one with an unreadable picture; names the id.
+    """
+    lengths = ((sample, collator.prompt_length(sample)) for sample in samples)
+    return [(sample, length) for sample, length in lengths if length > collator.max_prompt_length]
+
+
+def _text(row: Mapping[str, Any], key: str, where: str) -> str:
+    value = row.get(key)
+    if value is None:
+        raise DataError(f"{where}: field {key!r} is missing; the row has {sorted(row)}")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
+        raise DataError(
+            f"{where}: field {key!r} must be text or a number, got {type(value).__name__}: {value!r:.{_SHOWN}}"
+        )
+    if isinstance(value, (float, Decimal)) and not math.isfinite(value):
+        raise DataError(f"{where}: field {key!r} must be text or a finite number, got {value}")
+    text = str(value)
+    if not text.strip():
+        raise DataError(f"{where}: field {key!r} is empty, got {value!r:.{_SHOWN}}")
+    return text
+
+
+def _images(row: Mapping[str, Any], where: str) -> Sequence[Any]:
+    if not any(key in row for key in IMAGE_FIELDS):
+        raise DataError(
+            f"{where}: field 'images' (or 'image') is missing; the row has {sorted(row)}; "
+            "a row of text alone says null or []"
+        )
+    given = [row[key] for key in IMAGE_FIELDS if row.get(key) is not None]
+    if len(given) > 1:
+        raise DataError(f"{where}: the pictures must be in 'images' or in 'image', got both")
+    images = given[0] if given else []
+    return images if isinstance(images, (list, tuple)) else [images]
 
 
 def _pad_left(part: torch.Tensor, length: int, value: int) -> torch.Tensor:
@@ -283,34 +358,42 @@ def _read_rows(path: Path, limit: int | None) -> list[dict[str, Any]]:
         return _read_jsonl(path, limit)
     if path.suffix == ".parquet":
         return _read_parquet(path, limit)
-    raise ValueError(f"{path}: unknown extension {path.suffix!r}; expected .jsonl or .parquet")
+    raise DataError(f"{path}: unknown extension {path.suffix!r}; expected .jsonl or .parquet")
 
 
 def _read_jsonl(path: Path, limit: int | None) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for line in lines:
             if limit is not None and len(rows) == limit:
                 break
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, row {len(rows)}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, row {len(rows)}: expected a JSON object, got {type(row).__name__}")
-            rows.append(row)
+            if line.strip():
+                rows.append(_json_row(line, f"{path}, row {len(rows)}"))
     return rows
+
+
+def _json_row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
+        raise DataError(f"{where}: not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row
 
 
 def _read_parquet(path: Path, limit: int | None) -> list[dict[str, Any]]:
     import pyarrow.parquet
 
     rows: list[dict[str, Any]] = []
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256):
-            rows.extend(batch.to_pylist())
-            if limit is not None and len(rows) >= limit:
-                return rows[:limit]
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                rows.extend(batch.to_pylist())
+                if limit is not None and len(rows) >= limit:
+                    return rows[:limit]
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
     return rows

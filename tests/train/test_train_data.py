@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vgpo_train.data import PictureDataset, PromptCollator, PromptTooLong, Sample, epoch_order
+from vgpo_train.data import DataError, PictureDataset, PromptCollator, PromptTooLong, Sample, epoch_order, overlong
 from vgpo_train.model import image_token_mask, load_model, load_processor
 
 
@@ -48,7 +48,7 @@ def test_rows_of_a_real_data_set(pictures: Path) -> None:
 
 
 def test_an_id_is_the_rows_or_its_number(tmp_path: Path) -> None:
-    rows = {"problem": "?", "answer": 1}
+    rows = {"problem": "?", "answer": 1, "images": None}
     data = PictureDataset(_jsonl(tmp_path, rows, rows | {"id": 7}, rows | {"qid": "q1"}))
     assert [sample.id for sample in data] == ["0", "7", "q1"]
     assert [sample.answer for sample in data] == ["1", "1", "1"]
@@ -74,34 +74,97 @@ def test_a_parquet_path_starts_at_the_files_folder(tmp_path: Path) -> None:
 
 
 def test_errors_name_file_row_and_id(tmp_path: Path) -> None:
-    good = {"id": "a", "problem": "?", "answer": "1"}
+    good = {"id": "a", "problem": "?", "answer": "1", "images": []}
     with pytest.raises(FileNotFoundError, match=r"data file '.*nowhere\.jsonl' does not exist"):
         PictureDataset(tmp_path / "nowhere.jsonl")
     (tmp_path / "rows.csv").write_text("problem,answer\n")
-    with pytest.raises(ValueError, match=r"rows\.csv: unknown extension '\.csv'; expected \.jsonl or \.parquet"):
+    with pytest.raises(DataError, match=r"rows\.csv: unknown extension '\.csv'; expected \.jsonl or \.parquet"):
         PictureDataset(tmp_path / "rows.csv")
-    with pytest.raises(ValueError, match=r"rows\.jsonl, row 1: id 'b': field 'answer' is missing"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 1: id 'b': field 'answer' is missing"):
         PictureDataset(_jsonl(tmp_path, good, {"id": "b", "problem": "?"}))
     with pytest.raises(FileNotFoundError, match=r"rows\.jsonl, row 0: id 'a': image file '.*gone\.png' does not exist"):
         PictureDataset(_jsonl(tmp_path, good | {"images": ["gone.png"]}))
-    with pytest.raises(ValueError, match=r"row 0: id 'a': an image must be a path, bytes or .*, got int"):
+    with pytest.raises(DataError, match=r"row 0: id 'a': an image must be a path, bytes or .*, got int"):
         PictureDataset(_jsonl(tmp_path, good | {"images": [3]}))
-    with pytest.raises(ValueError, match=r"rows\.jsonl, row 1: not JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 1: not JSON"):
         PictureDataset(_jsonl(tmp_path, good, "{problem"))
-    with pytest.raises(ValueError, match=r"rows\.jsonl, row 0: expected a JSON object, got list"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 0: expected a JSON object, got list"):
         PictureDataset(_jsonl(tmp_path, "[1]"))
-    with pytest.raises(ValueError, match=r"row 1: id 'a' is already that of .*row 0"):
+    with pytest.raises(DataError, match=r"row 1: id 'a' is already that of .*row 0"):
         PictureDataset(_jsonl(tmp_path, good, good))
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(DataError, match="no rows"):
         PictureDataset(_jsonl(tmp_path))
     with pytest.raises(ValueError, match="limit must be at least 1 row or None, got 0"):
         PictureDataset(_jsonl(tmp_path, good), limit=0)
 
 
+@pytest.mark.parametrize("key", ["problem", "answer"])
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (["1", "2"], r"must be text or a number, got list: \['1', '2'\]"),
+        ({"a": 1}, "must be text or a number, got dict"),
+        (True, "must be text or a number, got bool: True"),
+        (float("nan"), "must be text or a finite number, got nan"),
+        ("", "is empty, got ''"),
+        (" \n", r"is empty, got ' \\n'"),
+        (None, r"is missing; the row has \['answer', 'id', 'images', 'problem'\]"),
+    ],
+)
+def test_problem_and_answer_are_text_or_numbers(tmp_path: Path, key: str, value, error: str) -> None:
+    good = {"id": "a", "problem": "?", "answer": "1", "images": []}
+    with pytest.raises(DataError, match=rf"rows\.jsonl, row 1: id 'b': field '{key}' {error}"):
+        PictureDataset(_jsonl(tmp_path, good, good | {"id": "b", key: value}))
+
+
+def test_a_row_says_whether_it_has_pictures(tmp_path: Path) -> None:
+    row = {"id": "a", "problem": "?", "answer": 0}
+    (tmp_path / "a.png").write_bytes(_png())
+    with pytest.raises(DataError, match=r"row 0: id 'a': field 'images' .* the row has \['answer', .*'image_paths', "):
+        PictureDataset(_jsonl(tmp_path, row | {"image_paths": ["a.png"]}))
+    with pytest.raises(DataError, match="id 'a': the pictures must be in 'images' or in 'image', got both"):
+        PictureDataset(_jsonl(tmp_path, row | {"images": ["a.png"], "image": "a.png"}))
+    for none in ({"images": None}, {"images": []}, {"image": None}):
+        assert PictureDataset(_jsonl(tmp_path, row | none))[0].images == ()
+    # A table with a column of each name holds null in the one that a row does not use.
+    for one in ({"image": "a.png"}, {"images": ["a.png"]}, {"images": None, "image": "a.png"}):
+        assert PictureDataset(_jsonl(tmp_path, row | one))[0].images == (tmp_path / "a.png",)
+
+
+def test_text_in_the_place_of_a_path_is_cut_short(tmp_path: Path) -> None:
+    row = {"problem": "?", "answer": "1", "image": "iVBORw0KGgo" * 1000}  # base64 is longer than a file name may be
+    with pytest.raises(FileNotFoundError, match=r"row 0: id '0': image file .* does not exist") as raised:
+        PictureDataset(_jsonl(tmp_path, row))
+    assert len(str(raised.value)) < 500
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    good = json.dumps({"problem": "?", "answer": "1", "images": []}).encode()
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(good + b"\n" + good.replace(b"?", "é?".encode("latin-1")))
+    with pytest.raises(DataError, match=r"latin\.jsonl, row 1: not UTF-8: .*0xe9"):
+        PictureDataset(path)
+    assert len(PictureDataset(path, limit=1)) == 1
+    path = tmp_path / "cut.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"problem": "?"}]), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"cut\.parquet: cannot be read as Parquet: "):
+        PictureDataset(path)
+
+
+def test_a_data_set_without_some_of_its_samples(tmp_path: Path) -> None:
+    rows = [{"id": name, "problem": "?", "answer": "1", "images": []} for name in "abc"]
+    data = PictureDataset(_jsonl(tmp_path, *rows))
+    assert [sample.id for sample in data.without({"b", "unknown"})] == ["a", "c"]
+    assert [sample.id for sample in data] == ["a", "b", "c"], "the whole one stays as it was"
+    with pytest.raises(DataError, match=r"rows\.jsonl: no rows are left of 3"):
+        data.without({"a", "b", "c"})
+
+
 def test_an_unreadable_picture_names_the_row(tmp_path: Path, collator: PromptCollator) -> None:
     (tmp_path / "cut.png").write_bytes(_png()[:60])
     data = PictureDataset(_jsonl(tmp_path, {"id": "x9", "problem": "?", "answer": "1", "images": ["cut.png"]}))
-    with pytest.raises(ValueError, match=r"rows\.jsonl, row 0: id 'x9': cannot read image .*cut\.png"):
+    with pytest.raises(DataError, match=r"rows\.jsonl, row 0: id 'x9': cannot read image .*cut\.png"):
         collator([data[0]])
 
 
@@ -122,7 +185,7 @@ def test_pictures_stand_where_the_problem_says(collator: PromptCollator) -> None
     assert kinds("How many?", 2) == ["IMAGE", "IMAGE", "How many?"]
     assert kinds("In <image> and <image>: how many?", 2) == ["In ", "IMAGE", " and ", "IMAGE", ": how many?"]
     assert kinds("No picture?", 0) == ["No picture?"]
-    with pytest.raises(ValueError, match="id 'a': the problem has 1 <image> placeholders for 2 images"):
+    with pytest.raises(DataError, match="id 'a': the problem has 1 <image> placeholders for 2 images"):
         kinds("<image>?", 2)
 
 
@@ -138,6 +201,30 @@ def test_a_prompt_over_the_limit_is_refused_not_cut(processor) -> None:
     assert PromptCollator(processor, max_prompt_length=length)([sample]).prompt_lengths == [length]
     with pytest.raises(PromptTooLong, match=rf"id 'long': the prompt has {length} tokens, .* is {length - 1}"):
         PromptCollator(processor, max_prompt_length=length - 1)([sample])
+
+
+def test_overlong_prompts_are_found_before_a_run(processor, pictures: Path, tmp_path: Path) -> None:
+    small, large = (PictureDataset(pictures / "train.jsonl")[n] for n in (0, 1))
+    large = Sample("large", large.problem, large.answer, (_png(size=(560, 560)),))
+    lengths = PromptCollator(processor, max_prompt_length=9999)([small, large]).prompt_lengths
+    assert lengths[0] < lengths[1]
+    for limit, found in ((lengths[1], []), (lengths[1] - 1, [(large, lengths[1])])):
+        collator = PromptCollator(processor, max_prompt_length=limit)
+        assert overlong(collator, [small, large, small]) == found
+    assert [length for _, length in overlong(PromptCollator(processor, max_prompt_length=1), [large, small])] == [
+        lengths[1],
+        lengths[0],
+    ]
+    (tmp_path / "cut.png").write_bytes(_png()[:60])
+    broken = Sample("x9", "?", "1", (tmp_path / "cut.png",))
+    with pytest.raises(DataError, match=r"id 'x9': cannot read image .*cut\.png"):
+        overlong(collator, [small, broken])
+
+
+def test_a_prompt_that_the_processor_refuses_names_the_row(collator: PromptCollator) -> None:
+    flat = Sample("flat", "?", "1", (_png(size=(6000, 4)),))  # Qwen2.5-VL refuses ratios of 200 and more
+    with pytest.raises(DataError, match=r"id 'flat': the processor refuses it: .*aspect ratio"):
+        collator([flat])
 
 
 def test_image_tokens_match_the_vision_inputs(collator: PromptCollator, tiny_checkpoint: Path) -> None:
