@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText
 from vgpo_kernels import policy_loss
 from vgpo_train import policy
 from vgpo_train.data import epoch_order
+from vgpo_train.experience import group_advantages
 from vgpo_train.metrics import read_metrics
 from vgpo_train.model import load_model, load_processor
 
@@ -204,6 +205,60 @@ def test_later_updates_of_a_rollout_have_other_ratios(ranks, folder) -> None:  #
     (single, *_) = _metrics(folder, "kl")
     assert single["updates"] == 1
     assert single["ratio_max"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_every_rank_updates_with_the_weights_of_its_own_rows(ranks) -> None:
+    for step in (0, 1):
+        for rank in ranks:
+            record = rank["weighted"][step]
+            rows, updates = record["rows"], record["updates"]
+            token, trajectory = scenario.factors(rows, step)
+            assert len(updates) == 2
+            for update in updates:
+                assert torch.equal(update["mask"], rows["completion_mask"])
+                assert torch.equal(update["old_logps"], rows["old_logps"])
+                torch.testing.assert_close(update["token_weights"], token)
+                torch.testing.assert_close(update["trajectory_weights"], trajectory)
+        first, second = (rank["weighted"][step]["updates"][0] for rank in ranks)
+        assert not torch.allclose(first["token_weights"], second["token_weights"])
+        assert not torch.allclose(first["trajectory_weights"], second["trajectory_weights"])
+
+
+def test_every_rank_updates_with_the_advantages_of_its_own_rows(ranks) -> None:
+    for step in (0, 1):
+        parts = [rank["weighted"][step]["rows"] for rank in ranks]
+        rewards, group_ids = (torch.cat([part[name] for part in parts]) for name in ("rewards", "group_ids"))
+        expected = group_advantages(rewards, group_ids, normalize_std=True).chunk(2)
+        assert not torch.allclose(*expected)
+        for rank, own in zip(ranks, expected, strict=True):
+            for update in rank["weighted"][step]["updates"]:
+                torch.testing.assert_close(update["advantages"], own)
+
+
+def test_an_update_takes_the_kept_rows_of_its_own_groups(ranks) -> None:
+    for step in (0, 1):
+        records = [rank["weighted"][step] for rank in ranks]
+        for record in records:
+            for number, update in enumerate(record["updates"]):
+                assert update["rows"] == _kept_rows(record, records, number)
+        given = [len(update["rows"]) for record in records for update in record["updates"]]
+        assert 0 < sum(given) < 12, "some of the rows are kept"
+
+
+def _kept_rows(own: dict[str, Any], records: list[dict[str, Any]], number: int) -> list[int]:
+    """Returns a rank's rows of an update: three groups each; those without a picture or of equal rewards are left."""
+    rewards, group_ids = (torch.cat([one["rows"][name] for one in records]) for name in ("rewards", "group_ids"))
+    kept = []
+    for row, group in enumerate(own["rows"]["group_ids"].tolist()):
+        differ = rewards[group_ids == group].unique().numel() > 1
+        if group // 3 == number and own["rows"]["accuracies"][row] and differ:
+            kept.append(row)
+    return kept
+
+
+def test_a_group_on_two_ranks_is_one_group(ranks) -> None:
+    first, second = (set(rank["weighted"][0]["rows"]["group_ids"].tolist()) for rank in ranks)
+    assert first & second == {1, 4}
 
 
 def test_grpo_logs_focus_too(ranks, folder) -> None:  # noqa: ARG001

@@ -1,8 +1,10 @@
 """Rewards, algorithms and rollout engines that only tests need: registered by name, as a user would."""
 
+import zlib
 from dataclasses import replace
 
 import torch
+from scenario import factors
 
 from vgpo_train import algorithms, rewards, rollout
 from vgpo_train.algorithms import VGPO, ScoredRollout, Weighting
@@ -19,6 +21,26 @@ def even_length(text, sample) -> float:  # noqa: ARG001
 def always_one(text, sample) -> float:  # noqa: ARG001
     """Teaches nothing."""
     return 1.0
+
+
+@rewards.register("fingerprint")
+def fingerprint(text, sample) -> float:  # noqa: ARG001
+    """Tells completions apart."""
+    return zlib.crc32(text.encode()) / 2**32
+
+
+@rewards.register("has_picture")
+def has_picture(text, sample) -> float:  # noqa: ARG001
+    """Tells groups apart."""
+    return float(bool(sample.images))
+
+
+@algorithms.register("every_row_its_own")
+class EveryRowItsOwn(VGPO):
+    """Gives factors that only one row can have."""
+
+    def weigh(self, rollout: ScoredRollout, step: int) -> Weighting:
+        return Weighting(*factors(vars(rollout), step))
 
 
 @algorithms.register("nan_at_second_step")

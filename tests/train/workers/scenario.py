@@ -1,4 +1,6 @@
-"""The batch that both the two processes and the test beside them compute with."""
+"""What both the two processes and the test beside them compute with: a batch, losses, factors on the advantages."""
+
+import torch
 
 from vgpo_kernels import PolicyLossConfig
 
@@ -13,3 +15,16 @@ LOSSES = {
     "dapo": PolicyLossConfig(loss_type="dapo"),
     "cispo": PolicyLossConfig(loss_type="cispo", epsilon_high=5.0),
 }
+
+
+def factors(rows: dict[str, torch.Tensor], step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns token (B, T) and trajectory weights (B,) that differ for every row, whatever rows stand beside it.
+
+    Args:
+        rows: group_ids (B,), completion_mask, old_logps, focus (B, T), has_visual and rewards (B,).
+        step: what the algorithm is told.
+    """
+    lengths = rows["completion_mask"].sum(1)
+    token = 1 - 0.01 * rows["old_logps"] + 0.1 * rows["focus"]
+    trajectory = 1 + 0.1 * rows["group_ids"] + 0.01 * lengths + 0.2 * rows["has_visual"] + 0.05 * rows["rewards"]
+    return token, trajectory + 0.3 * step

@@ -20,8 +20,9 @@ from vgpo_train import distributed, engine
 from vgpo_train.batching import build_companion, with_picture
 from vgpo_train.config import ConfigError, TrainConfig, load_config
 from vgpo_train.engine import build_policy, start_distributed
+from vgpo_train.experience import Scores
 from vgpo_train.rollout import Completions, RolloutConfig, build_rollout_engine
-from vgpo_train.trainer import Trainer
+from vgpo_train.trainer import Rollout, Trainer
 from vgpo_train.updates import Experience, Update
 
 FOLDER, CHECKPOINT, LEAKY, PICTURES = (Path(argument) for argument in sys.argv[-4:])
@@ -146,6 +147,53 @@ def run(name: str, *overrides: str) -> dict[str, Any]:
     return {"digests": trainer.digests, "finite": trainer.finite, "parameters": last, "logits": logits}
 
 
+class RecordingTrainer(Trainer):
+    """Notes what each step scored on this rank, and what its updates were given."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self.records: list[dict[str, Any]] = []
+        self._apply, self.update = self.update, self._record
+
+    def _score(self, rollout: Rollout) -> Scores:
+        scores = super()._score(rollout)
+        rows = {
+            "group_ids": rollout.group_ids,
+            "completion_mask": rollout.completions.mask,
+            "old_logps": scores.old_logps,
+            "focus": scores.focus,
+            "has_visual": scores.has_visual,
+            "rewards": rollout.rewards.total,
+            "accuracies": rollout.rewards.accuracy,
+        }
+        self.records.append({"rows": rows, "updates": []})
+        return scores
+
+    def _record(self, given: Experience, rows: list[int]) -> dict[str, float]:
+        names = ("advantages", "old_logps", "token_weights", "trajectory_weights")
+        tensors = {name: getattr(given, name) for name in names}
+        self.records[-1]["updates"].append(tensors | {"mask": given.completions.mask, "rows": rows})
+        return self._apply(given, rows)
+
+
+def weighted_updates() -> list[dict[str, Any]]:
+    """Trains with two updates a step of three groups each, so that the middle group is on both ranks."""
+    overrides = (
+        "algorithm=every_row_its_own",
+        f"data.train={FOLDER}/one_sided.jsonl",
+        "rollout.prompts=6",
+        "rollout.completions=2",
+        "optim.update_prompts=3",
+        "rewards.weights={fingerprint: 1.0, has_picture: 0.0}",
+        "rewards.accuracy=has_picture",
+        "rewards.filter_accuracy=[0.5,1.5]",
+        "steps=2",
+    )
+    trainer = RecordingTrainer(config_of("weighted", *overrides))
+    trainer.run()
+    return trainer.records
+
+
 def refusals() -> dict[str, str]:
     """Starts runs over the folder of another, each of which must be refused."""
     said = {}
@@ -183,6 +231,7 @@ SCENARIOS = {
     "one-sided": lambda: run("one-sided", f"data.train={FOLDER}/one_sided.jsonl", "rollout.gather=never", "steps=1"),
     "kl": lambda: run("kl", "algorithm=grpo", "loss.beta=0.01", "optim.schedule=constant", "steps=2"),
     "two updates": lambda: run("two updates", "algorithm=grpo", "optim.update_prompts=2", "steps=1"),
+    "weighted": weighted_updates,
     "refusals": refusals,
 }
 
