@@ -52,23 +52,28 @@ def compare(runs: list[Path], output: Path) -> None:
 
     Args:
         runs: their output folders.
-        output: a PNG file.
+        output: a PNG file; its folder is made where it is missing.
+
+    Raises:
+        FileNotFoundError: a folder without the `summary.json` that a finished run leaves.
+        ValueError: a `summary.json` that is not a run's.
     """
+    summaries = [_read_summary(run) for run in runs]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for run in runs:
-        summary = json.loads((run / "summary.json").read_text())
+    for run, summary in zip(runs, summaries, strict=True):
         lines = read_metrics(run / "metrics.jsonl")
         label = f"{summary['algorithm']}, seed {summary['seed']}"
         (curve,) = axes.plot(
             [line["step"] for line in lines], _smooth(tuple(line["accuracy"] for line in lines)), label=label
         )
-        points = _held_out(summary, lines)
-        axes.plot(*zip(*points, strict=True), "o", color=curve.get_color(), markersize=4)
+        if points := _held_out(summary, lines):
+            axes.plot(*zip(*points, strict=True), "o", color=curve.get_color(), markersize=4)
     axes.set_xlabel("step")
     axes.set_ylabel("accuracy (line: sampled, dots: held out)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(output, dpi=150)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=150, format="png")
     plt.close(figure)
 
 
@@ -78,7 +83,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="OUTPUT_DIR")
     parser.add_argument("--output", type=Path, required=True, metavar="PNG")
     options = parser.parse_args(arguments)
-    compare(options.runs, options.output)
+    try:
+        compare(options.runs, options.output)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _read_summary(run: Path) -> dict[str, Any]:
+    path = run / "summary.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(run)!r} has no summary.json: expected the output folder of a finished run")
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON: {error}") from error
+    needed = {"algorithm", "seed", "steps", "accuracy_before", "accuracy_after"}
+    if missing := sorted(needed - set(summary)):
+        raise ValueError(f"{str(path)!r} is no summary of a run: {', '.join(missing)} missing")
+    return summary
 
 
 def _held_out(summary: dict[str, Any], lines: list[dict[str, Any]]) -> list[tuple[int, float]]:
