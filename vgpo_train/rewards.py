@@ -22,7 +22,8 @@ _REWARDS: Registry[Reward] = Registry("rewards.weights")
 register, get_reward = _REWARDS.register, _REWARDS.get
 _SHOWN = 120  # characters of a completion in an error message
 _FORMAT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\\boxed\{.*\}\s*\S{0,2}\s*", re.DOTALL)
-_CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?(?:[.:\s].*)?", re.DOTALL | re.IGNORECASE)
+_STYLE = re.compile(r"\\(?:text|math|bold)[a-z]*|[{}$]")
+_CHOICE = re.compile(r"\(?\s*([A-Z])\s*(?:\)(?:[.:\s].*)?|[.:].*)?", re.DOTALL | re.IGNORECASE)
 
 
 class Rewards(NamedTuple):
@@ -117,14 +118,17 @@ def word_match(completion: str, sample: Sample) -> float:
 
 @register("multiple_choice")
 def multiple_choice(completion: str, sample: Sample) -> float:
-    """1 where the boxed answer is the letter of the sample's answer: A, (A), A. and A: text are one."""
+    r"""1 where the boxed answer is the letter of the sample's: A, (A) text, A: text, \text{A} are one, `A dog` not."""
     answer = boxed_answer(completion)
     return float(answer is not None and _letter(answer) == _letter(sample.answer) is not None)
 
 
 @register("math_verify")
 def math_verify(completion: str, sample: Sample) -> float:
-    """1 where the boxed answer equals the sample's as mathematics (math-verify: LaTeX, fractions, sets, units)."""
+    """1 where the boxed answer equals the sample's as mathematics (math-verify: LaTeX, fractions, sets, units).
+
+    Raises outside the main thread: the time limit is a signal, and without one a single completion can hang a run.
+    """
     answer = boxed_answer(completion)
     if answer is None:
         return 0.0
@@ -144,5 +148,5 @@ def _normal(text: str) -> str:
 
 
 def _letter(text: str) -> str | None:
-    match = _CHOICE.fullmatch(text.strip().strip("$"))
+    match = _CHOICE.fullmatch(_STYLE.sub("", text).strip())
     return match.group(1).upper() if match else None

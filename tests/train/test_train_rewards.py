@@ -19,7 +19,7 @@ def _sample(answer: str, name: str = "s1") -> Sample:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of a reward that raises on the sample 'bad' alone, registered for one test."""
-    monkeypatch.setattr("vgpo_train.rewards._REWARDS", dict(rewards._REWARDS))
+    monkeypatch.setattr(rewards._REWARDS, "_known", dict(rewards._REWARDS._known))
 
     @register("brittle")
     def brittle(_completion: str, sample: Sample) -> float:
@@ -64,6 +64,18 @@ def test_the_boxed_answer(completion: str, boxed: str | None) -> None:
         ("multiple_choice", r"\boxed{A}", "B", 0.0),
         ("multiple_choice", r"\boxed{Banana}", "B", 0.0),
         ("multiple_choice", r"\boxed{?}", "?", 0.0),
+        ("multiple_choice", r"\boxed{\text{B}}", "B", 1.0),
+        ("multiple_choice", r"\boxed{\mathrm{B}}", "B", 1.0),
+        ("multiple_choice", r"\boxed{\textbf{(B)}}", "B", 1.0),
+        ("multiple_choice", r"\boxed{\mathbf{\text{B}}}", "B", 1.0),
+        ("multiple_choice", r"\boxed{\text{B. } \frac{1}{2}}", "B", 1.0),
+        ("multiple_choice", r"\boxed{(B) a red square}", "B", 1.0),
+        ("multiple_choice", r"\boxed{B) a red square}", "B", 1.0),
+        ("multiple_choice", r"\boxed{B: red}", "$B$", 1.0),
+        ("multiple_choice", r"\boxed{A dog}", "A", 0.0),
+        ("multiple_choice", r"\boxed{\text{A dog}}", "A", 0.0),
+        ("multiple_choice", r"\boxed{\textbf{A}nother}", "A", 0.0),
+        ("multiple_choice", r"\boxed{(A)(B)}", "A", 0.0),
         ("math_verify", r"\boxed{\frac{2}{4}}", "0.5", 1.0),
         ("math_verify", r"\boxed{0.5}", r"$\frac{1}{2}$", 1.0),
         ("math_verify", r"\boxed{x^2+2x+1}", "(x+1)^2", 1.0),
@@ -142,7 +154,8 @@ def test_what_is_no_finite_number_is_a_failure(failing: str, value) -> None:
 
 
 def test_mathematics_outside_the_main_thread_is_said_not_swallowed(caplog: pytest.LogCaptureFixture) -> None:
-    # math-verify's time limit is a signal, which only the main thread may set.
+    # math-verify's time limit is a signal, which only the main thread may set; without the limit a completion such as
+    # those of `test_pathological_mathematics_ends` would hang the run.
     mixer = RewardMixer({"math_verify": 1.0}, accuracy="math_verify")
     results = []
     worker = threading.Thread(target=lambda: results.append(mixer([r"\boxed{3}"], [_sample("3")])))
