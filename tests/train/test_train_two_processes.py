@@ -82,7 +82,7 @@ def _summary(folder: Path, run: str) -> dict[str, Any]:
 def test_processes_share_the_cores(ranks) -> None:
     import os
 
-    assert [rank["threads"] for rank in ranks] == [max(1, os.cpu_count() // 2)] * 2
+    assert [rank["threads"] for rank in ranks] == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
 
 
 def test_the_policy_trains_in_training_mode(ranks) -> None:
@@ -256,9 +256,11 @@ def _kept_rows(own: dict[str, Any], records: list[dict[str, Any]], number: int) 
     return kept
 
 
-def test_a_group_on_two_ranks_is_one_group(ranks) -> None:
+def test_a_group_on_two_ranks_is_weighed_side_by_side(ranks) -> None:
     first, second = (set(rank["weighted"][0]["rows"]["group_ids"].tolist()) for rank in ranks)
     assert first & second == {1, 4}
+    for rank in ranks:
+        assert rank["weighted"][0]["weighed_groups"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
 def test_grpo_logs_focus_too(ranks, folder) -> None:  # noqa: ARG001

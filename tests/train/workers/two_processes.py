@@ -17,6 +17,7 @@ from train_stand_ins import collator, end_and_pad, experience, mixed_samples, ra
 from transformers import set_seed
 
 from vgpo_train import distributed, engine
+from vgpo_train.algorithms import ScoredRollout, Weighting
 from vgpo_train.batching import build_companion, with_picture
 from vgpo_train.config import ConfigError, TrainConfig, load_config
 from vgpo_train.engine import build_policy, start_distributed
@@ -168,6 +169,11 @@ class RecordingTrainer(Trainer):
         }
         self.records.append({"rows": rows, "updates": []})
         return scores
+
+    def _weigh(self, rollout: Rollout, scores: Scores, step: int) -> tuple[ScoredRollout, Weighting, torch.Tensor]:
+        weighed = super()._weigh(rollout, scores, step)
+        self.records[-1]["weighed_groups"] = weighed[0].group_ids
+        return weighed
 
     def _record(self, given: Experience, rows: list[int]) -> dict[str, float]:
         names = ("advantages", "old_logps", "token_weights", "trajectory_weights")
