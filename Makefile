@@ -2,10 +2,11 @@
 VENV ?= .venv
 PYTHON ?= python3
 SEED ?= 0
-RUN ?= runs/quickstart
+RUN ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 DATA ?= $(RUN)-data
 CONFIG ?= vgpo_train/configs/quickstart.yaml
-PROCESSES ?= 2
+# Two processes show ZeRO-3 at work without a GPU; a machine with one GPU has room for one.
+PROCESSES ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),1,2)
 OVERRIDES ?=
 
 # Programs of the environment come first: DeepSpeed's launcher looks for its tools on the PATH.
@@ -24,12 +25,18 @@ $(READY): pyproject.toml scripts/setup.sh
 	scripts/setup.sh $(VENV) $(PYTHON)
 	@touch $@
 
-train: $(READY) ## Pictures, checkpoint, then the main job; results in runs/quickstart. SEED=1 and others work too.
-	python -m vgpo_train.make_pictures $(DATA)/pictures
-	python -m vgpo_train.tiny_model $(DATA)/checkpoint --pictures $(DATA)/pictures --seed $(SEED)
+train: $(DATA)/checkpoint/.ready ## Pictures, checkpoint, then the main job: runs/quickstart. SEED=1 makes another run.
 	deepspeed --num_gpus $(PROCESSES) vgpo_train/main.py --config $(CONFIG) \
 		model.path=$(DATA)/checkpoint data.train=$(DATA)/pictures/train.jsonl data.test=$(DATA)/pictures/test.jsonl \
 		output_dir=$(RUN) seed=$(SEED) resume=auto $(OVERRIDES)
+
+$(DATA)/pictures/.ready: | $(READY)
+	python -m vgpo_train.make_pictures $(DATA)/pictures
+	@touch $@
+
+$(DATA)/checkpoint/.ready: $(DATA)/pictures/.ready
+	python -m vgpo_train.tiny_model $(DATA)/checkpoint --pictures $(DATA)/pictures --seed $(SEED)
+	@touch $@
 
 test: $(READY) ## Run all tests.
 	python -m pytest tests

@@ -1,5 +1,8 @@
 """What the benchmarks measure against, at matched semantics: each peer is checked equal to ours before it is timed."""
 
+from collections import defaultdict
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -59,3 +62,38 @@ def dense_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask
     ratio = (logps - old_logps).exp()
     unclipped, clipped = ratio * advantages, ratio.clamp(0.8, 1.28) * advantages
     return -(torch.min(unclipped, clipped) * mask).sum() / mask.sum()
+
+
+def trl_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """TRL's own `GRPOTrainer._compute_loss` ("dapo", clip 0.2 / 0.28), given the log-probabilities its model would."""
+    from trl import GRPOTrainer
+
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps, -logps.detach(), None),
+        _entropy_bonus_enabled=False,
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        accelerator=SimpleNamespace(num_processes=1, reduce=lambda x, **_: x, gather=lambda x: x),
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        aux_loss_enabled=False,
+        beta=0.0,
+        current_gradient_accumulation_steps=1,
+        epsilon_high=0.28,
+        epsilon_low=0.2,
+        importance_sampling_level="token",
+        loss_type="dapo",
+        model=SimpleNamespace(training=True),
+        off_policy_mask_threshold=None,
+        top_entropy_quantile=1.0,
+        use_vllm=False,
+    )
+    prompt = mask[:, :1].long()
+    batch = {
+        "prompt_ids": prompt,
+        "prompt_mask": prompt,
+        "completion_ids": mask.long(),
+        "completion_mask": mask.long(),
+        "advantages": advantages,
+        "old_per_token_logps": old_logps,
+        "num_items_in_batch": mask.sum(),
+    }
+    return GRPOTrainer._compute_loss(trainer, None, batch)

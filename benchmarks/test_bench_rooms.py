@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peers import dense_focus, dense_policy_loss, token_loop_focus, token_loop_weights
+from peers import dense_focus, dense_policy_loss, token_loop_focus, token_loop_weights, trl_policy_loss
 
 import vgpo_kernels
 from vgpo_kernels import PolicyLossConfig, VGPOConfig
@@ -49,8 +49,10 @@ def test_weights(provider, timed, device):
 
 
 @pytest.mark.benchmark(group="policy loss, forward and backward")
-@pytest.mark.parametrize("provider", ["vgpo_kernels", "dense torch"])
+@pytest.mark.parametrize("provider", ["vgpo_kernels", "dense torch", "TRL"])
 def test_policy_loss(provider, timed, device):
+    if provider == "TRL":
+        pytest.importorskip("trl")
     torch.manual_seed(0)
     rows, tokens = 64, 2048
     logps = torch.randn(rows, tokens, device=device).requires_grad_()
@@ -67,6 +69,10 @@ def test_policy_loss(provider, timed, device):
         loss = dense_policy_loss(logps, old, advantages[:, None].expand_as(logps), mask)
         return loss, *torch.autograd.grad(loss, logps)
 
-    result = timed(ours if provider == "vgpo_kernels" else dense)
+    def trl():
+        loss = trl_policy_loss(logps, old, advantages, mask)
+        return loss, *torch.autograd.grad(loss, logps)
+
+    result = timed({"vgpo_kernels": ours, "dense torch": dense, "TRL": trl}[provider])
     for actual, expected in zip(result, ours(), strict=True):
         torch.testing.assert_close(actual, expected)

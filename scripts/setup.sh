@@ -9,6 +9,10 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     echo "setup: Python 3.10 or newer is needed; name one with PYTHON=..." >&2
     exit 1
 fi
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    echo "setup: this Python has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2
+    exit 1
+fi
 "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install --quiet --upgrade pip "setuptools>=77" wheel

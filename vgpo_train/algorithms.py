@@ -9,13 +9,15 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from vgpo_kernels import vgpo_weights
-from vgpo_train.config import TrainConfig
+from vgpo_train.config import ConfigError, TrainConfig
 from vgpo_train.registry import Registry
+
+SCORES = frozenset({"focus"})  # what the scoring pass can give beyond log-probabilities
 
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """A whole rollout, all ranks' rows together, in the same order on every rank.
+    """A whole rollout, all ranks' rows together, groups side by side, in the same order on every rank.
 
     Shapes: B rows, T completion tokens. `focus` and `has_visual` are None where nothing asked for them.
     """
@@ -42,7 +44,7 @@ class Weighting:
 class Algorithm(Protocol):
     """What the trainer asks of an algorithm."""
 
-    wants: ClassVar[frozenset[str]]  # what the scoring pass must give beyond log-probabilities: "focus"
+    wants: ClassVar[frozenset[str]]  # among SCORES
 
     def __init__(self, config: TrainConfig) -> None: ...
 
@@ -57,7 +59,14 @@ register = _ALGORITHMS.register
 
 def build_algorithm(config: TrainConfig) -> Algorithm:
     """Returns the algorithm that `config.algorithm` names, or raises ConfigError with the nearest name."""
-    return _ALGORITHMS.get(config.algorithm)(config)
+    algorithm = _ALGORITHMS.get(config.algorithm)
+    unknown = algorithm.wants - SCORES
+    if unknown:
+        raise ConfigError(
+            f"algorithm {config.algorithm!r}: wants {', '.join(sorted(unknown))}, "
+            f"but the scoring pass gives {', '.join(sorted(SCORES))}"
+        )
+    return algorithm(config)
 
 
 @register("grpo")

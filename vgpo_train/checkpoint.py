@@ -34,7 +34,7 @@ class RunState:
     step: int  # steps done
     world_size: int
     config: dict[str, Any]
-    seconds: float = 0.0  # spent in steps so far
+    seconds: float = 0.0  # spent so far: steps, evaluations, checkpoints
     accuracy_before: float | None = None
     skipped_updates: int = 0
 

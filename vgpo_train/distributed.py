@@ -1,6 +1,7 @@
 """The few collectives the driver needs, over whatever backend DeepSpeed started."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,13 @@ def gather_rows(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
+
+
+def gather_lists(own: list[Any]) -> list[Any]:
+    """Returns every rank's list, one after the other."""
+    parts: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, own)
+    return [item for part in parts for item in part]
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:

@@ -1,5 +1,6 @@
 """Builds the DeepSpeed engines: ZeRO-3 options, the sharded policy, its optimizer, the frozen reference."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -33,7 +34,7 @@ def start_distributed() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # The launcher's processes share the cores; more threads than cores only wait for each other.
         local = os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or "1"  # DeepSpeed's, torchrun's
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(local)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local)))
     else:
         torch.cuda.set_device(distributed.device())
     deepspeed.init_distributed()
@@ -130,15 +131,11 @@ def _apply_liger(config: ModelConfig, model: Any) -> None:
         if config.liger == "on":
             raise ConfigError(f"model.liger: Liger knows no model type {model.config.model_type!r}; set it to off")
         return
-    # Only norms, MLPs and rotary embeddings: the loss is ours.
-    apply(
-        model=model,
-        rope=True,
-        rms_norm=True,
-        swiglu=True,
-        cross_entropy=False,
-        fused_linear_cross_entropy=False,
-    )
+    # Only norms, MLPs and rotary embeddings: the loss is ours. Families differ in which of these they have.
+    wanted = dict.fromkeys(("rope", "rms_norm", "swiglu", "geglu"), True)
+    wanted |= dict.fromkeys(("cross_entropy", "fused_linear_cross_entropy"), False)
+    known = inspect.signature(apply).parameters
+    apply(model=model, **{name: value for name, value in wanted.items() if name in known})
 
 
 def _optimizer(config: TrainConfig, model: Any, options: dict[str, Any]) -> torch.optim.Optimizer:

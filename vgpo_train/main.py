@@ -21,25 +21,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key, such as optim.lr=1e-5")
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    rank = os.environ.get("RANK", "0")
     try:
         config = load_config(options.config, options.overrides)
-        return _train(config)
-    except (ConfigError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0":
+    except ConfigError as error:
+        if rank == "0":  # every rank reads the same file
             print(f"error: {error}", file=sys.stderr)
         return 2
+    return _train(config, rank)
 
 
-def _train(config: TrainConfig) -> int:
+def _train(config: TrainConfig, rank: str) -> int:
     # Imported late: a mistake in the configuration shows at once, before seconds of imports.
     import torch
 
     from vgpo_train import distributed
+    from vgpo_train.data import DataError
     from vgpo_train.engine import start_distributed
     from vgpo_train.trainer import Trainer
 
     start_distributed()
-    summary = Trainer(config).run()
+    try:
+        summary = Trainer(config).run()
+    except (ConfigError, DataError, FileNotFoundError) as error:
+        # Files may be missing on one machine only, so each rank speaks for itself.
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        return 2
     if distributed.is_main():
         print(f"results in {config.output_dir}: {summary}")
     torch.distributed.destroy_process_group()

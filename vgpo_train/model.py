@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
@@ -161,6 +161,17 @@ def load_model(
         trust_remote_code=trust_remote_code,
         local_files_only=True,
     )
+
+
+def end_tokens(model_folder: str, tokenizer: Any) -> list[int]:
+    """Returns the ids that end a completion: the checkpoint's generation settings', or else the tokenizer's."""
+    found: Any = None
+    if (Path(model_folder) / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(model_folder).eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    if found is None:
+        raise ValueError(f"{model_folder} names no end-of-sequence token")
+    return found if isinstance(found, list) else [found]
 
 
 def image_token_id(config: Any) -> int:

@@ -81,9 +81,11 @@ class TransformersEngine:
         """Gathers the parameters for as long as completions are sampled."""
         training = self.engine.module.training
         self.engine.eval()
-        with unwrap_model_for_generation(self.engine) if self.gathers else contextlib.nullcontext():
-            yield
-        self.engine.train(training)
+        try:
+            with unwrap_model_for_generation(self.engine) if self.gathers else contextlib.nullcontext():
+                yield
+        finally:
+            self.engine.train(training)
 
     @torch.no_grad()
     def generate(self, prompts: Mapping[str, Tensor], *, temperature: float) -> Completions:

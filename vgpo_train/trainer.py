@@ -1,8 +1,9 @@
 """The training loop: rollouts, rewards, scores, weights, updates, metrics, checkpoints."""
 
+import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, set_seed
+from transformers import set_seed
 
 from vgpo_train import distributed
 from vgpo_train.algorithms import ScoredRollout, Weighting, build_algorithm
 from vgpo_train.batching import build_companion, micro_batches, with_picture
 from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable, export
 from vgpo_train.config import ConfigError, TrainConfig, save_config
-from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
+from vgpo_train.data import (
+    PictureDataset,
+    PromptBatch,
+    PromptCollator,
+    PromptTooLong,
+    Sample,
+    epoch_order,
+    overlong,
+)
 from vgpo_train.engine import build_policy, build_reference
 from vgpo_train.experience import Scores, group_advantages, kept_rows, score
 from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
-from vgpo_train.model import limit_pixels, load_processor, visual_token_ids
+from vgpo_train.model import end_tokens, limit_pixels, load_processor, visual_token_ids
 from vgpo_train.report import write_report
 from vgpo_train.rewards import RewardMixer, Rewards
 from vgpo_train.rollout import Completions, build_rollout_engine
 from vgpo_train.updates import Experience, Update
+
+logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 1_000_003  # keeps the random streams of neighbouring seeds, steps and ranks apart
 
@@ -59,8 +70,10 @@ class Trainer:
             suffix=config.data.suffix,
             max_prompt_length=config.data.max_prompt_length,
         )
-        self.train_data = PictureDataset(config.data.train)
-        self.test_data = PictureDataset(config.data.test, config.data.test_limit) if config.data.test else None
+        self.train_data = self._fitting(PictureDataset(config.data.train))
+        self.test_data = None
+        if config.data.test:
+            self.test_data = self._fitting(PictureDataset(config.data.test, config.data.test_limit))
         self.rewards = RewardMixer(dict(config.rewards.weights), accuracy=config.rewards.accuracy)
         self.steps = total_steps(config, len(self.train_data))
         check_divisible(config, self.world)
@@ -88,6 +101,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains, saves and reports; returns what `summary.json` holds."""
+        started, seconds_before = time.perf_counter(), self.state.seconds
         if self.saved is not None:
             self.store.load(self.engine, self.saved)
         if distributed.is_main():
@@ -103,20 +117,20 @@ class Trainer:
             dynamic_ncols=True,
         )
         for step in range(self.state.step, self.steps):
-            started = time.perf_counter()
             metrics = self.step(step)
             self.state.step = step + 1
-            self.state.seconds += time.perf_counter() - started
             if self._is_due(self.config.eval_every) and self.state.step < self.steps:
                 metrics["accuracy_test"] = self.evaluate()
             log.write(metrics)
             bar.set_postfix(progress(metrics), refresh=False)
             bar.update()
             if self._is_due(self.config.save_every) or self.state.step == self.steps:
+                self.state.seconds = seconds_before + time.perf_counter() - started
                 self.store.save(self.engine, self.state)
         bar.close()
         log.close()
-        return self._finish()
+        accuracy_after = self.evaluate()
+        return self._finish(accuracy_after, seconds_before + time.perf_counter() - started)
 
     def _saved_state(self) -> RunState | None:
         """Returns the state to go on from, if any; refuses what must not be resumed or overwritten."""
@@ -131,15 +145,32 @@ class Trainer:
             )
         return saved
 
-    def _finish(self) -> dict[str, Any]:
-        accuracy_after = self.evaluate()
+    def _fitting(self, data: PictureDataset) -> PictureDataset:
+        """Returns the samples whose prompts are not too long; the ranks share the work of measuring them."""
+        own = overlong(self.collator, data.samples[self.rank :: self.world])
+        lengths = dict(distributed.gather_lists([(sample.id, length) for sample, length in own]))
+        if not lengths:
+            return data
+        limit = self.config.data.max_prompt_length
+        shown = ", ".join(f"{name!r} ({length})" for name, length in sorted(lengths.items())[:20])
+        found = f"{data.path}: {len(lengths)} of {len(data)} prompts have more than {limit} tokens: {shown}"
+        if self.config.data.overlong == "refuse":
+            raise PromptTooLong(
+                f"{found}; cutting them would cut image tokens: raise data.max_prompt_length, lower data.max_pixels, "
+                "or leave them out with data.overlong=drop"
+            )
+        if distributed.is_main():
+            logger.warning("%s; left out", found)
+        return data.without(lengths.keys())
+
+    def _finish(self, accuracy_after: float | None, seconds: float) -> dict[str, Any]:
         export(self.engine, self.config.model.path, self.output_dir / "final")
         summary: dict[str, Any] = {
             "algorithm": self.config.algorithm,
             "focus_source": self.config.focus.source,
             "seed": self.config.seed,
             "steps": self.steps,
-            "seconds": round(self.state.seconds, 3),
+            "seconds": round(seconds, 3),
             "accuracy_before": self.state.accuracy_before,
             "accuracy_after": accuracy_after,
             "skipped_updates": self.state.skipped_updates,
@@ -200,22 +231,28 @@ class Trainer:
         groups = torch.arange(self.config.rollout.prompts).repeat_interleave(completions)
         return groups.view(self.updates_per_step, world, -1)[:, self.rank].reshape(-1).to(self.device)
 
-    @torch.no_grad()
     def sample(self, samples: list[Sample], *, temperature: float) -> tuple[PromptBatch, Completions]:
-        """Completes one prompt a sample, in batches; completions are padded to the longest on any rank."""
-        size = self.config.rollout.batch_size
+        """Completes one prompt a sample; returns the prompts with the completions."""
         prompts = self._collate(samples)
+        return prompts, self._complete((prompts.take(rows) for rows in self._batches(len(samples))), temperature)
+
+    def _batches(self, count: int) -> list[range]:
+        size = self.config.rollout.batch_size
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    @torch.no_grad()
+    def _complete(self, batches: Iterable[PromptBatch], temperature: float) -> Completions:
+        """Completes the prompts batch by batch; completions are padded to the longest on any rank."""
         parts = []
         with self.rollout_engine.session():
-            for start in range(0, len(samples), size):
-                batch = prompts.take(range(start, min(start + size, len(samples))))
+            for batch in batches:
                 inputs = with_picture(batch, self.companion).tensors(device=self.device)
                 part = self.rollout_engine.generate(inputs, temperature=temperature)
                 parts.append(Completions(part.ids[: len(batch)], part.mask[: len(batch)]))
         longest = max(part.ids.shape[1] for part in parts)
         longest = int(distributed.max_over_ranks(longest, self.device))
         pad = self.processor.tokenizer.pad_token_id
-        return prompts, Completions(
+        return Completions(
             torch.cat([_pad(part.ids, longest, pad) for part in parts]),
             torch.cat([_pad(part.mask, longest, False) for part in parts]),
         )
@@ -258,7 +295,11 @@ class Trainer:
 
     def _weigh(self, rollout: Rollout, scores: Scores, step: int) -> tuple[ScoredRollout, Weighting, Tensor]:
         """Gathers the rollout over the ranks and weighs whole groups; every rank gets the same result."""
-        gather = distributed.gather_rows
+        order = self._group_order(rollout.group_ids)
+
+        def gather(rows: Tensor) -> Tensor:
+            return distributed.gather_rows(rows)[order]
+
         rewards = gather(rollout.rewards.total.to(self.device))
         accuracies = gather(rollout.rewards.accuracy.to(self.device))
         group_ids = gather(rollout.group_ids)
@@ -285,7 +326,7 @@ class Trainer:
         self, rollout: Rollout, scores: Scores, whole: ScoredRollout, weighting: Weighting, kept: Tensor
     ) -> dict[str, float]:
         """Runs the step's optimizer steps over the kept rows; returns the mean of their metrics."""
-        own = self._own_slice(whole)
+        own = self._own_rows(rollout.group_ids)
         experience = Experience(
             rollout.prompts,
             rollout.completions,
@@ -306,9 +347,15 @@ class Trainer:
                 self.state.skipped_updates += int(result["skipped_updates"])
         return merge_updates(results)
 
-    def _own_slice(self, whole: ScoredRollout) -> Callable[[Tensor | None], Tensor | None]:
-        count = whole.group_ids.shape[0] // self.world
-        own = slice(self.rank * count, (self.rank + 1) * count)
+    def _group_order(self, own_groups: Tensor) -> Tensor:
+        """Returns the places of the gathered rows, sorted so that groups stand side by side."""
+        return torch.argsort(distributed.gather_rows(own_groups), stable=True)
+
+    def _own_rows(self, own_groups: Tensor) -> Callable[[Tensor | None], Tensor | None]:
+        """Returns what takes this rank's rows out of values of the whole rollout, as `_weigh` orders it."""
+        places = torch.argsort(self._group_order(own_groups))
+        count = len(own_groups)
+        own = places[self.rank * count : (self.rank + 1) * count]
         return lambda values: None if values is None else values[own]
 
     # Between steps
@@ -323,7 +370,9 @@ class Trainer:
         # The last ranks repeat samples, uncounted, so that all run the same number of batches.
         places = range(self.rank * per_rank, (self.rank + 1) * per_rank)
         samples = [self.test_data[min(place, total - 1)] for place in places]
-        _, completions = self.sample(samples, temperature=self.config.eval_temperature)
+        # Batch by batch: the pictures of a whole split need not fit into memory.
+        batches = (self._collate([samples[row] for row in rows]) for rows in self._batches(len(samples)))
+        completions = self._complete(batches, self.config.eval_temperature)
         accuracy = self.rewards(self.decode(completions), samples).accuracy
         counted = torch.tensor([place < total for place in places])
         return distributed.sum_over_ranks(float(accuracy[counted].sum()), self.device) / total
@@ -351,17 +400,6 @@ def check_divisible(config: TrainConfig, world: int) -> None:
         raise ConfigError(
             f"optim.update_prompts x rollout.completions: expected a multiple of the {world} processes, got {rows}"
         )
-
-
-def end_tokens(model_folder: str, tokenizer: Any) -> list[int]:
-    """Returns the ids that end a completion: the checkpoint's generation settings', or else the tokenizer's."""
-    found: Any = None
-    if (Path(model_folder) / "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(model_folder).eos_token_id
-    found = tokenizer.eos_token_id if found is None else found
-    if found is None:
-        raise ConfigError(f"model.path: {model_folder} names no end-of-sequence token")
-    return found if isinstance(found, list) else [found]
 
 
 def _pad(rows: Tensor, length: int, value: int | bool) -> Tensor:

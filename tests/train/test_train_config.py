@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 from vgpo_train.algorithms import GRPO, VGPO, Weighting, build_algorithm, register
@@ -244,3 +246,24 @@ def test_liger_on_a_cpu_is_refused(smallest: Path) -> None:
     config = load_config(smallest, ["model.liger=on"])
     with pytest.raises(ConfigError, match=r"model.liger: Liger's kernels need a GPU; set it to auto or off"):
         _apply_liger(config.model, None)
+
+
+def test_liger_gets_only_what_a_family_has(smallest: Path, monkeypatch) -> None:
+    monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
+    from vgpo_train.engine import _apply_liger
+
+    calls = []
+
+    def gemma_like(rope=False, geglu=False, rms_norm=False, cross_entropy=True, model=None):
+        calls.append((rope, geglu, rms_norm, cross_entropy, model))
+
+    model = SimpleNamespace(config=SimpleNamespace(model_type="like_gemma"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setitem(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, "like_gemma", gemma_like)
+    _apply_liger(load_config(smallest, []).model, model)
+    assert calls == [(True, True, True, False, model)]
+    model.config.model_type = "unheard_of"
+    _apply_liger(load_config(smallest, []).model, model)
+    with pytest.raises(ConfigError, match=r"model.liger: Liger knows no model type 'unheard_of'"):
+        _apply_liger(load_config(smallest, ["model.liger=on"]).model, model)
+    assert len(calls) == 1

@@ -117,7 +117,7 @@ def test_an_engine_is_found_by_its_registered_name() -> None:
 
 
 def test_completions_end_where_the_checkpoints_generation_settings_say(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    from vgpo_train.trainer import end_tokens
+    from vgpo_train.model import end_tokens
 
     tokenizer = load_processor(tiny_checkpoint).tokenizer
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -128,5 +128,5 @@ def test_completions_end_where_the_checkpoints_generation_settings_say(tiny_chec
     (folder / "generation_config.json").unlink()
     assert end_tokens(str(folder), tokenizer) == [end]
     tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match=r"model.path: .* names no end-of-sequence token"):
+    with pytest.raises(ValueError, match=r".* names no end-of-sequence token"):
         end_tokens(str(folder), tokenizer)
