@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_local_grad
 from torch import Tensor
 
 from vgpo_kernels import PolicyLossConfig, PolicyLossOutput, policy_loss
@@ -81,7 +80,7 @@ class Update:
             output, scale = self._loss(experience, batch, total_rows, total_tokens)
             self.engine.backward(output.loss * scale)
             totals.add(output, float(scale), int(batch.completions.mask.sum()))
-        self._step()
+        self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if not applied and distributed.is_main():
             logger.warning("gradients are not finite: this update was skipped")
@@ -89,16 +88,6 @@ class Update:
             "grad_norm": _grad_norm(self.engine) if applied else float("nan"),
             "skipped_updates": float(not applied),
         }
-
-    def _step(self) -> None:
-        """Steps the optimizer, or drops the gradients where one of them, on any rank, is not finite."""
-        trained = [p for p in self.engine.module.parameters() if p.requires_grad]
-        gradients = [safe_get_local_grad(p) if hasattr(p, "ds_id") else p.grad for p in trained]
-        finite = all(bool(gradient.isfinite().all()) for gradient in gradients if gradient is not None)
-        # Newer releases of DeepSpeed look themselves, the oldest supported skips only what it is told overflowed.
-        self.engine.optimizer.overflow = distributed.max_over_ranks(float(not finite), self.device) > 0
-        self.engine.step()
-        self.engine.optimizer.overflow = False
 
     def _loss(
         self, experience: Experience, batch: MicroBatch, total_rows: float, total_tokens: float

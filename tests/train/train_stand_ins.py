@@ -3,7 +3,6 @@
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from vgpo_train.updates import Experience
 
 
 class PlainEngine:
-    """What the driver uses of a DeepSpeed engine, on one process; its optimizer only hears of an overflow."""
+    """What the driver uses of a DeepSpeed engine, on one process and without an optimizer."""
 
     def __init__(self, module: Any) -> None:
-        self.optimizer = SimpleNamespace(overflow=False)
         self.module = module
         self.device = torch.device("cpu")
         self.boundaries: list[bool] = []
