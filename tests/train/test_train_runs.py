@@ -106,7 +106,7 @@ def resumed(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Path:
     latest = json.loads((folder / "checkpoints" / "latest.json").read_text())
     assert 2 <= latest["step"] < STEPS, "the kill must come between the first checkpoint and the end"
     assert not (folder / "summary.json").exists()
-    _leave_half_a_checkpoint(folder / "checkpoints", latest["tag"])
+    _leave_half_a_checkpoint(folder / "checkpoints", f"step_{latest['step']:06d}")
     with metrics.open("a") as file:
         file.write('{"step": 5, "reward"')
     ended = start(folder, log=folder.with_suffix(".resumed"))
@@ -139,7 +139,9 @@ def test_metrics_have_what_is_promised(whole: Path) -> None:
         # Twelve completions a step.
         assert line["tokens_per_second"] == pytest.approx(12 * line["completion_length"] / line["time_step"])
     assert any(line["updates"] == 1 and line["grad_norm"] > 0 for line in lines)
-    assert [("accuracy_test" in line) for line in lines] == [False, False, True, False, False, True]
+    assert [("accuracy_test" in line) for line in lines] == [False, False, True, False, False, False], (
+        "the last step's is the summary's"
+    )
 
 
 def test_the_learning_rate_follows_its_schedule(whole: Path) -> None:
@@ -161,8 +163,6 @@ def test_the_summary(whole: Path) -> None:
     for key in ("accuracy_before", "accuracy_after"):
         assert summary[key] * 5 == pytest.approx(round(summary[key] * 5)), "five samples, each counted once"
     assert summary["seconds"] > 0
-    last = read_metrics(whole / "metrics.jsonl")[-1]["accuracy_test"]
-    assert summary["accuracy_after"] == last, "the same weights, the same samples"
 
 
 def test_tensorboard_has_the_curves(whole: Path) -> None:
