@@ -8,6 +8,8 @@ CONFIG ?= vgpo_train/configs/quickstart.yaml
 # Two processes show ZeRO-3 at work without a GPU; a machine with one GPU has room for one.
 PROCESSES ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),1,2)
 OVERRIDES ?=
+# A free port, so that two runs on a machine do not meet.
+PORT ?= $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 
 # Programs of the environment come first: DeepSpeed's launcher looks for its tools on the PATH.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -26,7 +28,7 @@ $(READY): pyproject.toml scripts/setup.sh
 	@touch $@
 
 train: $(DATA)/checkpoint/.ready ## Pictures, checkpoint, then the main job: runs/quickstart. SEED=1 makes another run.
-	deepspeed --num_gpus $(PROCESSES) vgpo_train/main.py --config $(CONFIG) \
+	deepspeed --num_gpus $(PROCESSES) --master_port $(PORT) vgpo_train/main.py --config $(CONFIG) \
 		model.path=$(DATA)/checkpoint data.train=$(DATA)/pictures/train.jsonl data.test=$(DATA)/pictures/test.jsonl \
 		output_dir=$(RUN) seed=$(SEED) resume=auto $(OVERRIDES)
 

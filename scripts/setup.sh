@@ -13,6 +13,7 @@ if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
     echo "setup: this Python has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2
     exit 1
 fi
+echo "setup: making $venv (a few minutes; on a GPU machine torch alone is gigabytes)"
 "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install --quiet --upgrade pip "setuptools>=77" wheel
@@ -23,5 +24,6 @@ else
     # The newest build brings gigabytes of CUDA; this version has a CPU build.
     pip install --quiet torch==2.13.0
 fi
+echo "setup: torch is there; now the package, its driver and its tools"
 # DeepSpeed's build looks at the installed torch, so it is built without isolation.
 pip install --quiet --no-build-isolation --editable '.[dev]'

@@ -32,6 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(config: TrainConfig, rank: str) -> int:
+    if "RANK" not in os.environ:
+        print("error: start it with: deepspeed vgpo_train/main.py --config FILE [key=value ...]", file=sys.stderr)
+        return 2
     # Imported late: a mistake in the configuration shows at once, before seconds of imports.
     import torch
 

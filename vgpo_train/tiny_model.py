@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -192,7 +193,7 @@ def warm_start(
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     losses = []
     model.train()
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="warm start", dynamic_ncols=True):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.7 * step / steps)
         careless = step >= CAREFUL_SHARE * steps
