@@ -236,13 +236,10 @@ def test_deepspeed_gets_what_the_yaml_file_says(smallest: Path, tmp_path: Path) 
     assert options["bf16"] == {"enabled": True}
 
 
-def test_liger_on_a_cpu_is_refused(smallest: Path) -> None:
-    import torch
-
+def test_liger_on_a_cpu_is_refused(smallest: Path, monkeypatch) -> None:
     from vgpo_train.engine import _apply_liger
 
-    if torch.cuda.is_available():
-        pytest.skip("Liger's kernels run here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load_config(smallest, ["model.liger=on"])
     with pytest.raises(ConfigError, match=r"model.liger: Liger's kernels need a GPU; set it to auto or off"):
         _apply_liger(config.model, None)
