@@ -164,11 +164,10 @@ def _compiled_row(case: "CompileCase", name: str) -> Row:
     aligned_pointers = {
         (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
     }
-    source = triton.compiler.ASTSource(
-        fn=kernel, signature=signature, constexprs=case.constexprs, attrs=aligned_pointers
-    )
+    constexprs, launch = case.fitted(target.shared)
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned_pointers)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    compiled = triton.compile(source, target=gpu, options=dict(case.options))
+    compiled = triton.compile(source, target=gpu, options=launch)
     usage = _nvidia_usage if target.backend == "cuda" else _amd_usage
     registers, stack, spilled = usage(compiled.asm)
     return Row(case.name, name, registers, stack, spilled, compiled.metadata.shared)

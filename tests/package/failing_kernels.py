@@ -1,4 +1,4 @@
-"""Kernels that must fail `python -m vgpo_kernels compile`, each in one way, and one that must not.
+"""Kernels that must fail `python -m vgpo_kernels compile`, each in one way, and two that must not.
 
 Run as a script, it compiles the one named first for the targets named after it.
 """
@@ -30,8 +30,15 @@ def broken(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, BLOCK), tl.load(x_ptr + tl.arange(0, 2 * BLOCK)))
 
 
+def fitting_tiles(shared: int) -> dict[str, int]:
+    """Returns the tile of `transposing` that a target has room for, and warps to match."""
+    return {"BLOCK": 128, "num_warps": 32} if shared > 80 * 1024 else {"BLOCK": 64, "num_warps": 8}
+
+
 def case(name: str) -> CompileCase:
     signature = {"x_ptr": "*fp32", "out_ptr": "*fp32"}
+    if name == "fitting":
+        return CompileCase(name, transposing, signature, {}, tiles=fitting_tiles)
     kernel, block, warps = {
         "spilling": (spilling, 32768, 1),
         "modest": (spilling, 1024, 4),

@@ -75,6 +75,15 @@ def test_a_modest_kernel_passes(tmp_path):
     assert table(done.stdout)["modest", "sm_90"][4] == "ok"
 
 
+def test_tiles_follow_the_shared_memory_of_the_target(tmp_path):
+    # The 64 KiB and more of the large tile's transposition would not fit gfx942.
+    done = python(FAILING, "fitting", "sm_120", "gfx942", TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table(done.stdout)
+    assert int(rows["fitting", "sm_120"][3]) >= 128 * 128 * 4
+    assert 64 * 64 * 4 <= int(rows["fitting", "gfx942"][3]) < 64 * 1024
+
+
 def test_the_interpreter_compiles_nothing():
     done = python("-m", "vgpo_kernels", "compile", TRITON_INTERPRET="1")
     assert (done.returncode, done.stdout) == (2, "")
