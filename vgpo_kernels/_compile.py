@@ -164,7 +164,7 @@ def _compiled_row(case: "CompileCase", name: str) -> Row:
     aligned_pointers = {
         (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
     }
-    constexprs, launch = case.fitted(target.shared)
+    constexprs, launch = case.on(name)
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned_pointers)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     compiled = triton.compile(source, target=gpu, options=launch)

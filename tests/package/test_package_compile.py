@@ -75,7 +75,7 @@ def test_a_modest_kernel_passes(tmp_path):
     assert table(done.stdout)["modest", "sm_90"][4] == "ok"
 
 
-def test_tiles_follow_the_shared_memory_of_the_target(tmp_path):
+def test_tiles_follow_the_target(tmp_path):
     # The 64 KiB and more of the large tile's transposition would not fit gfx942.
     done = python(FAILING, "fitting", "sm_120", "gfx942", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
