@@ -1,5 +1,14 @@
 """Visually-guided policy optimization: focus scores, weights and the policy loss, fused and exact."""
 
+from vgpo_kernels.attention import (
+    VisualAttention,
+    attention_backend,
+    attention_column_sum,
+    attention_mass,
+    attention_with_lse,
+    visual_attention,
+    visual_attention_decode,
+)
 from vgpo_kernels.focus import visual_focus_score
 from vgpo_kernels.policy_loss import PolicyLossConfig, PolicyLossOutput, policy_loss
 from vgpo_kernels.weights import VGPOConfig, VGPOWeights, vgpo_weights
@@ -11,7 +20,14 @@ __all__ = [
     "PolicyLossOutput",
     "VGPOConfig",
     "VGPOWeights",
+    "VisualAttention",
+    "attention_backend",
+    "attention_column_sum",
+    "attention_mass",
+    "attention_with_lse",
     "policy_loss",
     "vgpo_weights",
+    "visual_attention",
+    "visual_attention_decode",
     "visual_focus_score",
 ]

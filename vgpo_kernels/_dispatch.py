@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 
 IMPLEMENTATIONS = ("triton", "reference")
-ROOMS = ("focus", "weights", "policy_loss")
+ROOMS = ("attention", "focus", "weights", "policy_loss")
 MODULES = {"triton": "kernels", "reference": "reference"}
 _TRITON_MISSING = "Triton is not installed: pip install 'vgpo-kernels[triton]', or pass impl='reference'"
 

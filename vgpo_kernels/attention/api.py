@@ -1,0 +1,389 @@
+"""The public functions of the room: arguments checked, masks made intervals, then the operator.
+
+Masks, the same in every function: `causal` (a query sees the keys up to its own position, the last query standing at
+the last key), `window` (a query sees itself and the window - 1 keys before it, and as many after it when not causal),
+`cu_seqlens` (packed rows), `key_mask` (padding, holes), or, in place of the first three, `intervals`: for each query
+the first key it sees and the one after the last.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._validate import BOOL, INTEGER, check_choice, check_tensor
+from vgpo_kernels.attention import intervals as masks
+from vgpo_kernels.attention import ops, stock
+from vgpo_kernels.attention.arguments import (
+    check_count,
+    check_max_seqlen,
+    check_qk,
+    check_values,
+    check_window,
+    compacted,
+    intervals_of,
+    key_kinds,
+    within,
+)
+
+REDUCTIONS = ("sum", "mean", "max")
+
+
+class VisualAttention(NamedTuple):
+    """What `visual_attention` returns.
+
+    Args:
+        out: (B, Hq, Lq, D), of q's dtype; 0 where a query sees nothing.
+        visual_mass: (B, Hq, Lq) fp32 in [0, 1], the sum of the probabilities of visual keys.
+        lse: (B, Hq, Lq) fp32, the natural log of the softmax's denominator; -inf where a query sees nothing.
+    """
+
+    out: Tensor
+    visual_mass: Tensor
+    lse: Tensor
+
+
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    segment_ids: Tensor,
+    num_segments: int,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    query_range: tuple[int, int] | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    intervals: tuple[Tensor, Tensor] | None = None,
+    reduce_heads: bool = False,
+    impl: str | None = None,
+) -> Tensor:
+    """Sums each query's attention probabilities over the keys of each segment, from q, k and any kernel's LSE.
+
+    mass[b, h, i, s] = sum over keys j of segment s that query i sees of exp(score_ij - lse_i), with score_ij =
+    scale * q_i.k_j, soft-capped where asked. Values are not needed, keys outside every segment are never read, and no
+    attention map is made. The masks must be those the LSE was made with.
+
+    The masses are constants: no gradient flows through. `visual_attention` has one that does.
+
+    Args:
+        q: (B, Hq, Lq, D), any strides; float16, bfloat16 or float32, and float64 on the reference.
+        k: (B, Hkv, Lk, D) of the same dtype; Hq is a multiple of Hkv, and neighbouring query heads share a key head.
+        lse: (B, Hq, Lq) fp32 or fp64, natural log.
+        segment_ids: (B, Lk) integers from 0 to num_segments - 1, or -1 for keys in no segment.
+        num_segments: S.
+        causal: a query sees the keys up to its own position; query Lq - 1 stands at key Lk - 1.
+        scale: of the scores; None is D ** -0.5.
+        query_range: (start, stop), the only queries asked for.
+        key_mask: (B, Lk) bool, False for keys nobody sees: padding on either side, or holes.
+        cu_seqlens: (n + 1,) integers, where each sequence of a packed row starts, then its end; B is 1, Lq = Lk.
+        window: keys a query sees, itself and those before it (and as many after it when not causal).
+        softcap: c of score <- c * tanh(score / c).
+        intervals: (key_start, key_end), each (B, Lq) integers, inclusive and exclusive: the whole mask but for
+            `key_mask`; `causal` then says nothing.
+        reduce_heads: return the mean over heads.
+        impl: "triton" or "reference"; None chooses by device.
+
+    Returns:
+        (B, Hq, Lq', S) fp32 (fp64 for fp64), Lq' the length of the query range; (B, Lq', S) with `reduce_heads`. 0
+        where a query sees nothing. The masses of segments that hold every visible key sum to 1.
+
+    Raises:
+        TypeError: an argument is of another type or dtype.
+        ValueError: shapes, devices or options do not fit; on the reference and under VGPO_DEBUG=1 also a segment
+            or an interval out of range.
+        RuntimeError: `impl` cannot run on these tensors.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8)
+        >>> _, lse = attention_with_lse(q, k, k)
+        >>> attention_mass(q, k, lse, torch.tensor([[0, 0, 1, 1]]), 2)[0, 0, 3]
+        tensor([0.5000, 0.5000])
+
+    Source: the attention that VGPO (arXiv 2604.09349) finds fading; exp(score - LSE) is the softmax itself.
+    """
+    scale = check_qk(q, k, scale, softcap)
+    check_tensor("segment_ids", segment_ids, shape=(q.shape[0], k.shape[2]), dtypes=INTEGER, device=q.device)
+    check_count("num_segments", num_segments)
+    mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
+    q, lse, mask = within(q, lse, mask, query_range)
+    segment_ids = segment_ids.int() if key_mask is None else torch.where(key_mask, segment_ids, -1).int()
+    mass: Tensor = ops.attention_mass(
+        q.detach(), k.detach(), lse.detach(), segment_ids, *mask, num_segments, scale, softcap, impl
+    )
+    return mass.mean(1) if reduce_heads else mass
+
+
+def attention_column_sum(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    *,
+    query_range: tuple[int, int] | None = None,
+    reduction: str = "sum",
+    reduce_heads: bool = False,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    intervals: tuple[Tensor, Tensor] | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Sums the attention that each wanted key received from a range of queries, from q, k and any kernel's LSE.
+
+    Only wanted keys are read and no attention map is made; the result is bit-identical from run to run. It is a
+    constant: no gradient flows through.
+
+    Args:
+        q, k, lse: as in `attention_mass`.
+        keys: (B, Lk) bool, which keys are wanted; or (B, n) integers, their positions in any order, -1 for none.
+        query_range: (start, stop), the queries to sum over; None is all.
+        reduction: "sum", "mean" (over those queries in the range that see any key) or "max".
+        reduce_heads: return the mean over heads.
+        causal, scale, key_mask, cu_seqlens, window, softcap, intervals, impl: as in `attention_mass`.
+
+    Returns:
+        fp32 (fp64 for fp64): (B, Hq, Lk) for a mask, 0 at keys that are not wanted; (B, Hq, n) for positions, 0 at -1.
+        Without Hq with `reduce_heads`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `attention_mass`.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8)
+        >>> _, lse = attention_with_lse(q, k, k, causal=False)
+        >>> attention_column_sum(q, k, lse, torch.tensor([[0, 3, -1]]), causal=False)
+        tensor([[[1., 1., 0.]]])
+    """
+    scale = check_qk(q, k, scale, softcap)
+    check_choice("reduction", reduction, REDUCTIONS)
+    B, Lk = q.shape[0], k.shape[2]
+    if not isinstance(keys, Tensor):
+        raise TypeError(f"keys: expected a tensor, got {type(keys).__name__}")
+    as_mask = keys.dtype == torch.bool
+    check_tensor("keys", keys, shape=(B, Lk if as_mask else "n"), dtypes=BOOL + INTEGER, device=q.device)
+    mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
+    q, lse, mask = within(q, lse, mask, query_range)
+    positions = compacted(keys) if as_mask else keys
+    if key_mask is not None:
+        hidden = ~key_mask.gather(1, positions.long().clamp(0, Lk - 1))
+        positions = positions.masked_fill(hidden & (positions >= 0) & (positions < Lk), -1)
+    received: Tensor = ops.attention_column_sum(
+        q.detach(), k.detach(), lse.detach(), positions.int(), *mask, reduction, scale, softcap, impl
+    )
+    if as_mask:
+        places = torch.where(positions < 0, Lk, positions).long()[:, None].expand_as(received)
+        whole = received.new_zeros((*received.shape[:2], Lk + 1))
+        received = whole.scatter(2, places, received)[..., :Lk]
+    return received.mean(1) if reduce_heads else received
+
+
+def visual_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visual_mask: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    intervals: tuple[Tensor, Tensor] | None = None,
+    impl: str | None = None,
+) -> VisualAttention:
+    """Attends like FlashAttention and sums, in the same softmax loop, the probabilities of visual keys.
+
+    Differentiable (once) in q, k and v through the output, through the visual mass and through the LSE, so that visual
+    attention can stand in a loss; the gradient through the mass takes no matrix product of its own.
+
+    Args:
+        q, k: as in `attention_mass`.
+        v: (B, Hkv, Lk, D), of q's dtype.
+        visual_mask: (B, Lk), which keys are visual; bool, or numbers 0 and 1.
+        max_seqlen: the longest packed sequence, as other packages ask for it; not needed here.
+        causal, scale, key_mask, cu_seqlens, window, softcap, intervals, impl: as in `attention_mass`.
+
+    Returns:
+        VisualAttention(out, visual_mass, lse).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `attention_mass`.
+
+    Example:
+        >>> import torch
+        >>> q = k = v = torch.zeros(1, 1, 4, 8)
+        >>> visual_attention(q, k, v, torch.tensor([[1, 0, 0, 0]])).visual_mass
+        tensor([[[1.0000, 0.5000, 0.3333, 0.2500]]])
+
+    Source: FlashAttention-2 (arXiv 2307.08691) with one more accumulator; backward as in `docs/attention.md`.
+    """
+    scale = check_qk(q, k, scale, softcap)
+    check_values(q, k, v)
+    check_max_seqlen(max_seqlen, cu_seqlens)
+    kinds = key_kinds(q, k, visual_mask, key_mask)
+    mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
+    return VisualAttention(*ops.visual_attention(q, k, v, kinds, *mask, scale, softcap, impl))
+
+
+def visual_attention_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    visual_mask: Tensor,
+    cache_lengths: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    intervals: tuple[Tensor, Tensor] | None = None,
+    impl: str | None = None,
+) -> VisualAttention:
+    """Attends from the last token (or few) of each row to its KV cache, with the visual mass, split over keys.
+
+    Args:
+        q: (B, Hq, Lq, D), the last Lq tokens of each row, usually one.
+        k_cache: (B, Hkv, Lk, D), with room for Lk tokens; what lies past a row's length is never read.
+        v_cache: (B, Hkv, Lk, D).
+        visual_mask: (B, Lk), which entries of the cache are visual; bool, or numbers 0 and 1.
+        cache_lengths: (B,) integers, how many entries are filled, those of q's tokens included.
+        key_mask, scale, window, softcap, impl: as in `attention_mass`; queries see the entries up to their own.
+        intervals: as in `attention_mass`; they may not reach past a row's length.
+
+    Returns:
+        VisualAttention(out, visual_mass, lse), differentiable as that of `visual_attention`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `attention_mass`.
+
+    Example:
+        >>> import torch
+        >>> q, cache = torch.zeros(1, 1, 1, 8), torch.zeros(1, 1, 16, 8)
+        >>> visual = torch.arange(16)[None] < 2
+        >>> visual_attention_decode(q, cache, cache, visual, torch.tensor([5])).visual_mass
+        tensor([[[0.4000]]])
+    """
+    scale = check_qk(q, k_cache, scale, softcap, k_name="k_cache")
+    check_values(q, k_cache, v_cache, name="v_cache")
+    check_tensor("cache_lengths", cache_lengths, shape=q.shape[:1], dtypes=INTEGER, device=q.device)
+    kinds = key_kinds(q, k_cache, visual_mask, key_mask)
+    lengths = (q.shape[2], k_cache.shape[2])
+    if intervals is None:
+        check_window(window)
+        mask = masks.of_cache(cache_lengths, lengths, key_mask=key_mask, window=window)
+    else:
+        mask = intervals_of(q, k_cache, False, key_mask, None, window, intervals)
+        filled = cache_lengths[:, None].to(mask.key_end.dtype)
+        mask = mask._replace(key_end=torch.minimum(mask.key_end, filled))
+    return VisualAttention(*ops.visual_attention(q, k_cache, v_cache, kinds, *mask, scale, softcap, impl))
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    intervals: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attends with the fastest kernel present that takes the mask, and returns its LSE.
+
+    The backends, fastest first: "cpu" (torch's flash attention for CPUs), "flash_attn_3", "torch_cudnn",
+    "flash_attn_2", "torch_flash", "torch_efficient", and "vgpo", ours, which takes every mask. `attention_backend` says
+    which one runs and what keeps it from the others. Differentiable (once) through out and LSE, by our own backward.
+
+    Args:
+        q, k, v: as in `visual_attention`.
+        max_seqlen: the longest packed sequence, so that flash-attn need not assume the whole row.
+        causal, scale, key_mask, cu_seqlens, window, softcap, intervals: as in `attention_mass`.
+        backend: the name of the only backend to take.
+
+    Returns:
+        out (B, Hq, Lq, D) of q's dtype and lse (B, Hq, Lq) fp32 (fp64 for fp64), natural log.
+
+    Raises:
+        TypeError, ValueError: as in `attention_mass`.
+        RuntimeError: `backend` cannot run this; the message says why.
+
+    Example:
+        >>> import torch
+        >>> q = k = v = torch.zeros(1, 1, 4, 8)
+        >>> out, lse = attention_with_lse(q, k, v)
+        >>> lse.exp()
+        tensor([[[1., 2., 3., 4.]]])
+    """
+    scale = check_qk(q, k, scale, softcap)
+    check_values(q, k, v)
+    check_max_seqlen(max_seqlen, cu_seqlens)
+    name, _ = attention_backend(
+        q, k, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens, window=window, softcap=softcap,
+        intervals=intervals, backend=backend,
+    )  # fmt: skip
+    nothing = torch.zeros((q.shape[0], k.shape[2]), dtype=torch.bool, device=q.device)
+    mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
+    out, lse = ops.attention_with_lse(
+        q, k, v, masks.key_kinds(nothing, key_mask), *mask, cu_seqlens, max_seqlen, causal, window, scale, softcap, name
+    )
+    return out, lse
+
+
+def attention_backend(
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool = True,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    intervals: tuple[Tensor, Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[str, str]:
+    """Says which backend `attention_with_lse` takes for these arguments, and why.
+
+    Args:
+        q, k, causal, key_mask, cu_seqlens, window, softcap, intervals, backend: as there.
+
+    Returns:
+        The backend's name, and what kept the faster ones from running.
+
+    Raises:
+        ValueError: `backend` is no known name.
+        RuntimeError: no backend, or not this one, takes the arguments.
+
+    Example:
+        >>> import torch
+        >>> attention_backend(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
+        ('cpu', 'the fastest')
+    """
+    request = stock.Request(
+        device=q.device,
+        dtype=q.dtype,
+        lengths=(q.shape[2], k.shape[2]),
+        heads=(q.shape[1], k.shape[1]),
+        head_dim=q.shape[3],
+        plain=intervals is None and key_mask is None,
+        causal=causal,
+        packed=cu_seqlens is not None,
+        window=window,
+        softcap=softcap,
+    )
+    return stock.choose(request, backend)

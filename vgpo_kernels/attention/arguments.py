@@ -1,0 +1,112 @@
+"""Checks of the room's arguments, and what they become: scales, key kinds, intervals."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._validate import (
+    BOOL,
+    FLOATING,
+    INTEGER,
+    MASK,
+    check_not_empty,
+    check_number,
+    check_tensor,
+)
+from vgpo_kernels.attention import intervals as masks
+
+LSE = (torch.float32, torch.float64)
+HEAD_DIM = 256  # the largest
+
+
+def check_qk(q: Tensor, k: Tensor, scale: float | None, softcap: float | None, *, k_name: str = "k") -> float:
+    """Returns the scale."""
+    check_tensor("q", q, shape=("B", "Hq", "Lq", "D"), dtypes=FLOATING)
+    check_not_empty("q", q)
+    check_tensor(k_name, k, shape=(q.shape[0], "Hkv", "Lk", q.shape[3]), dtypes=(q.dtype,), device=q.device)
+    check_not_empty(k_name, k)
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{k_name}: expected a number of heads that divides q's {q.shape[1]}, got {k.shape[1]}")
+    if q.shape[3] > HEAD_DIM:
+        raise ValueError(f"q: expected a head size of at most {HEAD_DIM}, got {q.shape[3]}")
+    if softcap is not None:
+        check_number("softcap", softcap, low=0.0, low_open=True)
+    if scale is None:
+        return float(q.shape[3]) ** -0.5
+    check_number("scale", scale)
+    return float(scale)
+
+
+def check_values(q: Tensor, k: Tensor, v: Tensor, name: str = "v") -> None:
+    check_tensor(name, v, shape=k.shape, dtypes=(q.dtype,), device=q.device)
+
+
+def check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def check_window(window: int | None) -> None:
+    if window is not None:
+        check_count("window", window)
+
+
+def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
+    if max_seqlen is not None:
+        check_count("max_seqlen", max_seqlen)
+        if cu_seqlens is None:
+            raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}")
+
+
+def key_kinds(q: Tensor, k: Tensor, visual_mask: Tensor, key_mask: Tensor | None) -> Tensor:
+    shape = (q.shape[0], k.shape[2])
+    check_tensor("visual_mask", visual_mask, shape=shape, dtypes=MASK, device=q.device)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, shape=shape, dtypes=BOOL, device=q.device)
+    return masks.key_kinds(visual_mask.detach() != 0, key_mask)
+
+
+def intervals_of(
+    q: Tensor,
+    k: Tensor,
+    causal: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    intervals: tuple[Tensor, Tensor] | None,
+) -> masks.Intervals:
+    check_window(window)
+    B, lengths = q.shape[0], (q.shape[2], k.shape[2])
+    if cu_seqlens is not None:
+        check_tensor("cu_seqlens", cu_seqlens, shape=("n + 1",), dtypes=INTEGER, device=q.device)
+        if B != 1 or lengths[0] != lengths[1] or cu_seqlens.shape[0] < 2:
+            raise ValueError(
+                f"cu_seqlens: expected at least 2 bounds of one packed row with Lq = Lk, got {cu_seqlens.shape[0]} "
+                f"bounds, q {tuple(q.shape)}, k {tuple(k.shape)}"
+            )
+    return masks.build(
+        B, lengths, q.device, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens, window=window,
+        intervals=intervals,
+    )  # fmt: skip
+
+
+def within(
+    q: Tensor, lse: Tensor, mask: masks.Intervals, query_range: tuple[int, int] | None
+) -> tuple[Tensor, Tensor, masks.Intervals]:
+    """Returns queries, LSE and intervals of the query range."""
+    check_tensor("lse", lse, shape=q.shape[:3], dtypes=LSE, device=q.device)
+    if query_range is None:
+        return q, lse, mask
+    start, stop = query_range
+    if not 0 <= start < stop <= q.shape[2]:
+        raise ValueError(f"query_range: expected 0 <= start < stop <= {q.shape[2]}, got {(start, stop)}")
+    return q[:, :, start:stop], lse[:, :, start:stop], masks.Intervals(*(x[:, start:stop].contiguous() for x in mask))
+
+
+def compacted(keys: Tensor) -> Tensor:
+    """Returns (B, Lk) int64: the positions where `keys` is True, in order, then -1."""
+    order = keys.byte().argsort(dim=1, descending=True, stable=True)
+    return torch.where(keys.gather(1, order), order, -1)

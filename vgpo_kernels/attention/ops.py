@@ -1,0 +1,272 @@
+"""The operators of the room: what torch.compile and autograd see of it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._validate import forbid
+from vgpo_kernels.attention import intervals, stock
+
+ROOM = "attention"
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _inside(key_start: Tensor, key_end: Tensor, q: Tensor, k: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
+    """Returns intervals within [0, Lk]: checked where reading is free, cut to it on a GPU."""
+    Lk = k.shape[2]
+    if checks_values(impl, q):
+        intervals.check_values(key_start, key_end, Lk)
+    return key_start.clamp(min=0), key_end.clamp(max=Lk)
+
+
+@torch.library.custom_op("vgpo::attention_mass", mutates_args=())
+def attention_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    segment_ids: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    num_segments: int,
+    scale: float,
+    softcap: float | None,
+    impl: str | None,
+) -> Tensor:
+    """Sums attention probabilities by segment; (B, Hq, Lq, S), arguments as in the reference."""
+    if checks_values(impl, q):
+        forbid(segment_ids >= num_segments, "segment_ids", f"less than num_segments = {num_segments}", segment_ids)
+    key_start, key_end = _inside(key_start, key_end, q, k, impl)
+    run = implementation(ROOM, impl, q).attention_mass
+    mass: Tensor = run(q, k, lse, segment_ids, key_start, key_end, num_segments, scale, softcap)
+    return mass
+
+
+@attention_mass.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    lse: Tensor,  # noqa: ARG001
+    segment_ids: Tensor,  # noqa: ARG001
+    key_start: Tensor,  # noqa: ARG001
+    key_end: Tensor,  # noqa: ARG001
+    num_segments: int,
+    scale: float,  # noqa: ARG001
+    softcap: float | None,  # noqa: ARG001
+    impl: str | None,  # noqa: ARG001
+) -> Tensor:
+    return q.new_empty((*q.shape[:3], num_segments), dtype=_wide(q))
+
+
+@torch.library.custom_op("vgpo::attention_column_sum", mutates_args=())
+def attention_column_sum(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    positions: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    reduction: str,
+    scale: float,
+    softcap: float | None,
+    impl: str | None,
+) -> Tensor:
+    """Sums attention probabilities by key; (B, Hq, n), arguments as in the reference."""
+    Lk = k.shape[2]
+    if checks_values(impl, q):
+        forbid((positions < -1) | (positions >= Lk), "keys", f"positions from 0 to {Lk - 1}, or -1", positions)
+    else:
+        positions = torch.where(positions < Lk, positions, -1)
+    key_start, key_end = _inside(key_start, key_end, q, k, impl)
+    run = implementation(ROOM, impl, q).attention_column_sum
+    received: Tensor = run(q, k, lse, positions, key_start, key_end, reduction, scale, softcap)
+    return received
+
+
+@attention_column_sum.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    lse: Tensor,  # noqa: ARG001
+    positions: Tensor,
+    key_start: Tensor,  # noqa: ARG001
+    key_end: Tensor,  # noqa: ARG001
+    reduction: str,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    softcap: float | None,  # noqa: ARG001
+    impl: str | None,  # noqa: ARG001
+) -> Tensor:
+    return q.new_empty((*q.shape[:2], positions.shape[1]), dtype=_wide(q))
+
+
+@torch.library.custom_op("vgpo::visual_attention", mutates_args=())
+def visual_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kinds: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    softcap: float | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attends, and sums the probabilities of visual keys: out, mass, lse; arguments as in the reference."""
+    key_start, key_end = _inside(key_start, key_end, q, k, impl)
+    run = implementation(ROOM, impl, q).visual_attention
+    out, mass, lse = run(q, k, v, key_kinds, key_start, key_end, scale, softcap)
+    return out, mass, lse
+
+
+@visual_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,  # noqa: ARG001
+    key_kinds: Tensor,  # noqa: ARG001
+    key_start: Tensor,  # noqa: ARG001
+    key_end: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    softcap: float | None,  # noqa: ARG001
+    impl: str | None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:3], dtype=_wide(q)), q.new_empty(q.shape[:3], dtype=_wide(q))
+
+
+@torch.library.custom_op("vgpo::visual_attention_backward", mutates_args=())
+def visual_attention_backward(
+    grad_out: Tensor,
+    grad_mass: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kinds: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    out: Tensor,
+    mass: Tensor | None,
+    lse: Tensor,
+    scale: float,
+    softcap: float | None,
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of q, k and v; arguments as in the reference."""
+    key_start, key_end = key_start.clamp(min=0), key_end.clamp(max=k.shape[2])
+    run = implementation(ROOM, impl, q).visual_attention_backward
+    grads: tuple[Tensor, Tensor, Tensor] = run(
+        grad_out, grad_mass, grad_lse, q, k, v, key_kinds, key_start, key_end, out, mass, lse, scale, softcap
+    )
+    return grads
+
+
+@visual_attention_backward.register_fake
+def _(
+    grad_out: Tensor,  # noqa: ARG001
+    grad_mass: Tensor | None,  # noqa: ARG001
+    grad_lse: Tensor | None,  # noqa: ARG001
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kinds: Tensor,  # noqa: ARG001
+    key_start: Tensor,  # noqa: ARG001
+    key_end: Tensor,  # noqa: ARG001
+    out: Tensor,  # noqa: ARG001
+    mass: Tensor | None,  # noqa: ARG001
+    lse: Tensor,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    softcap: float | None,  # noqa: ARG001
+    impl: str | None,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    return grads[0], grads[1], grads[2]
+
+
+@torch.library.custom_op("vgpo::attention_with_lse", mutates_args=())
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kinds: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Attends with a stock kernel: out and its LSE; arguments as in `stock.run`."""
+    key_start, key_end = _inside(key_start, key_end, q, k, None)
+    mask = stock.Mask(key_kinds, key_start, key_end, cu_seqlens, max_seqlen, causal, window)
+    out, lse = stock.run(backend, q, k, v, mask, scale, softcap)
+    return out.contiguous(), lse.contiguous()
+
+
+@attention_with_lse.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,  # noqa: ARG001
+    v: Tensor,  # noqa: ARG001
+    key_kinds: Tensor,  # noqa: ARG001
+    key_start: Tensor,  # noqa: ARG001
+    key_end: Tensor,  # noqa: ARG001
+    cu_seqlens: Tensor | None,  # noqa: ARG001
+    max_seqlen: int | None,  # noqa: ARG001
+    causal: bool,  # noqa: ARG001
+    window: int | None,  # noqa: ARG001
+    scale: float,  # noqa: ARG001
+    softcap: float | None,  # noqa: ARG001
+    backend: str,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:3], dtype=_wide(q))
+
+
+def _save_visual_attention(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.scale, ctx.softcap, ctx.impl = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward_of_visual_attention(
+    ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    out = saved[-3]
+    grads = visual_attention_backward(
+        torch.zeros_like(out) if grad_out is None else grad_out,
+        grad_mass,
+        grad_lse,
+        *saved,
+        ctx.scale,
+        ctx.softcap,
+        ctx.impl,
+    )
+    return *grads, None, None, None, None, None, None
+
+
+def _save_attention_with_lse(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    *tensors, _, _, _, _, ctx.scale, ctx.softcap, _ = inputs
+    ctx.save_for_backward(*tensors[:6], *output)
+
+
+def _backward_of_attention_with_lse(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    *tensors, out, lse = ctx.saved_tensors
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads = visual_attention_backward(grad_out, None, grad_lse, *tensors, out, None, lse, ctx.scale, ctx.softcap, None)
+    return *grads, *(None,) * 10
+
+
+visual_attention.register_autograd(_backward_of_visual_attention, setup_context=_save_visual_attention)
+attention_with_lse.register_autograd(_backward_of_attention_with_lse, setup_context=_save_attention_with_lse)
