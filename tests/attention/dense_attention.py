@@ -69,9 +69,7 @@ def segment_masses(probabilities: Tensor, segment_ids: Tensor, num_segments: int
     return probabilities @ members.to(probabilities.dtype)
 
 
-def column_sums(
-    probabilities: Tensor, positions: Tensor, reduction: str, key_start: Tensor, key_end: Tensor
-) -> Tensor:
+def column_sums(probabilities: Tensor, positions: Tensor, reduction: str, key_start: Tensor, key_end: Tensor) -> Tensor:
     """Returns (B, Hq, n): the sum, mean or max over queries at each position, 0 where it is -1."""
     index = positions.clamp(min=0).long()[:, None].expand(-1, probabilities.shape[1], -1)
     columns = probabilities.amax(2) if reduction == "max" else probabilities.sum(2)

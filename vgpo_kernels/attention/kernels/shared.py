@@ -36,11 +36,41 @@ def log2_scores(b_products, inner, outer, SOFTCAP: tl.constexpr):
     return b_products * inner
 
 
+@triton.jit
+def lse_to_subtract(b_lse, EXACT: tl.constexpr):
+    """The LSE in the units of `probabilities`; +inf where it is -inf, so that a query that sees nothing gives 0."""
+    b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse)
+    return b_lse if EXACT else b_lse * 1.4426950408889634
+
+
+@triton.jit
+def probabilities(b_products, b_lse, inner, outer, SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """exp(score - LSE), with one multiplication more where `EXACT`: it keeps the difference's last bits.
+
+    b_lse: as `lse_to_subtract` returns it, broadcast against the products.
+    inner, outer: as `probability_scales` returns them.
+    """
+    b_difference = log2_scores(b_products, inner, outer, SOFTCAP) - b_lse
+    return tl.exp2(b_difference * 1.4426950408889634 if EXACT else b_difference)
+
+
 def score_scales(scale: float, softcap: float | None) -> dict[str, float | bool]:
     """Returns the kernels' arguments `inner`, `outer` and `SOFTCAP`."""
     if softcap is None:
         return {"inner": scale * LOG2E, "outer": 1.0, "SOFTCAP": False}
     return {"inner": scale / softcap, "outer": softcap * LOG2E, "SOFTCAP": True}
+
+
+def probability_scales(scale: float, softcap: float | None, dtype: torch.dtype) -> dict[str, float | bool]:
+    """Returns the arguments `inner`, `outer`, `SOFTCAP` and `EXACT` of kernels that are given the LSE.
+
+    Products of fp32 are worth exact differences of natural logarithms; those of narrower types are not.
+    """
+    exact = dtype == torch.float32
+    scales = score_scales(scale, softcap) | {"EXACT": exact}
+    if exact:
+        scales |= {"inner": scale, "outer": 1.0} if softcap is None else {"outer": softcap}
+    return scales
 
 
 def with_unit_columns(x: Tensor) -> Tensor:

@@ -1,0 +1,321 @@
+"""Attention that keys received, given the LSE: probabilities summed (or the largest) over the queries, no atomics.
+
+A program keeps the keys of a block of positions and walks the queries that see any of them, in two loops: the
+blocks of queries that need a look at every element, then those where every query sees every key of the block.
+"""
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels.attention.kernels.shared import (
+    lse_to_subtract,
+    padded_head,
+    probabilities,
+    probability_scales,
+    strides_in_units,
+    target_of,
+    with_unit_columns,
+)
+
+# Query blocks looked at together by the kernels that make the lists.
+BOUNDS = 32
+LISTED = 256
+# Programs below which the queries are split among several, and the least blocks of queries each gets.
+PROGRAMS = 512
+SPLIT_BLOCKS = 8
+
+_RUN_TIME = ["heads", "group", "n_positions", "Lq", "splits", "stride_lb", "stride_lh", "stride_ll"]
+_STRIDES = [f"stride_{name}{axis}_units" for name in "qk" for axis in "bhl"]
+
+
+def column_tiles(D_PAD: int, itemsize: int, target: str) -> dict[str, int]:
+    """Returns tiles."""
+    if itemsize == 4:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+
+
+@triton.jit(do_not_specialize=["Lq"])
+def bounds_kernel(start_ptr, end_ptr, bounds_ptr, Lq, BLOCK_M: tl.constexpr, BOUNDS: tl.constexpr):
+    """A program bounds the intervals of BOUNDS query blocks: (B, 4, n) smallest start, largest end, and inner two.
+
+    The first two are those of queries that see a key; a query that sees none, or lies beyond the last, makes the
+    inner two (largest start, smallest end) such that no key is seen by the whole block.
+    """
+    n_blocks = tl.cdiv(Lq, BLOCK_M)
+    n_programs = tl.cdiv(n_blocks, BOUNDS)
+    row = (tl.program_id(0) // n_programs).to(tl.int64)
+    o_b = (tl.program_id(0) % n_programs) * BOUNDS + tl.arange(0, BOUNDS)  # [B]
+    o_m = o_b[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]  # [B, BM]
+    b_start = tl.load(start_ptr + row * Lq + o_m, mask=o_m < Lq, other=0)  # [B, BM]
+    b_end = tl.load(end_ptr + row * Lq + o_m, mask=o_m < Lq, other=0)  # [B, BM]
+    m_seen = b_start < b_end
+    p_bounds = bounds_ptr + row * 4 * n_blocks + o_b
+    m_b = o_b < n_blocks
+    tl.store(p_bounds, tl.min(tl.where(m_seen, b_start, 2147483647), axis=1), mask=m_b)
+    tl.store(p_bounds + n_blocks, tl.max(tl.where(m_seen, b_end, 0), axis=1), mask=m_b)
+    tl.store(p_bounds + 2 * n_blocks, tl.max(b_start, axis=1), mask=m_b)
+    tl.store(p_bounds + 3 * n_blocks, tl.min(tl.where(m_seen, b_end, 0), axis=1), mask=m_b)
+
+
+@triton.jit(do_not_specialize=["n_positions", "n_blocks"])
+def block_list_kernel(
+    positions_ptr,
+    bounds_ptr,
+    entries_ptr,
+    counts_ptr,
+    n_positions,
+    n_blocks,
+    BLOCK_N: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """A program lists the query blocks that a block of positions visits: those cut by an interval, and full ones."""
+    n_lists = tl.cdiv(n_positions, BLOCK_N)
+    program = tl.program_id(0).to(tl.int64)
+    row = program // n_lists
+    o_n = (tl.program_id(0) % n_lists) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    b_position = tl.load(positions_ptr + row * n_positions + o_n, mask=o_n < n_positions, other=-1)  # [BN]
+    low = tl.min(tl.where(b_position >= 0, b_position, 2147483647), axis=0)
+    high = tl.max(b_position, axis=0)
+    p_bounds = bounds_ptr + row * 4 * n_blocks
+    p_cut = entries_ptr + program * 2 * n_blocks
+    p_full = p_cut + n_blocks
+    n_cut = tl.full([], 0, tl.int32)
+    n_full = tl.full([], 0, tl.int32)
+    # No block is looked at where every slot is empty.
+    for start in range(0, tl.where(high >= 0, n_blocks, 0), LISTED):
+        o_b = start + tl.arange(0, LISTED)  # [L]
+        m_b = o_b < n_blocks
+        # Unseen: no interval of the block reaches from the lowest position to the highest.
+        b_first = tl.load(p_bounds + o_b, mask=m_b, other=2147483647)  # [L]
+        b_last = tl.load(p_bounds + n_blocks + o_b, mask=m_b, other=0)  # [L]
+        b_inner_first = tl.load(p_bounds + 2 * n_blocks + o_b, mask=m_b, other=0)  # [L]
+        b_inner_last = tl.load(p_bounds + 3 * n_blocks + o_b, mask=m_b, other=0)  # [L]
+        m_full = (b_inner_first <= low) & (b_inner_last > high)  # [L]
+        m_cut = (b_first <= high) & (b_last > low) & (m_full == 0)  # [L]
+        b_full = m_full.to(tl.int32)
+        b_cut = m_cut.to(tl.int32)
+        tl.store(p_full + n_full + tl.cumsum(b_full, axis=0) - 1, o_b, mask=m_full)
+        tl.store(p_cut + n_cut + tl.cumsum(b_cut, axis=0) - 1, o_b, mask=m_cut)
+        n_full += tl.sum(b_full, axis=0)
+        n_cut += tl.sum(b_cut, axis=0)
+    tl.store(counts_ptr + program * 2, n_cut)
+    tl.store(counts_ptr + program * 2 + 1, n_full)
+
+
+@triton.jit
+def _nan_maximum(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _reduced(b_column, b_p, MAX: tl.constexpr):
+    """A column [BN] with the probabilities [BN, BM] of one more block of queries."""
+    if MAX:
+        return _nan_maximum(b_column, tl.reduce(b_p, 1, _nan_maximum))
+    return b_column + tl.sum(b_p, axis=1)
+
+
+@triton.jit(do_not_specialize=[*_RUN_TIME, *_STRIDES])
+def column_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    positions_ptr,
+    start_ptr,
+    end_ptr,
+    entries_ptr,
+    counts_ptr,
+    column_ptr,
+    heads,
+    group,
+    n_positions,
+    Lq,
+    splits,
+    inner,
+    outer,
+    stride_qb_units,
+    stride_qh_units,
+    stride_ql_units,
+    stride_kb_units,
+    stride_kh_units,
+    stride_kl_units,
+    stride_lb,
+    stride_lh,
+    stride_ll,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    MAX: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    EXACT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program owns a block of positions of one head, and one of the splits of the queries."""
+    n_blocks = tl.cdiv(Lq, BLOCK_M)
+    n_lists = tl.cdiv(n_positions, BLOCK_N)
+    split = tl.program_id(0) % splits
+    block = tl.program_id(0) // splits % n_lists
+    of_head = (tl.program_id(0) // splits // n_lists).to(tl.int64)
+    row = of_head // heads
+    head = of_head % heads
+    of_list = row * n_lists + block
+    o_slot = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    p_column = column_ptr + (of_head * splits + split) * n_positions
+    n_cut = tl.load(counts_ptr + of_list * 2)
+    n_full = tl.load(counts_ptr + of_list * 2 + 1)
+
+    o_d = tl.arange(0, D_PAD)  # [D]
+    m_d = o_d < D
+    b_position = tl.load(positions_ptr + row * n_positions + o_slot, mask=o_slot < n_positions, other=-1)  # [BN]
+    m_position = b_position >= 0
+    p_k = k_ptr + (row * stride_kb_units + head // group * stride_kh_units) * UNIT
+    p_k += (b_position.to(tl.int64) * stride_kl_units * UNIT)[:, None] + o_d[None, :]  # [BN, D]
+    b_k = tl.load(p_k, mask=m_position[:, None] & m_d[None, :], other=0.0)  # [BN, D]
+
+    o_m = tl.arange(0, BLOCK_M)  # [BM]
+    stride_ql = stride_ql_units.to(tl.int64) * UNIT
+    p_q = q_ptr + (row * stride_qb_units + head * stride_qh_units) * UNIT
+    p_q += o_m[:, None] * stride_ql + o_d[None, :]  # [BM, D]
+    p_lse = lse_ptr + row * stride_lb + head * stride_lh
+    b_column = tl.zeros([BLOCK_N], tl.float32)  # [BN]
+
+    p_entries = entries_ptr + of_list * 2 * n_blocks
+    last = n_cut * (split + 1) // splits
+    entry = tl.load(p_entries + n_cut * split // splits, mask=n_cut * split // splits < last, other=0)
+    for index in range(n_cut * split // splits, last):
+        # Asked for a block ahead, so that the queries do not wait for it.
+        next_entry = tl.load(p_entries + index + 1, mask=index + 1 < last, other=0)
+        o_query = entry * BLOCK_M + o_m  # [BM]
+        b_start = tl.load(start_ptr + row * Lq + o_query, mask=o_query < Lq, other=0)  # [BM]
+        b_end = tl.load(end_ptr + row * Lq + o_query, mask=o_query < Lq, other=0)  # [BM]
+        m_q = (o_query < Lq)[:, None] & m_d[None, :]
+        b_q = tl.load(p_q + (entry * BLOCK_M).to(tl.int64) * stride_ql, mask=m_q, other=0.0)  # [BM, D]
+        b_lse = tl.load(p_lse + o_query.to(tl.int64) * stride_ll, mask=o_query < Lq, other=0.0)  # [BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+        b_lse = lse_to_subtract(b_lse, EXACT)
+        b_p = probabilities(b_s, b_lse[None, :], inner, outer, SOFTCAP, EXACT)  # [BN, BM]
+        # An empty slot stands before every interval.
+        m_p = (b_position[:, None] >= b_start[None, :]) & (b_position[:, None] < b_end[None, :])  # [BN, BM]
+        b_column = _reduced(b_column, tl.where(m_p, b_p, 0.0), MAX)
+        entry = next_entry
+
+    p_entries += n_blocks
+    last = n_full * (split + 1) // splits
+    entry = tl.load(p_entries + n_full * split // splits, mask=n_full * split // splits < last, other=0)
+    for index in range(n_full * split // splits, last):
+        next_entry = tl.load(p_entries + index + 1, mask=index + 1 < last, other=0)
+        p_tile = p_q + (entry * BLOCK_M).to(tl.int64) * stride_ql
+        if D == D_PAD:
+            b_q = tl.load(p_tile)  # [BM, D]
+        else:
+            b_q = tl.load(p_tile, mask=m_d[None, :], other=0.0)
+        b_lse = tl.load(p_lse + (entry * BLOCK_M + o_m).to(tl.int64) * stride_ll)  # [BM]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+        b_lse = lse_to_subtract(b_lse, EXACT)
+        b_p = probabilities(b_s, b_lse[None, :], inner, outer, SOFTCAP, EXACT)  # [BN, BM]
+        b_column = _reduced(b_column, b_p, MAX)
+        entry = next_entry
+
+    tl.store(p_column + o_slot, tl.where(m_position, b_column, 0.0), mask=o_slot < n_positions)
+
+
+def attention_column_sum(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    positions: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    reduction: str,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Returns (B, Hq, n) fp32, what the keys received; arguments as in the reference, q and k not float64."""
+    B, Hq, Lq, D = q.shape
+    n = positions.shape[1]
+    if B * Hq * n == 0 or Lq == 0:
+        return torch.zeros((B, Hq, n), dtype=torch.float32, device=q.device)
+    q, k, positions = with_unit_columns(q), with_unit_columns(k), positions.contiguous()
+    tiles = column_tiles(padded_head(D), q.element_size(), target_of(q))
+    entries, counts = _block_lists(positions, key_start, key_end, tiles["BLOCK_M"], tiles["BLOCK_N"])
+    blocks = B * Hq * triton.cdiv(n, tiles["BLOCK_N"])
+    splits = _splits(blocks, triton.cdiv(Lq, tiles["BLOCK_M"]))
+    columns = torch.empty((B, Hq, splits, n), dtype=torch.float32, device=q.device)
+    column_kernel[(blocks * splits,)](
+        q_ptr=q,
+        k_ptr=k,
+        lse_ptr=lse,
+        positions_ptr=positions,
+        start_ptr=key_start,
+        end_ptr=key_end,
+        entries_ptr=entries,
+        counts_ptr=counts,
+        column_ptr=columns,
+        heads=Hq,
+        group=Hq // k.shape[1],
+        n_positions=n,
+        Lq=Lq,
+        splits=splits,
+        stride_lb=lse.stride(0),
+        stride_lh=lse.stride(1),
+        stride_ll=lse.stride(2),
+        D=D,
+        D_PAD=padded_head(D),
+        MAX=reduction == "max",
+        **probability_scales(scale, softcap, q.dtype),
+        **strides_in_units(q=q, k=k),
+        **tiles,
+    )
+    if splits == 1:
+        received = columns[:, :, 0]
+    else:
+        received = columns.amax(2) if reduction == "max" else columns.sum(2)
+    if reduction == "mean":
+        received /= (key_start < key_end).sum(1).clamp(min=1)[:, None, None]
+    return received
+
+
+def _block_lists(
+    positions: Tensor, key_start: Tensor, key_end: Tensor, BLOCK_M: int, BLOCK_N: int
+) -> tuple[Tensor, Tensor]:
+    """Returns, for each block of positions, the query blocks cut and full, and how many of each there are."""
+    B, n = positions.shape
+    Lq = key_start.shape[1]
+    n_blocks, n_lists = triton.cdiv(Lq, BLOCK_M), triton.cdiv(n, BLOCK_N)
+    empty = {"dtype": torch.int32, "device": positions.device}
+    bounds = torch.empty((B, 4, n_blocks), **empty)
+    entries = torch.empty((B * n_lists, 2, n_blocks), **empty)
+    counts = torch.empty((B * n_lists, 2), **empty)
+    bounds_kernel[(B * triton.cdiv(n_blocks, BOUNDS),)](
+        start_ptr=key_start,
+        end_ptr=key_end,
+        bounds_ptr=bounds,
+        Lq=Lq,
+        BLOCK_M=BLOCK_M,
+        BOUNDS=BOUNDS,
+        num_warps=4,
+    )
+    block_list_kernel[(B * n_lists,)](
+        positions_ptr=positions,
+        bounds_ptr=bounds,
+        entries_ptr=entries,
+        counts_ptr=counts,
+        n_positions=n,
+        n_blocks=n_blocks,
+        BLOCK_N=BLOCK_N,
+        LISTED=LISTED,
+        num_warps=4,
+    )
+    return entries, counts
+
+
+def _splits(programs: int, blocks: int) -> int:
+    """Returns among how many programs the queries are split: by shapes only, so that sums never change their order."""
+    return max(1, min(triton.cdiv(PROGRAMS, programs), blocks // SPLIT_BLOCKS))
+
+
+def compile_cases() -> list[CompileCase]:
+    return []
