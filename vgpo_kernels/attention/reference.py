@@ -189,9 +189,13 @@ def _blocks(q: Tensor, k: Tensor, key_kinds: Tensor, key_start: Tensor, key_end:
             keys = union(start, end)
             if keys is None:
                 continue
-            position = torch.arange(keys.start, keys.stop, device=q.device)
-            visible = (position >= start[:, None]) & (position < end[:, None])
-            yield _Block(row, queries, keys, visible & (key_kinds[row, keys] != HIDDEN))
+            yield _Block(row, queries, keys, visible_keys(keys, start, end, key_kinds[row, keys]))
+
+
+def visible_keys(keys: slice, start: Tensor, end: Tensor, kinds: Tensor) -> Tensor:
+    """Returns [m, n] bool: which of the keys, of these kinds (n,), each query sees, from starts and ends (m,)."""
+    position = torch.arange(keys.start, keys.stop, device=start.device)
+    return (position >= start[:, None]) & (position < end[:, None]) & (kinds != HIDDEN)
 
 
 def union(start: Tensor, end: Tensor) -> slice | None:

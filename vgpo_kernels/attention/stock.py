@@ -15,10 +15,9 @@ from torch import Tensor
 
 from vgpo_kernels._dispatch import implementation
 from vgpo_kernels.attention import reference
-from vgpo_kernels.attention.intervals import HIDDEN
 
 HALF = (torch.float16, torch.bfloat16)
-SCORES = 1 << 21  # in a block of the CPU's mask: 8 MB in fp32
+MASK_ELEMENTS = 1 << 21  # in the mask of a block of queries on a CPU: 8 MB in fp32
 
 
 class Mask(NamedTuple):
@@ -222,38 +221,32 @@ def _run_torch_efficient(
 def _run_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float | None) -> tuple[Tensor, Tensor]:
     """Runs torch's flash attention for CPUs on blocks of queries and the keys they see.
 
-    Heads of a group are queries to it, so that K and V are not expanded, and the mask of a block is all there is.
+    Blocks are long because each call lays K and V out anew; the mask of a block is all that is made of one.
     """
-    B, Hq, Lq, D = q.shape
-    Hkv = k.shape[1]
-    group = Hq // Hkv
+    Lq = q.shape[2]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_full((B, Hq, Lq), -math.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    size = max(1, min(512, SCORES // (group * k.shape[2])))
-    for row in range(B):
+    lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    size = max(1, MASK_ELEMENTS // k.shape[2])
+    for row in range(len(q)):
         for first in range(0, Lq, size):
             queries = slice(first, min(first + size, Lq))
             start, end = mask.key_start[row, queries], mask.key_end[row, queries]
             keys = reference.union(start, end)
             if keys is None:
                 continue
-            position = torch.arange(keys.start, keys.stop, device=q.device)
-            visible = (position >= start[:, None]) & (position < end[:, None])  # [m, n]
-            visible &= mask.key_kinds[row, keys] != HIDDEN
-            b_q = q[row, :, queries].reshape(1, Hkv, -1, D)  # [1, Hkv, G * m, D]
-            b_k, b_v = k[row : row + 1, :, keys], v[row : row + 1, :, keys]
-            bias = None
+            visible = reference.visible_keys(keys, start, end, mask.key_kinds[row, keys])  # [m, n]
+            b_k, b_v, bias = k[row : row + 1, :, keys], v[row : row + 1, :, keys], None
             if not visible.all():
-                seen = visible.any(0)[:, None]
-                b_k, b_v = b_k.masked_fill(~seen, 0.0), b_v.masked_fill(~seen, 0.0)
-                bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
-                bias = bias.repeat(group, 1)[None, None]  # [1, 1, G * m, n]
+                unseen = ~visible.any(0)[:, None]
+                if unseen.any():
+                    b_k, b_v = b_k.masked_fill(unseen, 0.0), b_v.masked_fill(unseen, 0.0)
+                bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)[None, None]
             b_out, b_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                b_q, b_k, b_v, 0.0, False, attn_mask=bias, scale=scale
+                q[row : row + 1, :, queries], b_k, b_v, 0.0, False, attn_mask=bias, scale=scale
             )
             empty = ~visible.any(1)
-            out[row, :, queries] = b_out.reshape(Hq, -1, D).masked_fill(empty[:, None], 0.0)
-            lse[row, :, queries] = b_lse.reshape(Hq, -1).masked_fill(empty, -math.inf)
+            out[row, :, queries] = b_out[0].masked_fill(empty[:, None], 0.0)
+            lse[row, :, queries] = b_lse[0].masked_fill(empty, -math.inf)
     return out, lse
 
 
