@@ -1,0 +1,306 @@
+"""Attention of a few queries against many keys: split over the keys, the parts merged in a fixed order."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels.attention.intervals import VISUAL
+from vgpo_kernels.attention.kernels.keys import load_tile
+from vgpo_kernels.attention.kernels.shared import (
+    log2_scores,
+    padded_head,
+    score_scales,
+    strides_in_units,
+    target_of,
+)
+
+STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkv" for axis in "bhl")
+MOST_ROWS = 64
+# Parts that a merging program holds at once.
+MERGE = {"BLOCK_P": 16, "num_warps": 4}
+_VISUAL = tl.constexpr(VISUAL)
+
+
+def takes(Lq: int, group: int) -> bool:
+    """Whether the queries of a group of heads are so few that they share one tile."""
+    return Lq * group <= MOST_ROWS
+
+
+def split_tiles(target: str, itemsize: int, head: int, rows: int) -> dict[str, int]:
+    """Returns the tiles for `rows` queries of heads padded to `head`.
+
+    The keys stream once, so what counts is bytes in flight: three tiles of 64 keys where they fit. Single precision
+    unrolls its products, so its tiles are small.
+    """
+    block = max(16, int(triton.next_power_of_2(rows)))
+    if itemsize == 4:
+        return {"BLOCK_R": block, "BLOCK_N": 32 if head <= 128 else 16, "num_warps": 4, "num_stages": 1}
+    small = target in ("sm_120", "gfx942")
+    stages = 1 if target == "gfx942" else (2 if small else 3)
+    return {"BLOCK_R": block, "BLOCK_N": 32 if small and head > 128 else 64, "num_warps": 4, "num_stages": stages}
+
+
+@triton.jit(do_not_specialize=["Hkv", "group", "Lq", "Lk", "n_splits", *STRIDES, "inner", "outer"])
+def split_kernel(
+    q_ptr,  # (B, Hq, Lq, D)
+    k_ptr,  # (B, Hkv, Lk, D)
+    v_ptr,  # (B, Hkv, Lk, D)
+    kinds_ptr,  # (B, Lk) int8
+    start_ptr,  # (B, Lq) int32
+    end_ptr,  # (B, Lq) int32
+    acc_ptr,  # (B * Hkv, splits, R, D) fp32
+    stats_ptr,  # (B * Hkv, splits, 3, R) fp32: largest score, sum, mass
+    Hkv,
+    group,
+    Lq,
+    Lk,
+    n_splits,
+    stride_qb_units,
+    stride_qh_units,
+    stride_ql_units,
+    stride_kb_units,
+    stride_kh_units,
+    stride_kl_units,
+    stride_vb_units,
+    stride_vh_units,
+    stride_vl_units,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    HEAD: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns one share of the keys of one kv head, for the queries of all its heads: row = query, head."""
+    LARGEST: tl.constexpr = 2147483647
+    split = tl.program_id(0) % n_splits
+    row_head = tl.program_id(0) // n_splits
+    row = (row_head // Hkv).to(tl.int64)
+    head = (row_head % Hkv).to(tl.int64)
+    rows = Lq * group
+    o_r = tl.arange(0, BLOCK_R)  # [BR]
+    o_n = tl.arange(0, BLOCK_N)  # [BN]
+    o_d = tl.arange(0, BLOCK_D)  # [BD]
+    m_r = o_r < rows
+    m_d = o_d < HEAD
+    o_query = o_r // group
+    b_start = tl.load(start_ptr + row * Lq + o_query, mask=m_r, other=0)  # [BR]
+    b_end = tl.load(end_ptr + row * Lq + o_query, mask=m_r, other=0)  # [BR]
+    m_seen = b_start < b_end
+    end = tl.max(tl.where(m_seen, b_end, 0), axis=0)
+    begin = tl.minimum(tl.min(tl.where(m_seen, b_start, LARGEST), axis=0), end)
+    # An even share of the keys that are seen, whatever the buffer's length, in whole tiles.
+    tiles = tl.cdiv(tl.cdiv(end - begin, n_splits), BLOCK_N)
+    begin += split * tiles * BLOCK_N
+    tiles = tl.minimum(tiles, tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N))
+
+    stride_kl = stride_kl_units.to(tl.int64) * UNIT
+    stride_vl = stride_vl_units.to(tl.int64) * UNIT
+    p_q = q_ptr + (row * stride_qb_units + head * group * stride_qh_units) * UNIT
+    o_q = o_query.to(tl.int64) * stride_ql_units + (o_r % group).to(tl.int64) * stride_qh_units  # [BR]
+    b_q = load_tile(p_q + o_q[:, None] * UNIT + o_d[None, :], m_seen, m_d, True, HEAD < BLOCK_D)  # [BR, BD]
+    p_k = k_ptr + (row * stride_kb_units + head * stride_kh_units) * UNIT
+    p_v = v_ptr + (row * stride_vb_units + head * stride_vh_units) * UNIT
+    o_k = o_n.to(tl.int64)[:, None] * stride_kl + o_d[None, :]  # [BN, BD]
+    o_v = o_n.to(tl.int64)[:, None] * stride_vl + o_d[None, :]  # [BN, BD]
+    b_acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_R], -float("inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_R], tl.float32)
+    b_mass = tl.zeros([BLOCK_R], tl.float32)
+    for tile in range(0, tiles):
+        first = begin + tile * BLOCK_N
+        b_kind = tl.load(kinds_ptr + row * Lk + first + o_n, mask=first + o_n < end, other=0)  # [BN]
+        o_key = first + o_n[None, :]  # [1, BN]
+        m_visible = (b_start[:, None] <= o_key) & (o_key < b_end[:, None]) & (b_kind != 0)[None, :]  # [BR, BN]
+        # Keys that no query sees may hold anything.
+        m_n = tl.max(m_visible.to(tl.int32), axis=0) != 0  # [BN]
+        b_k = load_tile(p_k + first.to(tl.int64) * stride_kl + o_k, m_n, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
+        b_v = load_tile(p_v + first.to(tl.int64) * stride_vl + o_v, m_n, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
+        b_s = log2_scores(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), inner, outer, SOFTCAP)  # [BR, BN]
+        b_s = tl.where(m_visible, b_s, -float("inf"))
+        b_larger = tl.maximum(b_max, tl.max(b_s, axis=1))  # [BR]
+        # Queries that have seen no key yet subtract 0: two infinities would make NaN.
+        b_shift = tl.where(b_larger == -float("inf"), 0.0, b_larger)
+        b_p = tl.exp2(b_s - b_shift[:, None])  # [BR, BN]
+        b_rescale = tl.exp2(b_max - b_shift)  # [BR]
+        b_max = b_larger
+        b_weight = (b_kind == _VISUAL).to(tl.float32)  # [BN]
+        b_sum = b_sum * b_rescale + tl.sum(b_p, axis=1)
+        b_mass = b_mass * b_rescale + tl.sum(b_p * b_weight[None, :], axis=1)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None], input_precision="ieee")
+
+    part = tl.program_id(0).to(tl.int64) * rows
+    p_acc = acc_ptr + (part + o_r)[:, None] * HEAD + o_d[None, :]
+    tl.store(p_acc, b_acc, mask=m_r[:, None] & m_d[None, :])
+    p_stats = stats_ptr + part * 3 + o_r
+    tl.store(p_stats, b_max, mask=m_r)
+    tl.store(p_stats + rows, b_sum, mask=m_r)
+    tl.store(p_stats + 2 * rows, b_mass, mask=m_r)
+
+
+@triton.jit(do_not_specialize=["group", "Lq", "n_splits"])
+def merge_kernel(
+    acc_ptr,  # (B * Hkv, splits, R, D) fp32
+    stats_ptr,  # (B * Hkv, splits, 3, R) fp32
+    out_ptr,  # (B, Hq, Lq, D) contiguous
+    mass_ptr,  # (B, Hq, Lq) fp32 contiguous, or None
+    lse_ptr,  # (B, Hq, Lq) fp32 contiguous
+    group,
+    Lq,
+    n_splits,
+    HEAD: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns a query of one head and adds up its parts, in their order."""
+    query = tl.program_id(0) % Lq
+    row_head = tl.program_id(0) // Lq
+    rows = Lq * group
+    first = (row_head // group).to(tl.int64) * n_splits
+    own = query * group + row_head % group
+    o_p = tl.arange(0, BLOCK_P)  # [BP]
+    o_d = tl.arange(0, BLOCK_D)  # [BD]
+    m_d = o_d < HEAD
+    b_acc = tl.zeros([BLOCK_D], tl.float32)
+    largest = tl.full([], -float("inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    mass = tl.zeros([], tl.float32)
+    for begin in range(0, n_splits, BLOCK_P):
+        m_p = begin + o_p < n_splits
+        part = first + begin + o_p  # [BP]
+        p_stats = stats_ptr + part * 3 * rows + own
+        b_max = tl.load(p_stats, mask=m_p, other=-float("inf"))  # [BP]
+        larger = tl.maximum(largest, tl.max(b_max, axis=0))
+        shift = tl.where(larger == -float("inf"), 0.0, larger)
+        b_scale = tl.exp2(b_max - shift)  # [BP]
+        rescale = tl.exp2(largest - shift)
+        largest = larger
+        total = total * rescale + tl.sum(b_scale * tl.load(p_stats + rows, mask=m_p, other=0.0), axis=0)
+        mass = mass * rescale + tl.sum(b_scale * tl.load(p_stats + 2 * rows, mask=m_p, other=0.0), axis=0)
+        p_acc = acc_ptr + (part * rows + own)[:, None] * HEAD + o_d[None, :]
+        b_part = load_tile(p_acc, m_p, m_d, True, HEAD < BLOCK_D)  # [BP, BD]
+        b_acc = b_acc * rescale + tl.sum(b_part * b_scale[:, None], axis=0)
+    seen = largest != -float("inf")
+    total = tl.where(seen, total, 1.0)
+    b_out = tl.where(seen, b_acc / total, 0.0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + tl.program_id(0).to(tl.int64) * HEAD + o_d, b_out, mask=m_d)
+    lse = (largest + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + tl.program_id(0), tl.where(seen, lse, -float("inf")))
+    if mass_ptr is not None:
+        tl.store(mass_ptr + tl.program_id(0), tl.where(seen, mass / total, 0.0))
+
+
+def split_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kinds: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    softcap: float | None,
+    with_mass: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns what `visual_attention` does, for at most MOST_ROWS queries a group of heads."""
+    B, Hq, Lq, D = q.shape
+    Hkv, Lk = k.shape[1:3]
+    group, head = Hq // Hkv, padded_head(D)
+    rows = Lq * group
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
+    mass = torch.empty_like(lse) if with_mass else None
+    tiles = split_tiles(target_of(q), q.element_size(), head, rows)
+    n_splits = splits(B * Hkv, Lk, tiles["BLOCK_N"], _processors(q.device))
+    acc = q.new_empty((B * Hkv, n_splits, rows, D), dtype=torch.float32)
+    stats = q.new_empty((B * Hkv, n_splits, 3, rows), dtype=torch.float32)
+    split_kernel[(B * Hkv * n_splits,)](
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        kinds_ptr=key_kinds.contiguous(),
+        start_ptr=key_start.contiguous(),
+        end_ptr=key_end.contiguous(),
+        acc_ptr=acc,
+        stats_ptr=stats,
+        Hkv=Hkv,
+        group=group,
+        Lq=Lq,
+        Lk=Lk,
+        n_splits=n_splits,
+        HEAD=D,
+        BLOCK_D=head,
+        **strides_in_units(q=q, k=k, v=v),
+        **score_scales(scale, softcap),
+        **tiles,
+    )
+    merge_kernel[(B * Hq * Lq,)](
+        acc_ptr=acc,
+        stats_ptr=stats,
+        out_ptr=out,
+        mass_ptr=mass,
+        lse_ptr=lse,
+        group=group,
+        Lq=Lq,
+        n_splits=n_splits,
+        HEAD=D,
+        BLOCK_D=head,
+        **MERGE,
+    )
+    return out, mass, lse
+
+
+def splits(row_heads: int, Lk: int, block: int, processors: int) -> int:
+    """Returns the shares of the keys: two programs a processor, of at least a tile each."""
+    return max(1, min(triton.cdiv(2 * processors, max(1, row_heads)), triton.cdiv(Lk, block)))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    # Interpreted, any number will do; an H100 has this one.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def compile_cases() -> list[CompileCase]:
+    """Returns the splitting kernel at the head sizes and types in use, and the merging one."""
+    return [
+        _compile_split("bf16", 64, 4),
+        _compile_split("bf16", 128, 7),
+        _compile_split("bf16", 128, 64),
+        _compile_split("bf16", 256, 8, softcap=True),
+        _compile_split("fp16", 80, 32, unit=1),
+        _compile_split("fp32", 128, 4),
+        _compile_split("fp32", 256, 64),
+        _compile_merge("bf16", 128),
+        _compile_merge("fp32", 256),
+    ]
+
+
+def _compile_split(dtype: str, D: int, rows: int, softcap: bool = False, unit: int = 8) -> CompileCase:
+    head, itemsize = padded_head(D), 4 if dtype == "fp32" else 2
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {"kinds_ptr": "*i8"}
+    signature |= dict.fromkeys(("start_ptr", "end_ptr"), "*i32") | dict.fromkeys(("acc_ptr", "stats_ptr"), "*fp32")
+    signature |= dict.fromkeys(("Hkv", "group", "Lq", "Lk", "n_splits", *STRIDES), "i32")
+    signature |= {"inner": "fp32", "outer": "fp32"}
+    constexprs: dict[str, Any] = {"SOFTCAP": softcap, "HEAD": D, "UNIT": unit, "BLOCK_D": head}
+    variant = f"{dtype} D {D} rows {rows}{' softcap' * softcap}{' any strides' * (unit == 1)}"
+    return CompileCase(
+        f"attention split {variant}",
+        split_kernel,
+        signature,
+        constexprs,
+        tiles=lambda target: split_tiles(target, itemsize, head, rows),
+    )
+
+
+def _compile_merge(dtype: str, D: int) -> CompileCase:
+    signature = dict.fromkeys(("acc_ptr", "stats_ptr", "mass_ptr", "lse_ptr"), "*fp32") | {"out_ptr": f"*{dtype}"}
+    signature |= dict.fromkeys(("group", "Lq", "n_splits"), "i32")
+    constexprs = {"HEAD": D, "BLOCK_D": padded_head(D), "BLOCK_P": MERGE["BLOCK_P"]}
+    return CompileCase(
+        f"attention merge {dtype} D {D}", merge_kernel, signature, constexprs, {"num_warps": MERGE["num_warps"]}
+    )

@@ -1,0 +1,328 @@
+"""Attention with the mass on visual keys: it rides in the softmax loop as one more sum, rescaled like the others."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels.attention.kernels import decode
+from vgpo_kernels.attention.kernels.keys import (
+    MIXED_BLOCK,
+    VISUAL_BLOCK,
+    cut_tile,
+    find_keys,
+    load_tile,
+    query_tiles,
+    row_intervals,
+)
+from vgpo_kernels.attention.kernels.shared import (
+    log2_scores,
+    padded_head,
+    score_scales,
+    strides_in_units,
+    target_of,
+    with_unit_columns,
+)
+
+STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkv" for axis in "bhl")
+
+
+def forward_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
+    """Returns the tiles for heads padded to `head`.
+
+    Two warp groups of 64 queries each, as many keys as registers hold beside the accumulator, and two tiles of K and V
+    in shared memory. Single precision has no tensor cores: a product is unrolled, so its tiles are small.
+    """
+    if itemsize == 4:
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    queries, keys, stages = 128, {64: 128, 128: 128}.get(max(head, 64), 64), 2
+    if target in ("sm_80", "sm_120", "gfx942"):
+        keys = 64 if head <= 128 else 32
+    if target == "sm_120" and head > 128:
+        queries = 64
+    if target == "gfx942":
+        stages = 1
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
+
+
+@triton.jit
+def _attend(
+    b_acc,  # [BM, BD] fp32
+    b_max,  # [BM] fp32, in powers of two
+    b_sum,  # [BM] fp32
+    b_mass,  # [BM] fp32
+    b_q,  # [BM, BD]
+    b_start,  # [BM] int32
+    b_end,  # [BM] int32
+    p_k,
+    p_v,
+    p_weight,
+    p_kind,
+    stride_kl,
+    stride_vl,
+    begin,
+    whole_begin,
+    whole_end,
+    end,
+    Lk,
+    inner,
+    outer,
+    CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WITH_MASS: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Walks the tiles of keys that every query sees whole, or the others."""
+    o_n = tl.arange(0, BLOCK_N)  # [BN]
+    o_d = tl.arange(0, BLOCK_D)  # [BD]
+    m_d = o_d < HEAD
+    o_k = o_n.to(tl.int64)[:, None] * stride_kl + o_d[None, :]  # [BN, BD]
+    o_v = o_n.to(tl.int64)[:, None] * stride_vl + o_d[None, :]  # [BN, BD]
+    steps = whole_end - whole_begin
+    if CUT:
+        steps = end - begin - steps
+    for step in range(0, steps):
+        tile = whole_begin + step
+        if CUT:
+            tile = cut_tile(step, begin, whole_begin, whole_end)
+        first = tile * BLOCK_N
+        m_n = first + o_n < Lk
+        if CUT:
+            b_weight = tl.load(p_weight + first + o_n, mask=m_n, other=-1.0)  # [BN]
+            m_n = b_weight >= 0
+        b_k = load_tile(p_k + first.to(tl.int64) * stride_kl + o_k, m_n, m_d, CUT, HEAD < BLOCK_D)  # [BN, BD]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
+        if CUT or SOFTCAP:
+            b_s = log2_scores(b_s, inner, outer, SOFTCAP)
+            if CUT:
+                o_key = first + o_n[None, :]  # [1, BN]
+                m_visible = (b_start[:, None] <= o_key) & (o_key < b_end[:, None]) & m_n[None, :]
+                b_s = tl.where(m_visible, b_s, -float("inf"))
+            b_larger = tl.maximum(b_max, tl.max(b_s, axis=1))  # [BM]
+            # Queries that have seen no key yet subtract 0: two infinities would make NaN.
+            b_shift = tl.where(b_larger == -float("inf"), 0.0, b_larger)
+            b_p = tl.exp2(b_s - b_shift[:, None])  # [BM, BN]
+        else:
+            b_larger = tl.maximum(b_max, tl.max(b_s, axis=1) * inner)  # [BM]
+            b_shift = b_larger
+            b_p = tl.exp2(b_s * inner - b_shift[:, None])  # [BM, BN]
+        b_rescale = tl.exp2(b_max - b_shift)  # [BM]
+        b_max = b_larger
+        b_part = tl.sum(b_p, axis=1)  # [BM]
+        b_sum = b_sum * b_rescale + b_part
+        if WITH_MASS:
+            if CUT:
+                b_part = tl.sum(b_p * b_weight[None, :], axis=1)
+            else:
+                # Most tiles are in an image or out of it, and their mass is the sum at hand or nothing.
+                kind = tl.load(p_kind + tile)
+                if kind == MIXED_BLOCK:
+                    b_weight = tl.load(p_weight + first + o_n)  # [BN]
+                    b_part = tl.sum(b_p * b_weight[None, :], axis=1)
+                else:
+                    b_part = b_part * (kind == VISUAL_BLOCK).to(tl.float32)
+            b_mass = b_mass * b_rescale + b_part
+        b_v = load_tile(p_v + first.to(tl.int64) * stride_vl + o_v, m_n, m_d, CUT, HEAD < BLOCK_D)  # [BN, BD]
+        b_acc = b_acc * b_rescale[:, None]
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
+    return b_acc, b_max, b_sum, b_mass
+
+
+@triton.jit(do_not_specialize=["Hq", "group", "Lq", "Lk", *STRIDES, "inner", "outer"])
+def forward_kernel(
+    q_ptr,  # (B, Hq, Lq, D)
+    k_ptr,  # (B, Hkv, Lk, D)
+    v_ptr,  # (B, Hkv, Lk, D)
+    weight_ptr,  # (B, Lk) fp32
+    kind_ptr,  # (B, blocks) int8
+    start_ptr,  # (B, Lq) int32
+    end_ptr,  # (B, Lq) int32
+    out_ptr,  # (B, Hq, Lq, D) contiguous
+    mass_ptr,  # (B, Hq, Lq) fp32 contiguous, or None
+    lse_ptr,  # (B, Hq, Lq) fp32 contiguous
+    Hq,
+    group,
+    Lq,
+    Lk,
+    stride_qb_units,
+    stride_qh_units,
+    stride_ql_units,
+    stride_kb_units,
+    stride_kh_units,
+    stride_kl_units,
+    stride_vb_units,
+    stride_vh_units,
+    stride_vl_units,
+    inner,
+    outer,
+    SOFTCAP: tl.constexpr,
+    HEAD: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns a block of queries of one head and walks the keys that they see."""
+    WITH_MASS: tl.constexpr = mass_ptr is not None
+    n_blocks = tl.cdiv(Lq, BLOCK_M)
+    # The last queries first: under a causal mask they see the most keys.
+    block = n_blocks - 1 - tl.program_id(0) % n_blocks
+    row_head = tl.program_id(0) // n_blocks
+    row = (row_head // Hq).to(tl.int64)
+    head = (row_head % Hq).to(tl.int64)
+    o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+    o_d = tl.arange(0, BLOCK_D)  # [BD]
+    b_start, b_end = row_intervals(start_ptr + row * Lq, end_ptr + row * Lq, o_m, Lq)
+    m_seen = b_start < b_end  # [BM]
+
+    stride_ql = stride_ql_units.to(tl.int64) * UNIT
+    stride_kl = stride_kl_units.to(tl.int64) * UNIT
+    stride_vl = stride_vl_units.to(tl.int64) * UNIT
+    p_q = q_ptr + (row * stride_qb_units + head * stride_qh_units) * UNIT
+    p_k = k_ptr + (row * stride_kb_units + (head // group) * stride_kh_units) * UNIT
+    p_v = v_ptr + (row * stride_vb_units + (head // group) * stride_vh_units) * UNIT
+    p_weight = weight_ptr + row * Lk
+    p_kind = kind_ptr + row * tl.cdiv(Lk, BLOCK_N)
+    p_q += o_m.to(tl.int64)[:, None] * stride_ql + o_d[None, :]
+    b_q = load_tile(p_q, m_seen, o_d < HEAD, True, HEAD < BLOCK_D)  # [BM, BD]
+
+    begin, whole_begin, whole_end, end = query_tiles(b_start, b_end, p_kind, BLOCK_N, BLOCK_N)
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_mass = tl.zeros([BLOCK_M], tl.float32)
+    for CUT in tl.static_range(2):
+        b_acc, b_max, b_sum, b_mass = _attend(
+            b_acc,
+            b_max,
+            b_sum,
+            b_mass,
+            b_q,
+            b_start,
+            b_end,
+            p_k,
+            p_v,
+            p_weight,
+            p_kind,
+            stride_kl,
+            stride_vl,
+            begin,
+            whole_begin,
+            whole_end,
+            end,
+            Lk,
+            inner,
+            outer,
+            CUT == 1,
+            SOFTCAP,
+            WITH_MASS,
+            HEAD,
+            BLOCK_N,
+            BLOCK_D,
+        )
+
+    m_seen = m_seen & (b_max != -float("inf"))
+    b_inverse = 1.0 / tl.where(m_seen, b_sum, 1.0)
+    b_lse = (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * 0.6931471805599453
+    m_m = o_m < Lq
+    o_row = row_head.to(tl.int64) * Lq + o_m  # [BM]
+    tl.store(lse_ptr + o_row, tl.where(m_seen, b_lse, -float("inf")), mask=m_m)
+    if WITH_MASS:
+        tl.store(mass_ptr + o_row, tl.where(m_seen, b_mass * b_inverse, 0.0), mask=m_m)
+    b_out = tl.where(m_seen[:, None], b_acc * b_inverse[:, None], 0.0).to(out_ptr.dtype.element_ty)
+    p_out = out_ptr + o_row[:, None] * HEAD + o_d[None, :]
+    tl.store(p_out, b_out, mask=m_m[:, None] & (o_d < HEAD)[None, :])
+
+
+def visual_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kinds: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    softcap: float | None,
+    with_mass: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Returns the output, the attention on visual keys and the LSE; arguments as in the reference.
+
+    Args:
+        with_mass: False leaves the mass out, and None in its place.
+    """
+    B, Hq, Lq, D = q.shape
+    Hkv, Lk = k.shape[1:3]
+    if scale < 0:
+        # The largest score is found from the largest product.
+        q, scale = -q, -scale
+    q, k, v = with_unit_columns(q), with_unit_columns(k), with_unit_columns(v)
+    if decode.takes(Lq, Hq // Hkv):
+        return decode.split_attention(q, k, v, key_kinds, key_start, key_end, scale, softcap, with_mass)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
+    mass = torch.empty_like(lse) if with_mass else None
+    head = padded_head(D)
+    tiles = forward_tiles(target_of(q), q.element_size(), head)
+    keys = find_keys(key_kinds, key_start, key_end, tiles["BLOCK_N"])
+    forward_kernel[(B * Hq * triton.cdiv(Lq, tiles["BLOCK_M"]),)](
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        weight_ptr=keys.weight,
+        kind_ptr=keys.kind,
+        start_ptr=key_start.contiguous(),
+        end_ptr=key_end.contiguous(),
+        out_ptr=out,
+        mass_ptr=mass,
+        lse_ptr=lse,
+        Hq=Hq,
+        group=Hq // Hkv,
+        Lq=Lq,
+        Lk=Lk,
+        HEAD=D,
+        BLOCK_D=head,
+        **strides_in_units(q=q, k=k, v=v),
+        **score_scales(scale, softcap),
+        **tiles,
+    )
+    return out, mass, lse
+
+
+def compile_cases() -> list[CompileCase]:
+    """Returns the kernel at the head sizes and types in use, with soft-cap, odd strides and without mass once each."""
+    return [
+        _compile_case("bf16", 64),
+        _compile_case("bf16", 128),
+        _compile_case("bf16", 256),
+        _compile_case("bf16", 80),
+        _compile_case("fp16", 128),
+        _compile_case("fp32", 64),
+        _compile_case("fp32", 256),
+        _compile_case("bf16", 256, softcap=True),
+        _compile_case("bf16", 128, unit=1),
+        _compile_case("bf16", 128, mass=False),
+    ]
+
+
+def _compile_case(dtype: str, D: int, softcap: bool = False, unit: int = 8, mass: bool = True) -> CompileCase:
+    head, itemsize = padded_head(D), 4 if dtype == "fp32" else 2
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
+    signature |= dict.fromkeys(("weight_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(("start_ptr", "end_ptr"), "*i32")
+    signature |= dict.fromkeys(("Hq", "group", "Lq", "Lk", *STRIDES), "i32") | {"kind_ptr": "*i8"}
+    signature |= {"inner": "fp32", "outer": "fp32"}
+    constexprs: dict[str, Any] = {"SOFTCAP": softcap, "HEAD": D, "UNIT": unit, "BLOCK_D": head}
+    if mass:
+        signature["mass_ptr"] = "*fp32"
+    else:
+        constexprs["mass_ptr"] = None
+    variant = f"{dtype} D {D}{' softcap' * softcap}{' any strides' * (unit == 1)}{'' if mass else ' no mass'}"
+    return CompileCase(
+        f"attention forward {variant}",
+        forward_kernel,
+        signature,
+        constexprs,
+        tiles=lambda target: forward_tiles(target, itemsize, head),
+    )

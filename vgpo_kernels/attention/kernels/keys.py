@@ -1,0 +1,197 @@
+"""What a block of keys holds and which queries see it, found once a call on the device."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels.attention.intervals import HIDDEN, VISUAL
+
+# What a block of keys holds: ordinary keys only, visual keys only, both, or a hole in somebody's interval.
+ORDINARY_BLOCK, VISUAL_BLOCK, MIXED_BLOCK, HOLE_BLOCK = (tl.constexpr(value) for value in range(4))
+_HIDDEN, _VISUAL = tl.constexpr(HIDDEN), tl.constexpr(VISUAL)
+
+# A step of the search for queries: 4k queries are four steps of four warps.
+SEARCH = {"BLOCK_SEARCH": 1024, "BLOCK_Q": 32, "num_warps": 4}
+
+
+class Keys(NamedTuple):
+    """Keys of a batch, in blocks of `block`.
+
+    Args:
+        weight: (B, Lk) fp32, 1 for a visual key, 0 for an ordinary one, -1 for one that no query sees.
+        kind: (B, blocks) int8, what a block holds.
+        queries: (B, blocks, 4) int32: the smallest range of queries that holds all that see a key of the block, then
+            a range of queries that see the block whole; empty ranges have start >= end.
+        block: keys in a block.
+    """
+
+    weight: Tensor
+    kind: Tensor
+    queries: Tensor
+    block: int
+
+
+@triton.jit(do_not_specialize=["Lq", "Lk"])
+def keys_kernel(
+    kinds_ptr,  # (B, Lk) int8
+    start_ptr,  # (B, Lq) int32
+    end_ptr,  # (B, Lq) int32
+    weight_ptr,  # (B, Lk) fp32
+    kind_ptr,  # (B, blocks) int8
+    queries_ptr,  # (B, blocks, 4) int32
+    Lq,
+    Lk,
+    BLOCK_SEARCH: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program owns a block of keys of one row: what it holds, and who sees it."""
+    n_blocks = tl.cdiv(Lk, BLOCK_N)
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    first = (tl.program_id(0) % n_blocks) * BLOCK_N
+    last = tl.minimum(first + BLOCK_N, Lk)
+    p_start = start_ptr + row * Lq
+    p_end = end_ptr + row * Lq
+
+    meet_first = Lq
+    meet_last = Lq * 0
+    whole_first = Lq
+    whole_last = Lq
+    for begin in range(0, Lq, BLOCK_SEARCH):
+        o_q = begin + tl.arange(0, BLOCK_SEARCH)  # [BS]
+        b_start = tl.load(p_start + o_q, mask=o_q < Lq, other=0)  # [BS]
+        b_end = tl.load(p_end + o_q, mask=o_q < Lq, other=0)  # [BS]
+        m_meet = (b_start < b_end) & (b_start < last) & (b_end > first)
+        m_whole = m_meet & (b_start <= first) & (b_end >= last)
+        meet_first = tl.minimum(meet_first, tl.min(tl.where(m_meet, o_q, Lq), axis=0))
+        meet_last = tl.maximum(meet_last, tl.max(tl.where(m_meet, o_q + 1, 0), axis=0))
+        whole_first = tl.minimum(whole_first, tl.min(tl.where(m_whole, o_q, Lq), axis=0))
+        # The run of queries that see the block whole ends with the first that does not.
+        m_after = (o_q > whole_first) & (m_whole == 0)
+        whole_last = tl.minimum(whole_last, tl.min(tl.where(m_after, o_q, Lq), axis=0))
+
+    o_n = first + tl.arange(0, BLOCK_N)  # [BN]
+    m_n = o_n < Lk
+    b_seen = tl.where(whole_first < Lq, m_n, m_n & False).to(tl.int32)  # [BN]
+    if whole_first >= Lq:
+        # Nobody sees the whole block, so each key is looked for.
+        for begin in range(meet_first, meet_last, BLOCK_Q):
+            o_q = begin + tl.arange(0, BLOCK_Q)  # [BQ]
+            b_start = tl.load(p_start + o_q, mask=o_q < Lq, other=0)[:, None]  # [BQ, 1]
+            b_end = tl.load(p_end + o_q, mask=o_q < Lq, other=0)[:, None]  # [BQ, 1]
+            m_sees = (b_start <= o_n[None, :]) & (o_n[None, :] < b_end)  # [BQ, BN]
+            b_seen = tl.maximum(b_seen, tl.max(m_sees.to(tl.int32), axis=0))
+
+    b_kind = tl.load(kinds_ptr + row * Lk + o_n, mask=m_n, other=0)  # [BN]
+    b_weight = tl.where(b_kind == _VISUAL, 1.0, 0.0)
+    m_hole = (b_seen != 0) & (b_kind == _HIDDEN)
+    tl.store(weight_ptr + row * Lk + o_n, tl.where((b_seen == 0) | m_hole, -1.0, b_weight), mask=m_n)
+    visual = tl.sum(b_weight.to(tl.int32), axis=0)
+    kind = tl.where(visual == 0, ORDINARY_BLOCK, tl.where(visual == BLOCK_N, VISUAL_BLOCK, MIXED_BLOCK))
+    kind = tl.where(tl.max(m_hole.to(tl.int32), axis=0) != 0, HOLE_BLOCK, kind)
+    tl.store(kind_ptr + tl.program_id(0), kind.to(tl.int8))
+    p_queries = queries_ptr + tl.program_id(0).to(tl.int64) * 4
+    tl.store(p_queries, meet_first)
+    tl.store(p_queries + 1, meet_last)
+    tl.store(p_queries + 2, whole_first)
+    tl.store(p_queries + 3, whole_last)
+
+
+def find_keys(key_kinds: Tensor, key_start: Tensor, key_end: Tensor, block: int) -> Keys:
+    """Returns what the blocks of `block` keys hold; waits for nothing."""
+    B, Lk = key_kinds.shape
+    blocks = triton.cdiv(Lk, block)
+    keys = Keys(
+        weight=key_kinds.new_empty((B, Lk), dtype=torch.float32),
+        kind=key_kinds.new_empty((B, blocks)),
+        queries=key_kinds.new_empty((B, blocks, 4), dtype=torch.int32),
+        block=block,
+    )
+    keys_kernel[(B * blocks,)](
+        kinds_ptr=key_kinds.contiguous(),
+        start_ptr=key_start.contiguous(),
+        end_ptr=key_end.contiguous(),
+        weight_ptr=keys.weight,
+        kind_ptr=keys.kind,
+        queries_ptr=keys.queries,
+        Lq=key_start.shape[1],
+        Lk=Lk,
+        BLOCK_N=block,
+        **SEARCH,
+    )
+    return keys
+
+
+@triton.jit
+def row_intervals(start_ptr, end_ptr, o_m, Lq):
+    """Starts and ends [BM] of queries, 0 and 0 beyond the last."""
+    m_m = o_m < Lq
+    return tl.load(start_ptr + o_m, mask=m_m, other=0), tl.load(end_ptr + o_m, mask=m_m, other=0)
+
+
+@triton.jit
+def tile_ranges(first, last, whole_first, whole_last, BLOCK: tl.constexpr):
+    """Cuts [first, last) into tiles: the first one, the first and the end of those inside the whole range, the end."""
+    end = tl.cdiv(tl.maximum(last, 0), BLOCK)
+    begin = tl.minimum(first // BLOCK, end)
+    whole_begin = tl.minimum(tl.maximum(tl.cdiv(whole_first, BLOCK), begin), end)
+    whole_end = tl.maximum(tl.minimum(whole_last // BLOCK, end), whole_begin)
+    return begin, whole_begin, whole_end, end
+
+
+@triton.jit
+def query_tiles(b_start, b_end, p_kind, KEYS_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles of keys that a block of queries sees, as `tile_ranges`; with a hole among them none counts as whole."""
+    LARGEST: tl.constexpr = 2147483647
+    BLOCK_HOLES: tl.constexpr = 128
+    m_seen = b_start < b_end
+    first = tl.min(tl.where(m_seen, b_start, LARGEST), axis=0)
+    last = tl.max(tl.where(m_seen, b_end, 0), axis=0)
+    whole_first = tl.max(tl.where(m_seen, b_start, 0), axis=0)
+    whole_last = tl.min(tl.where(m_seen, b_end, LARGEST), axis=0)
+    # Short of the largest number, so that rounding up to tiles does not overflow.
+    begin, whole_begin, whole_end, end = tile_ranges(
+        tl.minimum(first, last), last, whole_first, tl.minimum(whole_last, last), BLOCK_N
+    )
+    holes = tl.zeros([BLOCK_HOLES], tl.int32)
+    blocks_end = tl.cdiv(whole_end * BLOCK_N, KEYS_BLOCK)
+    for block in range(whole_begin * BLOCK_N // KEYS_BLOCK, blocks_end, BLOCK_HOLES):
+        o_b = block + tl.arange(0, BLOCK_HOLES)
+        b_kind = tl.load(p_kind + o_b, mask=o_b < blocks_end, other=0)
+        holes = tl.maximum(holes, (b_kind == HOLE_BLOCK).to(tl.int32))
+    whole_end = tl.where(tl.max(holes, axis=0) != 0, whole_begin, whole_end)
+    return begin, whole_begin, whole_end, end
+
+
+@triton.jit
+def cut_tile(step, begin, whole_begin, whole_end):
+    """The tile of a step through those before and after the whole ones."""
+    left = whole_begin - begin
+    return tl.where(step < left, begin + step, whole_end + step - left)
+
+
+@triton.jit
+def load_tile(p_tile, m_rows, m_columns, CUT_ROWS: tl.constexpr, CUT_COLUMNS: tl.constexpr):
+    """Loads [R, C] with 0 outside the masks [R] and [C], each of which is looked at only where it cuts."""
+    if CUT_ROWS and CUT_COLUMNS:
+        return tl.load(p_tile, mask=m_rows[:, None] & m_columns[None, :], other=0.0)
+    elif CUT_ROWS:
+        return tl.load(p_tile, mask=m_rows[:, None], other=0.0)
+    elif CUT_COLUMNS:
+        return tl.load(p_tile, mask=m_columns[None, :], other=0.0)
+    else:
+        return tl.load(p_tile)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Returns the kernel at both sizes of a block."""
+    signature = dict.fromkeys(("start_ptr", "end_ptr", "queries_ptr"), "*i32")
+    signature |= {"kinds_ptr": "*i8", "weight_ptr": "*fp32", "kind_ptr": "*i8", "Lq": "i32", "Lk": "i32"}
+    tiles = {name: value for name, value in SEARCH.items() if name != "num_warps"}
+    options = {"num_warps": SEARCH["num_warps"]}
+    return [
+        CompileCase(f"attention keys {block}", keys_kernel, signature, tiles | {"BLOCK_N": block}, options)
+        for block in (32, 128)
+    ]
