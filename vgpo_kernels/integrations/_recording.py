@@ -1,0 +1,278 @@
+"""Follows a model's forwards while it is entered, and keeps what its attention looked at.
+
+recorder = Recorder(find_parts(model), wishes)
+with recorder:
+    model.generate(**inputs)
+recorder.mass  # (layers, B, tokens, S)
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgpo_kernels.integrations import _grids, _interface
+from vgpo_kernels.integrations._masks import KeyIntervals
+from vgpo_kernels.integrations._modules import Parts
+from vgpo_kernels.integrations._segments import SEGMENTS, Tokens
+from vgpo_kernels.integrations._sequence import Sequence, Wishes
+
+
+class Recorder:
+    """What `record_visual_attention` yields: the record of the last outermost forward or `generate`.
+
+    Args:
+        parts: of the model.
+        wishes: what to record.
+    """
+
+    def __init__(self, parts: Parts, wishes: Wishes) -> None:
+        self._parts = parts
+        self._wishes = wishes
+        self._sequence: Sequence | None = None
+        self._generating: dict[str, Any] | None = None
+        self._outermost: nn.Module | None = None
+        self._called: set[int] = set()
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the recorded layers, in the order of the first dimension of `mass`."""
+        return self._wishes.layers
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        """Names of the segments, in the order of the last dimension of `mass`."""
+        return SEGMENTS[self._wishes.segments]
+
+    @property
+    def mass(self) -> Tensor:
+        """(layers, B, tokens, S) fp32, with heads="all" (layers, B, heads, tokens, S): attention on each segment."""
+        return self._finished().mass()
+
+    @property
+    def columns(self) -> Tensor:
+        """(layers, B, n) fp32, with heads="all" (layers, B, heads, n): what each visual token received."""
+        return self._finished().received()
+
+    @property
+    def visual_positions(self) -> Tensor:
+        """(B, n) int64: the position in the sequence of each visual token of `columns`, -1 where a row has fewer."""
+        sequence = self._finished()
+        sequence.received()
+        return sequence.visual_positions  # type: ignore[return-value]
+
+    def heatmap(
+        self, sample: int, image: int = 0, layer: int | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Returns what each piece of a picture received, as a map.
+
+        Args:
+            sample: row of the batch.
+            image: which of the row's pictures, in order.
+            layer: index of a recorded layer; None takes the mean over all of them.
+            grid: height and width of the picture in tokens, for families that do not say: the others are laid out by
+                image_grid_thw (Qwen) or as a square.
+
+        Returns:
+            (h, w) fp32, the mean over heads of `columns`.
+
+        Raises:
+            ValueError: recorded without columns=True, another layer, or a grid that is unknown or does not fit.
+            IndexError: there is no such row or picture.
+        """
+        columns, sequence = self.columns, self._finished()
+        if not 0 <= sample < columns.shape[1]:
+            raise IndexError(f"sample: expected one of {columns.shape[1]} rows, got {sample}")
+        if layer is not None and layer not in self.layers:
+            raise ValueError(f"layer: expected one of the recorded {list(self.layers)}, got {layer}")
+        chosen = columns if layer is None else columns[self.layers.index(layer)][None]
+        values = chosen[:, sample].flatten(0, -2).mean(0)  # [n]
+        ids = sequence.prompt_ids_or(sequence.tokens.ids)  # type: ignore[arg-type]
+        config = self._parts.config
+        rows = _grids.positions_by_row(sequence.tokens.is_image(ids))
+        spans = _grids.image_spans(rows, sample, sequence.grids, config)
+        at = self.visual_positions[sample]
+        is_image = (at >= 0) & sequence.tokens.is_image(ids[sample][at.clamp(min=0)])
+        return _grids.lay_out(values[is_image], spans, image, grid, config)
+
+    def __enter__(self) -> "Recorder":
+        for module in self._parts.entries:
+            before = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            after = module.register_forward_hook(self._after_forward, always_call=True)
+            self._undo += [before.remove, after.remove]
+            if callable(getattr(module, "generate", None)):
+                self._undo.append(self._follow_generate(module))
+        _interface.LISTENERS.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _interface.LISTENERS.remove(self)
+        while self._undo:
+            self._undo.pop()()
+        self._outermost = self._generating = None
+
+    # What the attention and the mask function ask and tell.
+
+    def makes_mask_for(self, config: Any) -> bool:
+        """Tells whether masks made for this configuration are those of the recorded decoder."""
+        return id(config) in self._parts.configs
+
+    def hears(self, module: nn.Module) -> bool:
+        """Tells whether the module belongs to the recorded decoder, in a forward that is being recorded."""
+        return self._outermost is not None and id(module) in self._parts.attention
+
+    def first_key(self, kv_length: int) -> int:
+        """Returns the token that the first of so many keys stands at: a sliding cache drops the first ones."""
+        return max(0, self._sequence.tokens.length - kv_length) if self._sequence is not None else 0
+
+    def observe(
+        self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, mask: KeyIntervals | None, options: dict[str, Any]
+    ) -> None:
+        """Takes what a layer attended with; no LSE where the layer is not recorded by anybody."""
+        self._called.add(layer)
+        if layer in self.layers and lse is not None and mask is not None and self._sequence is not None:
+            self._sequence.heads = q.shape[1]
+            with torch.no_grad():
+                self._sequence.observe(layer, q, k, lse, mask, options)
+
+    # Forwards.
+
+    def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._outermost is not None:
+            return
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if not isinstance(ids, Tensor):
+            raise ValueError(
+                f"{type(module).__name__} was called without input_ids, which say where the pictures are; "
+                "call it with input_ids while recording"
+            )
+        cache = kwargs.get("past_key_values")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        sequence = self._sequence_for(ids, past, kwargs)
+        self._check_images(sequence, ids, past, kwargs)
+        mask = kwargs.get("attention_mask")
+        sequence.begin(ids, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, past)
+        self._sequence, self._called, self._outermost = sequence, set(), module
+
+    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
+        if self._outermost is not module:
+            return
+        self._outermost = None
+        if output is None:  # the forward raised
+            self._sequence = None
+            return
+        missing = [layer for layer in self.layers if layer not in self._called]
+        if missing:
+            self._sequence = None
+            raise RuntimeError(self._why_not_called(missing))
+
+    def _why_not_called(self, missing: list[int]) -> str:
+        name = self._parts.name
+        used = getattr(self._parts.config.get_text_config(), "_attn_implementation", None)
+        if used != _interface.NAME:
+            return (
+                f"{name} ran with attn_implementation={used!r}, of which nothing can be recorded; call "
+                "model.set_attn_implementation({'text_config': 'vgpo'}) first, or 'vgpo' for a model without text_config"
+            )
+        if self._called:
+            return f"layers {missing} of {name} have no attention to record; those that have: {sorted(self._called)}"
+        return (
+            f"{name} is set to 'vgpo' but none of its layers called it: it bypasses transformers' attention interface "
+            "(or torch.compile hides it), and its attention cannot be recorded"
+        )
+
+    def _sequence_for(self, ids: Tensor, past: int, kwargs: dict[str, Any]) -> Sequence:
+        """Returns the sequence that a forward continues or begins."""
+        known = self._sequence
+        if past and known is not None and known.tokens.length >= past and known.tokens.ids is not None:
+            if known.tokens.ids.shape[0] == ids.shape[0]:
+                return known
+        tokens = Tokens(self._parts.image_tokens, self._parts.video_tokens, split=self._wishes.segments != "visual")
+        grids = kwargs.get("image_grid_thw")
+        if self._generating is None:
+            if past:
+                raise ValueError(
+                    f"a forward continues a cache of {past} tokens that were not recorded; begin recording with the first"
+                )
+            return Sequence(self._wishes, tokens, prompt=self._wishes.prompt_length, grids=grids)
+        prompt_ids = self._generating["ids"].to(ids.device)
+        prompt_ids = prompt_ids.repeat_interleave(ids.shape[0] // prompt_ids.shape[0], dim=0)
+        prompt = prompt_ids.shape[1]
+        if past:
+            tokens.append(prompt_ids[:, :past], None, prompt=prompt, sampled=True)
+        return Sequence(
+            self._wishes,
+            tokens,
+            prompt=prompt,
+            sampled=True,
+            prompt_ids=prompt_ids,
+            end_tokens=self._generating["end_tokens"],
+            grids=grids,
+        )
+
+    def _check_images(self, sequence: Sequence, ids: Tensor, past: int, kwargs: dict[str, Any]) -> None:
+        pictures = [name for name, value in kwargs.items() if name.startswith("pixel_values") and value is not None]
+        if past == 0 and pictures and not bool(sequence.tokens.is_visual(sequence.prompt_ids_or(ids)).any()):
+            wanted = sorted(self._parts.image_tokens | self._parts.video_tokens)
+            raise ValueError(
+                f"{self._parts.name} was given {pictures[0]} but no visual token (id {wanted}) in input_ids: attention "
+                "to its pictures cannot be found"
+            )
+
+    # generate.
+
+    def _follow_generate(self, module: Any) -> Callable[[], None]:
+        """Lets the module's `generate` say when it begins and ends, and returns what undoes it."""
+        original = module.generate
+        before = module.__dict__.get("generate")
+
+        @functools.wraps(original)
+        def generate(*args: Any, **kwargs: Any) -> Any:
+            if self._generating is not None:
+                return original(*args, **kwargs)
+            self._generating = _generation(module, args, kwargs)
+            self._sequence = None
+            try:
+                result = original(*args, **{"disable_compile": True, **kwargs})
+            finally:
+                self._generating = None
+            sequences = getattr(result, "sequences", result)
+            if self._sequence is not None and isinstance(sequences, Tensor):
+                self._sequence.end_at(sequences.shape[1] - 1)  # the last token sampled is never run
+            return result
+
+        module.generate = generate
+
+        def undo() -> None:
+            if before is None:
+                del module.generate
+            else:
+                module.generate = before
+
+        return undo
+
+    def _finished(self) -> Sequence:
+        if self._sequence is None or self._sequence.tokens.ids is None:
+            raise RuntimeError("nothing has been recorded: no forward or generate has ended since recording began")
+        return self._sequence
+
+
+def _generation(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the prompt and the end tokens of a call of `generate`.
+
+    Raises:
+        ValueError: no input_ids, or beams.
+    """
+    ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        raise ValueError("generate: expected input_ids (B, L) while visual attention is recorded")
+    settings = kwargs.get("generation_config") or module.generation_config
+    beams = kwargs.get("num_beams", getattr(settings, "num_beams", 1)) or 1
+    if beams > 1:
+        raise ValueError(f"num_beams: expected 1 while visual attention is recorded (beams change rows), got {beams}")
+    ends = kwargs.get("eos_token_id", getattr(settings, "eos_token_id", None))
+    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    return {"ids": ids, "end_tokens": tuple(ends)}

@@ -1,0 +1,135 @@
+"""Records how much each token of a transformers model looks at the pictures, exactly and without attention maps.
+
+    from vgpo_kernels.integrations.transformers import record_visual_attention
+
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation={"text_config": "vgpo"})
+    with record_visual_attention(model, layers="all", queries="predicting") as rec:
+        sequences = model.generate(**inputs)
+    rec.mass  # (layers, B, tokens, 1): attention on visual tokens, one entry for each token of the completion
+
+Importing this module makes "vgpo" known to transformers. It is transformers' own "sdpa", mask and all, until somebody
+records; only models with a soft-cap on their attention, which "sdpa" refuses, attend with our kernels throughout. The
+vision tower stays on "sdpa" even where "vgpo" is set for the whole model.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from vgpo_kernels._validate import MASK, check_choice, check_tensor
+from vgpo_kernels.integrations import _interface
+from vgpo_kernels.integrations._modules import chosen_layers, find_parts
+from vgpo_kernels.integrations._recording import Recorder
+from vgpo_kernels.integrations._segments import SEGMENTS
+from vgpo_kernels.integrations._sequence import Wishes
+
+__all__ = ["Recorder", "focus_from_attention", "record_visual_attention"]
+
+_interface.register()
+
+
+@contextmanager
+def record_visual_attention(
+    model: nn.Module,
+    layers: str | Sequence[int] = "last",
+    segments: str = "visual",
+    heads: str = "mean",
+    columns: bool = False,
+    *,
+    prompt_length: int | None = None,
+    queries: str = "token",
+) -> Iterator[Recorder]:
+    """Records, inside the `with`, how much the queries of a model's text decoder attend to visual tokens.
+
+    Which queries: those of the completion, where there is one. Under `generate`, and where forwards continue a KV
+    cache, the completion is what comes after the first prompt; in a plain forward it begins at `prompt_length`, and
+    without a `prompt_length` there is none: every token of the forward is recorded. Each outermost forward that does
+    not continue the one before starts over, so that what is read is always of the last forward or `generate`.
+
+    Recorded numbers are constants: no gradient flows into them, and none is changed by recording. A layer that gradient
+    checkpointing runs again is not recorded again.
+
+    Args:
+        model: a vision-language model of transformers set to "vgpo", bare or wrapped (DeepSpeed, DDP, PEFT).
+        layers: "last", "all", or layer indices, negative ones from the end.
+        segments: "visual" gives one segment, the visual tokens. "image/query/generated" gives three that sum to 1: visual
+            tokens, the rest of the prompt, the completion. Padding is in none.
+        heads: "mean", or "all" for each head by itself.
+        columns: record also what each visual token received, summed over the completion's queries (over all queries
+            where there is no completion). Padding is left out, and under `generate` so are queries from a row's end
+            token on, which the model runs only for rows that are not the last to end.
+        prompt_length: tokens before the completion in a plain forward, padding included; `generate` knows by itself.
+        queries: which query stands for a token of the completion: "token" the one at the token itself; the last token
+            that `generate` samples is never run through the model, so there it has one token less. "predicting" the
+            one before it, which produced it; complete under `generate`.
+
+    Yields:
+        A Recorder. `mass` (layers, B, tokens, S) fp32, with heads="all" (layers, B, heads, tokens, S). With columns=True
+        `columns` (layers, B, [heads,] n) fp32, `visual_positions` (B, n) with -1 where a row has fewer visual tokens,
+        and `heatmap(sample, image)` -> (h, w). Tokens after a row's end are there, too: mask them.
+
+    Raises:
+        TypeError, ValueError: an argument is not one of those above; the family shows its decoder no visual tokens; a
+            mask that is no interval of keys for each query; an attention with sinks, a bias, or dropout.
+        RuntimeError: the model does not run "vgpo", or bypasses transformers' attention interface.
+
+    Example:
+        >>> with record_visual_attention(model, layers=[-1], prompt_length=120) as rec:  # doctest: +SKIP
+        ...     loss = model(**batch).loss
+        >>> rec.mass.shape  # doctest: +SKIP
+        torch.Size([1, 8, 256, 1])
+
+    Source: the masses are those of `vgpo_kernels.attention_mass`, from the LSE of the very forward that is recorded.
+    """
+    check_choice("segments", segments, tuple(SEGMENTS))
+    check_choice("heads", heads, ("mean", "all"))
+    check_choice("queries", queries, ("token", "predicting"))
+    if prompt_length is not None and (isinstance(prompt_length, bool) or not isinstance(prompt_length, int)):
+        raise TypeError(f"prompt_length: expected an int or None, got {prompt_length!r}")
+    if prompt_length is not None and prompt_length < 1:
+        raise ValueError(f"prompt_length: expected at least 1, got {prompt_length}")
+    parts = find_parts(model)
+    wishes = Wishes(
+        layers=chosen_layers(layers, parts.layers),
+        segments=segments,
+        all_heads=heads == "all",
+        columns=bool(columns),
+        prompt_length=prompt_length,
+        predicting=queries == "predicting",
+    )
+    with Recorder(parts, wishes) as recorder:
+        yield recorder
+
+
+def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
+    """Returns how much each token of the completion looks at the pictures, as `vgpo_weights` takes it.
+
+    Args:
+        rec: of a forward or `generate` with a completion.
+        completion_mask: (B, T), 1 for the tokens of the completion.
+
+    Returns:
+        (B, T) fp32: the mean over recorded layers and heads of the visual mass, 0 outside the mask.
+
+    Raises:
+        TypeError: `completion_mask` is no mask.
+        ValueError: the record does not cover the mask's tokens.
+
+    Example:
+        >>> focus = focus_from_attention(rec, completion_mask)  # doctest: +SKIP
+        >>> weights = vgpo_weights(focus, completion_mask, group_ids=group_ids, source="attention")  # doctest: +SKIP
+
+    Source: rho of VGPO (arXiv 2604.09349), with attention in place of similarity.
+    """
+    mass = rec.mass[..., 0]  # [layers, B, (heads,) tokens]
+    check_tensor("completion_mask", completion_mask, shape=(mass.shape[1], "T"), dtypes=MASK)
+    tokens, wanted = mass.shape[-1], completion_mask.shape[1]
+    if tokens != wanted:
+        raise ValueError(
+            f"completion_mask: expected one column for each of the {tokens} recorded tokens, got {wanted}; under generate "
+            "record with queries='predicting', or record a forward over the whole sequence with prompt_length"
+        )
+    focus = mass.transpose(0, 1).flatten(1, -2).mean(1)
+    return torch.where(completion_mask.to(focus.device) != 0, focus, 0.0)
