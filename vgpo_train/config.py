@@ -20,7 +20,7 @@ class ModelConfig:
 
     path: str = "???"
     dtype: str = "bfloat16"  # float32 | bfloat16
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = "vgpo"  # sdpa that can say where the text half looks; or another that transformers knows
     gradient_checkpointing: bool = False
     liger: str = "auto"  # auto: Liger's RMSNorm, SwiGLU and RoPE on a GPU; on; off
     trust_remote_code: bool = False
@@ -69,10 +69,11 @@ class RewardConfig:
 
 @dataclass
 class FocusConfig:
-    """Where the visual focus of a token is read."""
+    """Where the visual focus of a token is read; both sources are logged, `source` drives the weights."""
 
-    source: str = "similarity"
-    per_image: bool = False  # one prototype an image instead of one for all
+    source: str = "similarity"  # similarity | attention
+    layers: Any = "last"  # whose attention is averaged: last | all | a list of numbers, negative ones from the end
+    per_image: bool = False  # similarity: one prototype an image instead of one for all
     log: bool = True  # score focus for the metrics even where the algorithm does not use it
 
 
@@ -159,6 +160,9 @@ _AT_LEAST = {
     "eval_temperature": 0,
     "seed": 0,
 }
+
+
+RECORDABLE = "vgpo"  # the model.attn_implementation whose attention the scoring pass records
 
 
 class ConfigError(ValueError):
@@ -255,6 +259,7 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
 def _check(config: TrainConfig) -> None:
     _check_choices(config)
     _check_ranges(config)
+    _check_focus(config)
     for build in (config.vgpo_config, config.loss_config):
         try:
             build()
@@ -278,7 +283,7 @@ def _check_choices(config: TrainConfig) -> None:
         "model.liger": (config.model.liger, ("auto", "on", "off")),
         "rollout.gather": (config.rollout.gather, ("auto", "always", "never")),
         "data.overlong": (config.data.overlong, ("refuse", "drop")),
-        "focus.source": (config.focus.source, ("similarity",)),
+        "focus.source": (config.focus.source, ("similarity", "attention")),
         "optim.schedule": (config.optim.schedule, tuple(kind.value for kind in SchedulerType)),
         "resume": (config.resume, ("no", "auto")),
     }
@@ -305,6 +310,21 @@ def _check_ranges(config: TrainConfig) -> None:
     limits = config.rewards.filter_accuracy
     if limits is not None and not limits[0] < limits[1]:
         raise ConfigError(f"rewards.filter_accuracy: expected low < high, got {tuple(limits)}")
+
+
+def _check_focus(config: TrainConfig) -> None:
+    layers = config.focus.layers
+    if isinstance(layers, list):
+        known = bool(layers) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
+    else:
+        known = layers in ("last", "all")
+    if not known:
+        raise ConfigError(f"focus.layers: expected 'last', 'all' or a list of layer numbers, got {layers!r}")
+    if config.focus.source == "attention" and config.model.attn_implementation != RECORDABLE:
+        raise ConfigError(
+            f"model.attn_implementation: expected {RECORDABLE!r} with focus.source=attention, "
+            f"got {config.model.attn_implementation!r}, whose attention cannot be recorded"
+        )
 
 
 def _value(config: TrainConfig, key: str) -> Any:

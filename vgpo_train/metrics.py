@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from vgpo_train import distributed
-from vgpo_train.algorithms import ScoredRollout, Weighting
+from vgpo_train.algorithms import SEGMENTS, ScoredRollout, Weighting
 from vgpo_train.checkpoint import write_text
+
+TENTHS = 10  # parts of a completion that a curve has a point for
 
 
 class PhaseTimer:
@@ -55,12 +57,12 @@ class MetricsLog:
             self._board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=steps_done + 1)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Appends one step's metrics; what is not a number becomes null."""
+        """Appends one step's metrics: numbers, and lists of them; what is not a number becomes null."""
         if self._lines is None:
             return
         self._write_line(metrics)
         if self._board is not None:
-            for name, value in metrics.items():
+            for name, value in _scalars(metrics):
                 if name != "step" and _is_number(value):
                     self._board.add_scalar(name, value, metrics["step"])
 
@@ -71,8 +73,7 @@ class MetricsLog:
                 file.close()
 
     def _write_line(self, metrics: dict[str, Any]) -> None:
-        clean = {name: value if _is_number(value) else None for name, value in metrics.items()}
-        self._lines.write(json.dumps(clean) + "\n")
+        self._lines.write(json.dumps({name: _clean(value) for name, value in metrics.items()}) + "\n")
         self._lines.flush()
 
 
@@ -82,7 +83,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def rollout_metrics(whole: ScoredRollout, kept: Tensor, max_new_tokens: int) -> dict[str, float]:
+def rollout_metrics(whole: ScoredRollout, kept: Tensor, max_new_tokens: int) -> dict[str, Any]:
     """Returns what a rollout looked like, over all ranks' rows.
 
     Args:
@@ -101,6 +102,10 @@ def rollout_metrics(whole: ScoredRollout, kept: Tensor, max_new_tokens: int) -> 
     }
     if whole.focus is not None:
         metrics |= focus_metrics(whole.focus, whole.completion_mask & whole.has_visual[:, None])
+    if whole.attention is not None:
+        metrics |= attention_metrics(
+            whole.attention, whole.completion_mask & whole.has_visual[:, None], whole.accuracies > 0.5
+        )
     return metrics
 
 
@@ -126,13 +131,51 @@ def correlation(x: Tensor, y: Tensor) -> float:
 
 def focus_metrics(focus: Tensor, mask: Tensor) -> dict[str, float]:
     """Returns the mean focus over `mask` (B, T), and that of the later half of a completion over the earlier half."""
+    return {"focus_mean": _mean(focus[mask]), "focus_late_early_ratio": late_early_ratio(focus, mask)}
+
+
+def attention_metrics(attention: Tensor, mask: Tensor, correct: Tensor) -> dict[str, Any]:
+    """Returns what completions attend to as they go on.
+
+    Args:
+        attention: (B, T, 3), mass on image, query and generated tokens.
+        mask: (B, T) bool, tokens of completions that have a picture to look at.
+        correct: (B,) bool, completions that are right.
+
+    Returns:
+        `attention_SEGMENT`: the mean mass in each tenth of a completion, NaN in a tenth that no token falls in;
+        `visual_late_early_ratio`: image mass in the later half of completions over the earlier half, of all, and of
+        those that are `_correct` and `_incorrect`, NaN where there is none.
+    """
+    image = attention[..., SEGMENTS.index("image")]
+    tenth = completion_tenths(mask)
+    curves = {
+        f"attention_{segment}": [_mean(attention[..., number][tenth == place]) for place in range(TENTHS)]
+        for number, segment in enumerate(SEGMENTS)
+    }
+    return curves | {
+        "visual_late_early_ratio": late_early_ratio(image, mask),
+        "visual_late_early_ratio_correct": late_early_ratio(image, mask & correct[:, None]),
+        "visual_late_early_ratio_incorrect": late_early_ratio(image, mask & ~correct[:, None]),
+    }
+
+
+def completion_tenths(mask: Tensor) -> Tensor:
+    """Returns (B, T) int64: floor(10 t / T_i) for token t = 0 .. T_i - 1 of `mask` (B, T), -1 outside."""
+    token = mask.long().cumsum(1) - 1
+    tenth = TENTHS * token // mask.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(mask, tenth, -1)
+
+
+def late_early_ratio(values: Tensor, mask: Tensor) -> float:
+    """Returns the mean of `values` over the later half of `mask` (B, T) in each row, over that of the earlier half.
+
+    The middle token of an odd row is late.
+    """
     place = mask.long().cumsum(1)  # 1 .. T_i
     late = mask & (2 * place > mask.sum(1, keepdim=True))
-    early_mean, late_mean = _mean(focus[mask & ~late]), _mean(focus[late])
-    return {
-        "focus_mean": _mean(focus[mask]),
-        "focus_late_early_ratio": late_mean / early_mean if early_mean else math.nan,
-    }
+    early_mean, late_mean = _mean(values[mask & ~late]), _mean(values[late])
+    return late_mean / early_mean if early_mean else math.nan
 
 
 def merge_updates(updates: list[dict[str, float]]) -> dict[str, float]:
@@ -165,6 +208,21 @@ def _mean(values: Tensor) -> float:
 
 def _std(values: Tensor) -> float:
     return float(values.double().std(correction=0)) if values.numel() else 0.0
+
+
+def _scalars(metrics: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the numbers of a step by name; those of a curve as NAME/0, NAME/1, ..."""
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/{place}", item) for place, item in enumerate(value))
+        else:
+            yield name, value
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return value if _is_number(value) else None
 
 
 def _is_number(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
+
+from vgpo_train.config import RECORDABLE
 
 # The weights, and what describes the weights: a trained checkpoint writes its own.
 MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
@@ -144,7 +147,8 @@ def load_model(
     Args:
         folder: checkpoint folder that `from_pretrained` reads.
         dtype: dtype of the parameters.
-        attn_implementation: name of an attention that transformers knows; None takes the folder's or the default.
+        attn_implementation: name of an attention that transformers knows, or "vgpo" for the text half on the one that
+            can be recorded and the default for the vision tower; None takes the folder's or the default.
         trust_remote_code: run code that the folder brings along.
 
     Returns:
@@ -154,13 +158,21 @@ def load_model(
         FileNotFoundError: the folder does not exist or is not a checkpoint.
     """
     path = checkpoint_folder(folder)
-    return AutoModelForImageTextToText.from_pretrained(
-        path,
-        dtype=dtype,
-        attn_implementation=attn_implementation,
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": True}
+    attention: str | dict[str, str] | None = attn_implementation
+    if attn_implementation == RECORDABLE:
+        importlib.import_module("vgpo_kernels.integrations.transformers")  # makes the name known
+        has_text_half = "text_config" in AutoConfig.from_pretrained(path, **options).sub_configs
+        attention = {"text_config": RECORDABLE} if has_text_half else RECORDABLE
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, attn_implementation=attention, **options)
+
+
+def layer_count(folder: str | Path, *, trust_remote_code: bool = False) -> int | None:
+    """Return how many layers the text half of a checkpoint has, or None where its configuration does not say."""
+    config = AutoConfig.from_pretrained(
+        checkpoint_folder(folder), trust_remote_code=trust_remote_code, local_files_only=True
     )
+    return getattr(config.get_text_config(), "num_hidden_layers", None)
 
 
 def end_tokens(model_folder: str, tokenizer: Any) -> list[int]:

@@ -10,8 +10,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from vgpo_train.algorithms import SEGMENTS
 from vgpo_train.checkpoint import write_json
-from vgpo_train.metrics import read_metrics
+from vgpo_train.metrics import TENTHS, read_metrics
 
 _SMOOTHING = 10  # steps
 
@@ -44,7 +45,72 @@ def write_report(output_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
         {"focus_mean": "visual focus", "focus_late_early_ratio": "late / early focus"},
         [],
     )
+    draw_forgetting(output_dir / "attention.png", lines)
     return summary
+
+
+def draw_forgetting(path: Path, lines: list[dict[str, Any]]) -> bool:
+    """Draws what completions attend to as they go on, in the first and in the last tenth of the steps, and over all.
+
+    Args:
+        path: a PNG file.
+        lines: of `metrics.jsonl`.
+
+    Returns:
+        Whether there was anything to draw; runs whose attention was not recorded leave no picture.
+    """
+    lines = [line for line in lines if line.get("attention_image") is not None]
+    if not any(value is not None for line in lines for value in line["attention_image"]):
+        return False
+    figure, (curves, ratios) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    _draw_curves(curves, lines)
+    _draw_ratios(ratios, lines)
+    for axes in (curves, ratios):
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150, format="png")
+    plt.close(figure)
+    return True
+
+
+def _draw_curves(axes: Any, lines: list[dict[str, Any]]) -> None:
+    tenth = max(1, len(lines) // 10)
+    first, last = lines[:tenth], lines[-tenth:]
+    for number, segment in enumerate(SEGMENTS):
+        name, colour = f"attention_{segment}", f"C{number}"
+        for steps, style in ((first, {"alpha": 0.4, "linestyle": "--"}), (last, {})):
+            points = [(place, _known_mean([line[name][place] for line in steps])) for place in range(TENTHS)]
+            points = [(100 * (place + 0.5) / TENTHS, value) for place, value in points if value is not None]
+            if points:
+                label = f"{segment}, {_steps_named(steps)}"
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, marker="o", markersize=3, **style)
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("place in the completion (% of its tokens)")
+    axes.set_ylabel("share of attention")
+    axes.set_title("What completions look at")
+
+
+def _draw_ratios(axes: Any, lines: list[dict[str, Any]]) -> None:
+    for kind, colour in (("correct", "C2"), ("incorrect", "C3")):
+        name = f"visual_late_early_ratio_{kind}"
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        if points:
+            _draw_smoothed(axes, points, f"{kind} completions", color=colour)
+    axes.set_xlabel("step")
+    axes.set_ylabel("attention on the image, later half / earlier half")
+    axes.set_title("How much of it is left")
+
+
+def _known_mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _steps_named(lines: list[dict[str, Any]]) -> str:
+    first, last = lines[0]["step"], lines[-1]["step"]
+    return f"step {first}" if first == last else f"steps {first}-{last}"
 
 
 def compare(runs: list[Path], output: Path) -> None:
@@ -116,9 +182,7 @@ def _plot(path: Path, lines: list[dict[str, Any]], names: dict[str, str], held_o
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if not points:
             continue
-        steps, values = zip(*points, strict=True)
-        (curve,) = axes.plot(steps, _smooth(values), label=label)
-        axes.plot(steps, values, color=curve.get_color(), alpha=0.25, linewidth=0.8)
+        _draw_smoothed(axes, points, label)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o--", color="black", label="held-out accuracy", markersize=4)
     axes.set_xlabel("step")
@@ -127,6 +191,12 @@ def _plot(path: Path, lines: list[dict[str, Any]], names: dict[str, str], held_o
         axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _draw_smoothed(axes: Any, points: list[tuple[int, float]], label: str, **style: Any) -> None:
+    steps, values = zip(*points, strict=True)
+    (curve,) = axes.plot(steps, _smooth(values), label=label, **style)
+    axes.plot(steps, values, color=curve.get_color(), alpha=0.25, linewidth=0.8)
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:

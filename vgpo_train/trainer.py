@@ -1,7 +1,6 @@
 """The training loop: rollouts, rewards, scores, weights, updates, metrics, checkpoints."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from transformers import set_seed
 
 from vgpo_train import distributed
 from vgpo_train.algorithms import ScoredRollout, Weighting, build_algorithm
-from vgpo_train.batching import build_companion, micro_batches, with_picture
+from vgpo_train.batching import build_companion, with_picture
 from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable, export
 from vgpo_train.config import ConfigError, TrainConfig, save_config
 from vgpo_train.data import (
@@ -28,12 +27,14 @@ from vgpo_train.data import (
     overlong,
 )
 from vgpo_train.engine import build_policy, build_reference
-from vgpo_train.experience import Scores, group_advantages, kept_rows, score
+from vgpo_train.experience import group_advantages, kept_rows
 from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
 from vgpo_train.model import end_tokens, limit_pixels, load_processor, visual_token_ids
+from vgpo_train.plan import check_divisible, check_layers, total_steps
 from vgpo_train.report import write_report
 from vgpo_train.rewards import RewardMixer, Rewards
 from vgpo_train.rollout import Completions, build_rollout_engine
+from vgpo_train.scoring import Scorer, Scores, focus_of
 from vgpo_train.updates import Experience, Update
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Trainer:
         self.store = CheckpointStore(self.output_dir, config.keep_checkpoints)
         self.saved = self._saved_state()
         self.algorithm = build_algorithm(config)
+        check_layers(config)
         self.processor = load_processor(config.model.path, trust_remote_code=config.model.trust_remote_code)
         limit_pixels(self.processor, config.data.min_pixels, config.data.max_pixels)
         self.collator = PromptCollator(
@@ -90,6 +92,8 @@ class Trainer:
             eos_token_ids=end_tokens(config.model.path, tokenizer),
         )
         self.companion = build_companion(self.collator)
+        wants_focus = "focus" in self.algorithm.wants or config.focus.log
+        self.scorer = Scorer(config, self.engine, self.reference, self.companion, wants_focus=wants_focus)
         self.update = Update(
             self.engine,
             self.loss_config,
@@ -269,46 +273,28 @@ class Trainer:
         return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def _score(self, rollout: Rollout) -> Scores:
-        """Runs the scoring pass over this rank's rows, in micro-batches."""
-        wants_focus = "focus" in self.algorithm.wants or self.config.focus.log
-        mask = rollout.completions.mask
-        shape, rows = mask.shape, list(range(mask.shape[0]))
-        scores = Scores(
-            torch.zeros(shape, device=self.device),
-            torch.zeros(shape, device=self.device) if self.reference is not None else None,
-            torch.zeros(shape, device=self.device) if wants_focus else None,
-            torch.zeros(shape[0], dtype=torch.bool, device=self.device),
-        )
-        size = self.config.optim.micro_batch
-        for batch in micro_batches(rollout.prompts, rollout.completions, rows, self.companion, size=size):
-            part = score(
-                self.engine,
-                self.reference,
-                batch.prompts.tensors(device=self.device),
-                batch.completions,
-                temperature=self.config.rollout.temperature,
-                wants_focus=wants_focus,
-                per_image=self.config.focus.per_image,
-            )
-            scores.put(batch.rows, part)
-        return scores
+        """Runs the scoring pass over this rank's rows."""
+        return self.scorer(rollout.prompts, rollout.completions)
 
     def _weigh(self, rollout: Rollout, scores: Scores, step: int) -> tuple[ScoredRollout, Weighting, Tensor]:
         """Gathers the rollout over the ranks and weighs whole groups; every rank gets the same result."""
         order = self._group_order(rollout.group_ids)
 
-        def gather(rows: Tensor) -> Tensor:
-            return distributed.gather_rows(rows)[order]
+        def gather(rows: Tensor | None) -> Tensor | None:
+            return None if rows is None else distributed.gather_rows(rows)[order]
 
         rewards = gather(rollout.rewards.total.to(self.device))
         accuracies = gather(rollout.rewards.accuracy.to(self.device))
         group_ids = gather(rollout.group_ids)
+        similarity, attention = gather(scores.focus_similarity), gather(scores.attention)
         whole = ScoredRollout(
             group_ids=group_ids,
             completion_mask=gather(rollout.completions.mask),
             advantages=group_advantages(rewards, group_ids, normalize_std=self.config.rewards.normalize_std),
             old_logps=gather(scores.old_logps),
-            focus=gather(scores.focus) if scores.focus is not None else None,
+            focus=focus_of(self.config.focus.source, similarity, attention),
+            focus_similarity=similarity,
+            attention=attention,
             has_visual=gather(scores.has_visual),
             rewards=rewards,
             accuracies=accuracies,
@@ -384,22 +370,6 @@ class Trainer:
             for name, values in sorted(rewards.named.items())
         }
         return named | {"failed_rewards": distributed.sum_over_ranks(rewards.failures, self.device)}
-
-
-def total_steps(config: TrainConfig, samples: int) -> int:
-    """Returns how many steps the run takes."""
-    if config.steps is not None:
-        return config.steps
-    return max(1, math.floor(config.epochs * samples / config.rollout.prompts))
-
-
-def check_divisible(config: TrainConfig, world: int) -> None:
-    """Raises ConfigError unless every rank gets the same number of rows of every update."""
-    rows = config.optim.update_prompts * config.rollout.completions
-    if rows % world:
-        raise ConfigError(
-            f"optim.update_prompts x rollout.completions: expected a multiple of the {world} processes, got {rows}"
-        )
 
 
 def _pad(rows: Tensor, length: int, value: int | bool) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 import yaml
 
 from vgpo_train.algorithms import GRPO, VGPO, Weighting, build_algorithm, register
-from vgpo_train.config import ConfigError, load_config, save_config
+from vgpo_train.config import ConfigError, FocusConfig, ModelConfig, TrainConfig, load_config, save_config
 from vgpo_train.main import main
+from vgpo_train.plan import check_layers
 
 CONFIGS = Path(__file__).resolve().parents[2] / "vgpo_train" / "configs"
 SMALLEST = {
@@ -80,7 +81,13 @@ def test_a_saved_configuration_loads_again(smallest: Path, tmp_path: Path) -> No
         ("model.dtype=float16", "model.dtype: expected one of 'float32', 'bfloat16', got 'float16'"),
         ("model.liger=perhaps", "model.liger: expected one of 'auto', 'on', 'off', got 'perhaps'"),
         ("rollout.gather=sometimes", "rollout.gather: expected one of 'auto', 'always', 'never', got 'sometimes'"),
-        ("focus.source=attentive", "focus.source: expected one of 'similarity', got 'attentive'"),
+        ("focus.source=attentive", "focus.source: expected one of 'similarity', 'attention', got 'attentive'"),
+        ("focus.layers=lats", "focus.layers: expected 'last', 'all' or a list of layer numbers, got 'lats'"),
+        ("focus.layers=3", "focus.layers: expected 'last', 'all' or a list of layer numbers, got 3"),
+        ("focus.layers=[]", r"focus.layers: expected 'last', 'all' or a list of layer numbers, got \[\]"),
+        ("focus.layers=[1,true]", r"focus.layers: expected .*, got \[1, True\]"),
+        ("focus.layers=[1,0.5]", r"focus.layers: expected .*, got \[1, 0.5\]"),
+        ("focus.layers={first: 1}", "focus.layers: expected .*, got {'first': 1}"),
         ("resume=maybe", "resume: expected one of 'no', 'auto', got 'maybe'"),
         ("rollout.temperature=0", "rollout.temperature: expected a positive number, got 0"),
         ("optim.micro_batch=-1", "optim.micro_batch: expected a positive number, got -1"),
@@ -113,6 +120,41 @@ def test_a_saved_configuration_loads_again(smallest: Path, tmp_path: Path) -> No
 def test_a_wrong_value_is_named(smallest: Path, argument: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(smallest, [argument])
+
+
+def test_attention_as_source_needs_an_attention_that_can_be_recorded(smallest: Path) -> None:
+    config = load_config(smallest, ["focus.source=attention"])
+    assert (config.model.attn_implementation, config.focus.layers) == ("vgpo", "last")
+    message = "model.attn_implementation: expected 'vgpo' with focus.source=attention, got 'flash_attention_2'"
+    with pytest.raises(ConfigError, match=message):
+        load_config(smallest, ["focus.source=attention", "model.attn_implementation=flash_attention_2"])
+    assert load_config(smallest, ["model.attn_implementation=sdpa"]).focus.source == "similarity"
+
+
+@pytest.mark.parametrize(("given", "layers"), [("all", "all"), ("[0,-1]", [0, -1])])
+def test_layers_survive_saving(smallest: Path, tmp_path: Path, given: str, layers: str | list[int]) -> None:
+    config = load_config(smallest, [f"focus.layers={given}"])
+    assert config.focus.layers == layers
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", []).focus.layers == layers
+
+
+@pytest.mark.parametrize("layers", ["last", "all", [0, 1], [-2], [1, -2]])
+def test_layers_of_the_checkpoint_are_taken(tiny_checkpoint: Path, layers: str | list[int]) -> None:
+    check_layers(TrainConfig(model=ModelConfig(path=str(tiny_checkpoint)), focus=FocusConfig(layers=layers)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([2], r"focus.layers: expected numbers from -2 to 1, got 2"),
+        ([0, -3], r"focus.layers: expected numbers from -2 to 1, got -3"),
+        ([1, -1], r"focus.layers: expected each of the 2 layers at most once, got \[1, -1\]"),
+    ],
+)
+def test_layers_that_the_checkpoint_lacks_are_refused(tiny_checkpoint: Path, layers: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_layers(TrainConfig(model=ModelConfig(path=str(tiny_checkpoint)), focus=FocusConfig(layers=layers)))
 
 
 def test_a_mapping_given_whole_replaces_the_files(smallest: Path) -> None:

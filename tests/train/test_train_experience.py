@@ -10,7 +10,8 @@ from vgpo_train.algorithms import GRPO, ScoredRollout, Weighting
 from vgpo_train.config import ConfigError, OptimConfig, RolloutConfig, TrainConfig
 from vgpo_train.experience import group_advantages, kept_rows
 from vgpo_train.metrics import correlation, focus_metrics, merge_updates, rollout_metrics, weight_metrics
-from vgpo_train.trainer import Trainer, check_divisible, total_steps
+from vgpo_train.plan import check_divisible, total_steps
+from vgpo_train.trainer import Trainer
 
 
 def _trl(rewards: torch.Tensor, completions: int, *, scale: bool) -> torch.Tensor:

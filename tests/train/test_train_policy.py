@@ -9,9 +9,9 @@ from train_stand_ins import PlainEngine, collator, mixed_samples, random_complet
 from vgpo_train import policy
 from vgpo_train.batching import build_companion, micro_batches
 from vgpo_train.data import PromptBatch
-from vgpo_train.experience import image_ids, score
 from vgpo_train.model import load_model
 from vgpo_train.rollout import Completions
+from vgpo_train.scoring import image_ids, score
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +104,10 @@ def test_left_padding_changes_neither_log_probabilities_nor_focus(
         length = own.ids.shape[1]
         alone = _score(engine, prompts.take([row]), own, per_image=per_image)
         torch.testing.assert_close(together.old_logps[row, :length], alone.old_logps[0], atol=2e-5, rtol=0)
-        torch.testing.assert_close(together.focus[row, :length], alone.focus[0], atol=2e-6, rtol=0)
-        assert not together.focus[row, length:].any()
-    assert not together.focus[1].any(), "a row without a picture has no focus"
-    assert together.focus[0].abs().min() > 0
+        torch.testing.assert_close(together.focus_similarity[row, :length], alone.focus_similarity[0], atol=2e-6, rtol=0)
+        assert not together.focus_similarity[row, length:].any()
+    assert not together.focus_similarity[1].any(), "a row without a picture has no focus"
+    assert together.focus_similarity[0].abs().min() > 0
 
 
 def test_generating_leaves_no_trace_in_the_next_forward(
@@ -119,7 +119,7 @@ def test_generating_leaves_no_trace_in_the_next_forward(
     engine.module.generate(**inputs, max_new_tokens=3, do_sample=False)
     after = _score(engine, prompts, completions)
     assert torch.equal(before.old_logps, after.old_logps)
-    assert torch.equal(before.focus, after.focus)
+    assert torch.equal(before.focus_similarity, after.focus_similarity)
 
 
 def test_the_companion_changes_no_gradient(tiny_checkpoint: Path, pictures: Path) -> None:

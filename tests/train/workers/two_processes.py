@@ -21,8 +21,8 @@ from vgpo_train.algorithms import ScoredRollout, Weighting
 from vgpo_train.batching import build_companion, with_picture
 from vgpo_train.config import ConfigError, TrainConfig, load_config
 from vgpo_train.engine import build_policy, start_distributed
-from vgpo_train.experience import Scores
 from vgpo_train.rollout import Completions, RolloutConfig, build_rollout_engine
+from vgpo_train.scoring import Scores
 from vgpo_train.trainer import Rollout, Trainer
 from vgpo_train.updates import Experience, Update
 
@@ -162,7 +162,7 @@ class RecordingTrainer(Trainer):
             "group_ids": rollout.group_ids,
             "completion_mask": rollout.completions.mask,
             "old_logps": scores.old_logps,
-            "focus": scores.focus,
+            "focus": scores.focus_similarity,
             "has_visual": scores.has_visual,
             "rewards": rollout.rewards.total,
             "accuracies": rollout.rewards.accuracy,

@@ -1,0 +1,187 @@
+"""The scoring pass: log-probabilities, and where the policy looks, from one forward without gradient."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels import visual_focus_score
+from vgpo_kernels.integrations.transformers import record_visual_attention
+from vgpo_train import policy
+from vgpo_train.algorithms import SEGMENTS
+from vgpo_train.batching import micro_batches
+from vgpo_train.config import RECORDABLE, ConfigError, TrainConfig
+from vgpo_train.data import PromptBatch
+from vgpo_train.model import image_token_mask
+from vgpo_train.rollout import Completions
+
+
+@dataclass
+class Scores:
+    """What the scoring pass found for a rank's B rows of T completion tokens."""
+
+    old_logps: Tensor  # (B, T) fp32
+    ref_logps: Tensor | None  # (B, T) fp32
+    focus_similarity: Tensor | None  # (B, T) fp32
+    attention: Tensor | None  # (B, T, 3) fp32: mass on the tokens of SEGMENTS
+    has_visual: Tensor  # (B,) bool
+
+    def put(self, rows: list[int], part: "Scores") -> None:
+        """Writes the scores of a micro-batch, whose first rows are `rows`, to their places."""
+        for name in ("old_logps", "ref_logps", "focus_similarity", "attention"):
+            whole, values = getattr(self, name), getattr(part, name)
+            if whole is not None and values is not None:
+                whole[rows, : values.shape[1]] = values[: len(rows)]
+        self.has_visual[rows] = part.has_visual[: len(rows)]
+
+
+class Scorer:
+    """Scores a rank's rows in micro-batches.
+
+    Args:
+        config: of the run.
+        engine: the policy.
+        reference: the frozen model of the KL term, or None without one.
+        companion: joins micro-batches without a picture.
+        wants_focus: score focus from both sources, attention where it can be recorded.
+
+    Raises:
+        ConfigError: the policy's attention cannot be recorded, though `model.attn_implementation` says so.
+    """
+
+    def __init__(
+        self, config: TrainConfig, engine: Any, reference: Any | None, companion: PromptBatch, *, wants_focus: bool
+    ) -> None:
+        self.engine = engine
+        self.reference = reference
+        self.companion = companion
+        self.micro_batch = config.optim.micro_batch
+        self.temperature = config.rollout.temperature
+        self.wants_focus = wants_focus
+        self.per_image = config.focus.per_image
+        records = wants_focus and config.model.attn_implementation == RECORDABLE
+        self.layers = config.focus.layers if records else None
+        if self.layers is not None:
+            check_recordable(engine.module, self.layers)
+
+    def __call__(self, prompts: PromptBatch, completions: Completions) -> Scores:
+        """Returns the scores of `completions`, one row a prompt."""
+        count, length = completions.mask.shape
+        device = completions.mask.device
+
+        def blank(wanted: bool, *shape: int) -> Tensor | None:
+            return torch.zeros(count, length, *shape, device=device) if wanted else None
+
+        scores = Scores(
+            torch.zeros(count, length, device=device),
+            blank(self.reference is not None),
+            blank(self.wants_focus),
+            blank(self.layers is not None, len(SEGMENTS)),
+            torch.zeros(count, dtype=torch.bool, device=device),
+        )
+        rows = list(range(count))
+        for batch in micro_batches(prompts, completions, rows, self.companion, size=self.micro_batch):
+            part = score(
+                self.engine,
+                self.reference,
+                batch.prompts.tensors(device=device),
+                batch.completions,
+                temperature=self.temperature,
+                wants_focus=self.wants_focus,
+                per_image=self.per_image,
+                layers=self.layers,
+            )
+            scores.put(batch.rows, part)
+        return scores
+
+
+def focus_of(source: str, similarity: Tensor | None, attention: Tensor | None) -> Tensor | None:
+    """Returns the (B, T) focus of `focus.source`, None where it was not scored.
+
+    Args:
+        source: similarity | attention.
+        similarity: (B, T) of the scores.
+        attention: (B, T, 3) of the scores.
+    """
+    if source == "similarity":
+        return similarity
+    return None if attention is None else attention[..., SEGMENTS.index("image")]
+
+
+def check_recordable(model: Any, layers: str | list[int]) -> None:
+    """Raises ConfigError, with the reason, where the attention of `layers` of this family cannot be recorded."""
+    try:
+        with _recording(model, layers, prompt_length=None):
+            pass
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"model.attn_implementation: {RECORDABLE!r} records where the policy looks, which is not possible here: "
+            f"{error}; with sdpa, focus.source=similarity trains without it"
+        ) from error
+
+
+@torch.no_grad()
+def score(
+    engine: Any,
+    reference: Any | None,
+    prompts: Mapping[str, Tensor],
+    completions: Completions,
+    *,
+    temperature: float,
+    wants_focus: bool,
+    per_image: bool,
+    layers: str | list[int] | None = None,
+) -> Scores:
+    """Scores the rows of one forward: the log-probabilities that updates start from, and where the policy looks.
+
+    Args:
+        engine: the policy.
+        reference: the frozen model of the KL term, or None without one.
+        prompts: left-padded model inputs.
+        completions: what was sampled.
+        temperature: the rollout's.
+        wants_focus: compute the visual focus score.
+        per_image: score against each image on its own and take the maximum.
+        layers: whose attention is recorded in the same forward, as `focus.layers` says; None records none.
+    """
+    length = prompts["input_ids"].shape[1]
+    recording = nullcontext() if layers is None else _recording(engine.module, layers, prompt_length=length)
+    with recording as record:
+        output = policy.forward(engine, prompts, completions, temperature=temperature, with_hidden_states=wants_focus)
+    attention = None if record is None else _mass(record, completions.mask)
+    ref_logps = None
+    if reference is not None:
+        ref_logps = policy.forward(reference, prompts, completions, temperature=temperature).logps
+    prompt_mask = image_token_mask(prompts["input_ids"], engine.module.config)
+    focus = None
+    if wants_focus:
+        focus = _focus(output.hidden_states, prompt_mask, completions.mask, per_image)
+    return Scores(output.logps, ref_logps, focus, attention, prompt_mask.any(1))
+
+
+def _recording(model: Any, layers: str | list[int], *, prompt_length: int | None) -> AbstractContextManager[Any]:
+    return record_visual_attention(
+        model, layers=layers, segments="/".join(SEGMENTS), prompt_length=prompt_length, queries="token"
+    )
+
+
+def _mass(record: Any, mask: Tensor) -> Tensor:
+    """Returns the mean over the recorded layers (B, T, 3), 0 outside `mask`."""
+    return record.mass.mean(0).masked_fill(~mask[..., None], 0.0)
+
+
+def _focus(hidden_states: Tensor, prompt_visual: Tensor, mask: Tensor, per_image: bool) -> Tensor:
+    visual = torch.cat([prompt_visual, torch.zeros_like(mask)], dim=1)
+    completion = torch.cat([torch.zeros_like(prompt_visual), mask], dim=1)
+    images = image_ids(visual) if per_image else None
+    return visual_focus_score(hidden_states, visual, completion, image_ids=images)[:, prompt_visual.shape[1] :]
+
+
+def image_ids(visual_mask: Tensor) -> Tensor:
+    """Returns (B, L) int64: the number of the run of visual tokens a position is in, -1 outside."""
+    before = torch.nn.functional.pad(visual_mask[:, :-1], (1, 0))
+    starts = visual_mask & ~before
+    return torch.where(visual_mask, starts.long().cumsum(1) - 1, -1)
