@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._validate import BOOL, INTEGER, check_choice, check_tensor
+from vgpo_kernels.attention import autograd, ops, stock
 from vgpo_kernels.attention import intervals as masks
-from vgpo_kernels.attention import ops, stock
 from vgpo_kernels.attention.arguments import (
     check_count,
     check_max_seqlen,
@@ -233,7 +233,7 @@ def visual_attention(
     check_max_seqlen(max_seqlen, cu_seqlens)
     kinds = key_kinds(q, k, visual_mask, key_mask)
     mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
-    return VisualAttention(*ops.visual_attention(q, k, v, kinds, *mask, scale, softcap, impl))
+    return VisualAttention(*autograd.visual_attention(q, k, v, kinds, *mask, scale, softcap, impl))
 
 
 def visual_attention_decode(
@@ -286,7 +286,7 @@ def visual_attention_decode(
         mask = intervals_of(q, k_cache, False, key_mask, None, window, intervals)
         filled = cache_lengths[:, None].to(mask.key_end.dtype)
         mask = mask._replace(key_end=torch.minimum(mask.key_end, filled))
-    return VisualAttention(*ops.visual_attention(q, k_cache, v_cache, kinds, *mask, scale, softcap, impl))
+    return VisualAttention(*autograd.visual_attention(q, k_cache, v_cache, kinds, *mask, scale, softcap, impl))
 
 
 def attention_with_lse(
@@ -339,10 +339,9 @@ def attention_with_lse(
     )  # fmt: skip
     nothing = torch.zeros((q.shape[0], k.shape[2]), dtype=torch.bool, device=q.device)
     mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
-    out, lse = ops.attention_with_lse(
+    return autograd.attention_with_lse(
         q, k, v, masks.key_kinds(nothing, key_mask), *mask, cu_seqlens, max_seqlen, causal, window, scale, softcap, name
     )
-    return out, lse
 
 
 def attention_backend(

@@ -1,6 +1,4 @@
-"""The operators of the room: what torch.compile and autograd see of it."""
-
-from typing import Any
+"""The operators of the room: their schemas, and the shapes of what they return."""
 
 import torch
 from torch import Tensor
@@ -228,45 +226,3 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[:3], dtype=_wide(q))
-
-
-def _save_visual_attention(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    *tensors, ctx.scale, ctx.softcap, ctx.impl = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _backward_of_visual_attention(
-    ctx: Any, grad_out: Tensor | None, grad_mass: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors
-    out = saved[-3]
-    grads = visual_attention_backward(
-        torch.zeros_like(out) if grad_out is None else grad_out,
-        grad_mass,
-        grad_lse,
-        *saved,
-        ctx.scale,
-        ctx.softcap,
-        ctx.impl,
-    )
-    return *grads, None, None, None, None, None, None
-
-
-def _save_attention_with_lse(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    *tensors, _, _, _, _, ctx.scale, ctx.softcap, _ = inputs
-    ctx.save_for_backward(*tensors[:6], *output)
-
-
-def _backward_of_attention_with_lse(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    *tensors, out, lse = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = visual_attention_backward(grad_out, None, grad_lse, *tensors, out, None, lse, ctx.scale, ctx.softcap, None)
-    return *grads, *(None,) * 10
-
-
-visual_attention.register_autograd(_backward_of_visual_attention, setup_context=_save_visual_attention)
-attention_with_lse.register_autograd(_backward_of_attention_with_lse, setup_context=_save_attention_with_lse)

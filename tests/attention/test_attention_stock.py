@@ -1,0 +1,205 @@
+"""Which stock kernel runs, and what it is asked; the kernels themselves where there is a GPU."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+from dense_attention import dense_attention, inputs, intervals
+from torch import Tensor
+
+import vgpo_kernels as vgpo
+from vgpo_kernels.attention import stock
+
+CUDA = torch.device("cuda", 0)
+PLAIN = stock.Request(
+    device=CUDA,
+    dtype=torch.bfloat16,
+    lengths=(64, 64),
+    heads=(4, 2),
+    head_dim=128,
+    plain=True,
+    causal=True,
+    packed=False,
+    window=None,
+    softcap=None,
+)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with an sm_90 GPU and both flash-attn packages, as far as the choice looks."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
+    monkeypatch.setattr(stock, "_installed", lambda _module: True)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "flash_attn_3"),
+        ({"dtype": torch.float32, "heads": (4, 4)}, "torch_efficient"),
+        ({"dtype": torch.float32}, "vgpo"),
+        ({"plain": False}, "vgpo"),
+        ({"window": 5}, "flash_attn_3"),
+        ({"softcap": 5.0}, "flash_attn_3"),
+        ({"packed": True}, "flash_attn_3"),
+        ({"device": torch.device("cpu")}, "cpu"),
+        ({"device": torch.device("cpu"), "softcap": 5.0}, "vgpo"),
+    ],
+)
+@pytest.mark.usefixtures("hopper")
+def test_the_fastest_that_can_is_taken(change: dict, expected: str) -> None:
+    assert stock.choose(PLAIN._replace(**change))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, "torch_cudnn"),
+        ({"head_dim": 256}, "torch_flash"),
+        ({"head_dim": 84}, "vgpo"),
+        ({"lengths": (3, 64)}, "vgpo"),
+        ({"lengths": (3, 64), "causal": False}, "torch_cudnn"),
+        ({"window": 5}, "vgpo"),
+        ({"packed": True}, "vgpo"),
+    ],
+)
+@pytest.mark.usefixtures("hopper")
+def test_without_flash_attn_torchs_own_are_taken(change: dict, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock, "_installed", lambda _module: False)
+    name, why = stock.choose(PLAIN._replace(**change))
+    assert name == expected
+    assert "flash_attn_3: flash_attn_interface is not installed" in why
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_backend_that_cannot_says_why() -> None:
+    with pytest.raises(RuntimeError, match="backend 'torch_cudnn' cannot run this: a key mask or intervals"):
+        stock.choose(PLAIN._replace(plain=False), "torch_cudnn")
+    with pytest.raises(ValueError, match=r"backend: expected one of 'cpu', .* got 'sdpa'"):
+        stock.choose(PLAIN, "sdpa")
+    with pytest.raises(RuntimeError, match="no attention kernel for mps tensors"):
+        stock.choose(PLAIN._replace(device=torch.device("mps")))
+
+
+def test_the_public_function_takes_the_backend_by_name() -> None:
+    q, k, v = inputs(1, (2, 1), (5, 9), 16)
+    assert vgpo.attention_backend(q, k) == ("cpu", "the fastest")
+    name, why = vgpo.attention_backend(q, k, softcap=2.0)
+    assert name == "vgpo"
+    assert why.startswith("cpu: a soft-cap; flash_attn_3: cpu tensors")
+    with pytest.raises(RuntimeError, match="backend 'torch_flash' cannot run this: cpu tensors"):
+        vgpo.attention_with_lse(q, k, v, backend="torch_flash")
+    for one, other in zip(
+        vgpo.attention_with_lse(q, k, v), vgpo.attention_with_lse(q, k, v, backend="vgpo"), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mask", ["full", "causal", "left", "packed", "window", "empty", "blind", "arbitrary"])
+def test_the_cpu_kernel_takes_every_mask(mask: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock, "MASK_ELEMENTS", 61 * 5)  # blocks of five queries
+    q, k, v = inputs(2, (4, 2), (37, 61), 24, dtype)
+    bounds, kinds = intervals(mask, 2, 37, 61), torch.ones(2, 61, dtype=torch.int8)
+    kinds[1, 30] = 0
+    k, v = (x.masked_fill((kinds == 0)[:, None, :, None], torch.nan) for x in (k, v))
+    request = stock.Mask(kinds, *bounds, None, None, True, None)
+    out, lse = stock.run("cpu", q, k, v, request, 0.2, None)
+    dense = dense_attention(q.double(), k.double(), v.double(), *bounds, key_kinds=kinds, scale=0.2)
+    epsilon = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), dense.out, rtol=0, atol=8 * epsilon)
+    torch.testing.assert_close(lse.double(), dense.lse, rtol=0, atol=max(epsilon, 1e-6) if epsilon > 1e-15 else 1e-12)
+
+
+class FlashAttention(types.ModuleType):
+    """Says what it was asked, and answers with dense attention in flash-attn's own layout."""
+
+    def flash_attn_func(self, q: Tensor, k: Tensor, v: Tensor, **options):
+        self.options = options
+        q, k, v = (x.transpose(1, 2).double() for x in (q, k, v))
+        dense = dense_attention(q, k, v, *self._intervals(q.shape[2], k.shape[2]), scale=options["softmax_scale"])
+        # As flash-attn has it: +inf where a query sees nothing.
+        return dense.out.transpose(1, 2), dense.lse.masked_fill(dense.lse.isneginf(), math.inf), None
+
+    def flash_attn_varlen_func(self, q: Tensor, _k: Tensor, _v: Tensor, *bounds, **options):
+        self.bounds, self.options = bounds, options
+        return torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0]), None
+
+    @staticmethod
+    def _intervals(Lq: int, Lk: int) -> tuple[Tensor, Tensor]:
+        end = (torch.arange(Lq) + 1 + Lk - Lq)[None].int()
+        return torch.zeros_like(end), end
+
+
+@pytest.fixture
+def flash_attn(monkeypatch: pytest.MonkeyPatch) -> FlashAttention:
+    module = FlashAttention("flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    return module
+
+
+def stock_mask(Lq: int, Lk: int, **options) -> stock.Mask:
+    end = (torch.arange(Lq) + 1 + Lk - Lq)[None].int()
+    fields = {"cu_seqlens": None, "max_seqlen": None, "causal": True, "window": None} | options
+    return stock.Mask(torch.ones(1, Lk, dtype=torch.int8), torch.zeros_like(end), end, **fields)
+
+
+def test_flash_attn_is_asked_in_its_own_layout(flash_attn: FlashAttention) -> None:
+    q, k, v = inputs(1, (4, 2), (9, 7), 16)  # the first two queries see nothing
+    out, lse = stock.run("flash_attn_2", q, k, v, stock_mask(9, 7), 0.3, None)
+    end = stock_mask(9, 7).key_end
+    dense = dense_attention(q.double(), k.double(), v.double(), torch.zeros_like(end), end, scale=0.3)
+    torch.testing.assert_close(out, dense.out)
+    torch.testing.assert_close(lse, dense.lse)
+    assert flash_attn.options == {
+        "softmax_scale": 0.3,
+        "causal": True,
+        "window_size": (-1, -1),
+        "softcap": 0.0,
+        "return_attn_probs": True,
+    }
+
+
+@pytest.mark.parametrize(("causal", "expected"), [(True, (4, 0)), (False, (4, 4))])
+def test_a_window_of_flash_attn_does_not_count_the_query(
+    causal: bool, expected: tuple[int, int], flash_attn: FlashAttention
+) -> None:
+    q, k, v = inputs(1, (2, 2), (7, 7), 16)
+    stock.run("flash_attn_2", q, k, v, stock_mask(7, 7, causal=causal, window=5), 0.3, 20.0)
+    assert flash_attn.options["window_size"] == expected
+    assert flash_attn.options["softcap"] == 20.0
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(None, 9), (5, 5)])
+def test_packed_rows_go_to_flash_attn_without_a_batch(
+    longest: int | None, expected: int, flash_attn: FlashAttention
+) -> None:
+    q, k, v = inputs(1, (4, 2), (9, 9), 16)
+    mask = stock_mask(9, 9, cu_seqlens=torch.tensor([0, 4, 9]), max_seqlen=longest)
+    out, lse = stock.run("flash_attn_2", q, k, v, mask, 0.3, None)
+    assert out.shape == q.shape
+    assert lse.shape == q.shape[:3]
+    assert [x.tolist() if isinstance(x, Tensor) else x for x in flash_attn.bounds] == [
+        [0, 4, 9],
+        [0, 4, 9],
+        expected,
+        expected,
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backend", list(stock.BACKENDS))
+def test_every_backend_of_the_machine_is_dense_attention(backend: str, causal: bool) -> None:
+    q, k, v = inputs(2, (4, 4), (70, 70), 64, torch.bfloat16, "cuda")
+    try:
+        vgpo.attention_backend(q, k, causal=causal, backend=backend)
+    except RuntimeError as obstacle:
+        pytest.skip(str(obstacle))
+    bounds = [x.cuda() for x in intervals("causal" if causal else "full", 2, 70, 70)]
+    out, lse = vgpo.attention_with_lse(q, k, v, causal=causal, backend=backend)
+    dense = dense_attention(q.double(), k.double(), v.double(), *bounds)
+    torch.testing.assert_close(out.double(), dense.out, rtol=0, atol=2e-2)
+    torch.testing.assert_close(lse.double(), dense.lse, rtol=0, atol=1e-3)
