@@ -32,6 +32,7 @@ from transformers import (
 
 VOCABULARY = 100
 IMAGE, VIDEO, START, END = 95, 96, 93, 94
+NOT_WORDS = [0, *range(90, VOCABULARY)]
 TEXT = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -62,13 +63,13 @@ class Family:
         make: builds the model.
         tokens: image tokens a picture.
         pixels: the model's arguments for so many pictures.
-        extra: further arguments, from input_ids.
+        extra: further arguments, from input_ids and the length of the prompt.
     """
 
     make: Callable[[], Any]
     tokens: int
     pixels: Callable[[int], dict[str, Tensor]]
-    extra: Callable[[Tensor], dict[str, Tensor]] = lambda ids: {}  # noqa: ARG005
+    extra: Callable[[Tensor, int], dict[str, Tensor]] = lambda ids, prompt: {}  # noqa: ARG005
 
 
 def _grid_pixels(patch_values: int) -> Callable[[int], dict[str, Tensor]]:
@@ -85,12 +86,17 @@ def _square_pixels(pictures: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(pictures, 3, 16, 16)}
 
 
-def _multimodal_types(ids: Tensor) -> dict[str, Tensor]:
+def _multimodal_types(ids: Tensor, _: int) -> dict[str, Tensor]:
     return {"mm_token_type_ids": (ids == IMAGE).int()}
 
 
-def _token_types(ids: Tensor) -> dict[str, Tensor]:
+def _picture_types(ids: Tensor, _: int) -> dict[str, Tensor]:
     return {"token_type_ids": (ids == IMAGE).long()}
+
+
+def _suffix_types(ids: Tensor, prompt: int) -> dict[str, Tensor]:
+    """The prompt is a prefix seen in both directions."""
+    return {"token_type_ids": (torch.arange(ids.shape[1]) >= prompt).long().expand(ids.shape)}
 
 
 def _qwen2_vl() -> Any:
@@ -208,7 +214,7 @@ def _soft_capped() -> Any:
         head_dim=8,
         query_pre_attn_scalar=8,
         layer_types=kinds,
-        sliding_window=64,
+        sliding_window=8,
         attn_logit_softcapping=0.5,  # so low that leaving it out would show
         final_logit_softcapping=None,
     )
@@ -222,10 +228,10 @@ FAMILIES = {
     "qwen2_vl": Family(_qwen2_vl, 4, _grid_pixels(3 * 2 * 4 * 4), _multimodal_types),
     "qwen2_5_vl": Family(_qwen2_5_vl, 4, _grid_pixels(3 * 2 * 4 * 4), _multimodal_types),
     "qwen3_vl": Family(_qwen3_vl, 4, _grid_pixels(3 * 2 * 4 * 4), _multimodal_types),
-    "gemma3": Family(_gemma3, 4, _square_pixels, _token_types),
+    "gemma3": Family(_gemma3, 4, _square_pixels, _picture_types),
     "internvl": Family(_internvl, 4, _square_pixels),
     "llava_onevision": Family(_llava_onevision, 36, _onevision_pixels),
-    "soft_capped": Family(_soft_capped, 4, _square_pixels, _token_types),
+    "soft_capped": Family(_soft_capped, 4, _square_pixels, _suffix_types),
 }
 
 
@@ -250,7 +256,7 @@ def make_batch(name: str, *, words: int = 5, seed: int = 1) -> dict[str, Any]:
     length = max(len(row) for row in rows)
     ids = torch.tensor([[0] * (length - len(row)) + row for row in rows])
     batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
-    return {**batch, **family.pixels(3), **family.extra(ids)}
+    return {**batch, **family.pixels(3), **family.extra(ids, length)}
 
 
 def continued(name: str, batch: dict[str, Any], completion: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
@@ -258,7 +264,12 @@ def continued(name: str, batch: dict[str, Any], completion: Tensor, mask: Tensor
     ids = torch.cat([batch["input_ids"], completion], dim=1)
     mask = torch.ones_like(completion) if mask is None else mask
     attention_mask = torch.cat([batch["attention_mask"], mask], dim=1)
-    return {**batch, "input_ids": ids, "attention_mask": attention_mask, **FAMILIES[name].extra(ids)}
+    return {
+        **batch,
+        "input_ids": ids,
+        "attention_mask": attention_mask,
+        **FAMILIES[name].extra(ids, batch["input_ids"].shape[1]),
+    }
 
 
 def _row(family: Family, pictures: int, words: int) -> list[int]:

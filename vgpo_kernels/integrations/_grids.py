@@ -15,7 +15,7 @@ class Span(NamedTuple):
     """The tokens of one picture among the image tokens of its row, and its grid where that is known."""
 
     first: int
-    count: int
+    tokens: int
     grid: tuple[int, int, int] | None
 
 
@@ -41,7 +41,7 @@ def image_spans(rows: list[list[int]], sample: int, patches: Tensor | None, conf
         while used < len(positions) and taken < len(grids):
             span = Span(used, math.prod(grids[taken]), grids[taken])
             spans.append(span)
-            used += span.count
+            used += span.tokens
             taken += 1
         if used != len(positions):
             raise ValueError(f"image_grid_thw: expected grids of {len(positions)} tokens in row {row}, got {used}")
@@ -67,18 +67,18 @@ def lay_out(values: Tensor, spans: list[Span], image: int, grid: tuple[int, int]
     if not 0 <= image < len(spans):
         raise IndexError(f"image: expected one of the sample's {len(spans)} images, got {image}")
     span = spans[image]
-    values = values[span.first : span.first + span.count]
+    values = values[span.first : span.first + span.tokens]
     if grid is not None:
-        if math.prod(grid) != span.count:
-            raise ValueError(f"grid: expected height x width of {span.count} tokens, got {tuple(grid)}")
+        if math.prod(grid) != span.tokens:
+            raise ValueError(f"grid: expected height x width of {span.tokens} tokens, got {tuple(grid)}")
         return values.view(*grid)
     if span.grid is not None:
         return values.view(span.grid).sum(0)
-    side = math.isqrt(span.count)
+    side = math.isqrt(span.tokens)
     tile = next((n for n in (_field(config, "image_seq_length"), _field(config, "mm_tokens_per_image")) if n), None)
     # Several tiles one after the other may make a square number, too.
-    if side * side != span.count or (tile is not None and span.count > tile):
-        raise ValueError(f"grid: expected (height, width) of the {span.count} tokens of image {image}, got None")
+    if side * side != span.tokens or (tile is not None and span.tokens > tile):
+        raise ValueError(f"grid: expected (height, width) of the {span.tokens} tokens of image {image}, got None")
     return values.view(side, side)
 
 
@@ -92,7 +92,7 @@ def _runs(positions: list[int]) -> list[Span]:
     spans: list[Span] = []
     for index, position in enumerate(positions):
         if spans and position == positions[index - 1] + 1:
-            spans[-1] = spans[-1]._replace(count=spans[-1].count + 1)
+            spans[-1] = spans[-1]._replace(tokens=spans[-1].tokens + 1)
         else:
             spans.append(Span(index, 1, None))
     return spans

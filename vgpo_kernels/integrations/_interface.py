@@ -23,7 +23,9 @@ NAME = "vgpo"
 class Listener(Protocol):
     """Somebody who records."""
 
-    layers: tuple[int, ...]
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Indices of the layers to record."""
 
     def makes_mask_for(self, config: Any) -> bool:
         """Tells whether masks made for this configuration are those of the recorded decoder."""
@@ -75,14 +77,20 @@ def _encoded(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor:
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # a static cache counts on in place, and dense masks are made later
     shape = MaskShape(batch_size, q_length, kv_length, q_offset, kv_offset)
-    described = {"mask_function": mask_function, "attention_mask": attention_mask, "use_vmap": use_vmap}
-    mask = _masks.evaluate(shape=shape, device=device, name=type(kwargs["config"]).__name__, **described)
+    described: dict[str, Any] = {
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
+        "device": device,
+    }
+    mask = _masks.evaluate(shape=shape, name=type(kwargs["config"]).__name__, **described)
     mask.layers = tuple(sorted({layer for listener in listeners for layer in listener.layers}))
 
     def as_sdpa_gets_it() -> Tensor | None:
-        bounds = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-        return sdpa_mask(**bounds, q_offset=q_offset, kv_offset=kv_offset, device=device, **described, **kwargs)
+        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **described, **kwargs)
 
     mask.sdpa_mask = as_sdpa_gets_it
     return _masks.encode(mask)
@@ -124,7 +132,7 @@ def vgpo_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
-    layer = getattr(module, "layer_idx", None)
+    layer: Any = getattr(module, "layer_idx", None)
     mask = _masks.decode(attention_mask) if encoded else None  # type: ignore[arg-type]
     recorded = listeners and any(layer in listener.layers for listener in listeners)
     # An encoded mask says which layers are recorded, so that a layer run again for its gradient takes the same route.

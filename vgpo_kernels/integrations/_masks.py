@@ -65,7 +65,7 @@ class KeyIntervals:
     _dense: list[Tensor | None] = field(default_factory=list, repr=False)
 
     def options(self) -> dict[str, Any]:
-        """Returns the mask in the keywords of `vgpo_kernels.attention`; the plain causal one opens every fast kernel."""
+        """Returns the mask in the keywords of `vgpo_kernels.attention`: a plain causal one opens every kernel."""
         if self.causal:
             return {"causal": True}
         return self.interval_options()
@@ -78,8 +78,8 @@ class KeyIntervals:
         """Returns the mask of the last `count` queries: some models drop the others on the way."""
         if count == self.key_start.shape[1]:
             return self
-        bounds = (bound[:, -count:].contiguous() for bound in (self.key_start, self.key_end))
-        return KeyIntervals(*bounds, self.usable, self.kv_offset, self.kv_length, self.causal, self.layers)
+        start, end = self.key_start[:, -count:].contiguous(), self.key_end[:, -count:].contiguous()
+        return KeyIntervals(start, end, self.usable, self.kv_offset, self.kv_length, self.causal, self.layers)
 
     def dense(self) -> Tensor | None:
         """Returns the mask for transformers' own attention: (B, 1, Lq, Lk) bool, or None; made once."""
@@ -139,7 +139,7 @@ def evaluate(
                 use_vmap=use_vmap,
                 device=device,
             )
-            yield mask[:, 0]
+            yield mask[:, 0]  # type: ignore[index]
 
     return _intervals(blocks(), shape.kv_offset, name)
 
@@ -271,7 +271,7 @@ def _intervals(blocks: Iterable[Tensor], kv_offset: Any, name: str) -> KeyInterv
         raise ValueError(
             f"the attention mask of {name} is no interval of keys: query {query} of row {row} sees "
             f"{count[row, query].item()} of the {between[row, query].item()} keys from {start[row, query].item()} "
-            f"to {end[row, query].item() - 1} that others see; visual attention cannot be recorded through this mask"
+            f"to {end[row, query].item() - 1} that others see; attn_implementation='vgpo' cannot take it"
         )
     usable = seen_by_any if holes else None
     return KeyIntervals(start, end, usable, kv_offset, Lk, causal and not holes)

@@ -60,10 +60,10 @@ def find_parts(model: nn.Module) -> Parts:
     configs = [outermost.config, text_config, *(getattr(module, "config", None) for module in (decoder, *found))]
     image_tokens = _tokens((entry.config for entry in entries), IMAGE_TOKEN_FIELDS)
     if not image_tokens:
-        fields = " or ".join(IMAGE_TOKEN_FIELDS)
+        fields, found_class = " or ".join(IMAGE_TOKEN_FIELDS), type(outermost.config).__name__
         raise ValueError(
-            f"{name}: expected a configuration that names the image token ({fields}), got {type(outermost.config).__name__}"
-            "; pass the whole vision-language model, and one whose pictures are tokens of input_ids"
+            f"{name}: expected a configuration that names the image token ({fields}), got {found_class}; "
+            "pass the whole vision-language model, and one whose pictures are tokens of input_ids"
         )
     return Parts(
         name,

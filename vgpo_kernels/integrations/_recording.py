@@ -175,7 +175,7 @@ class Recorder:
         if used != _interface.NAME:
             return (
                 f"{name} ran with attn_implementation={used!r}, of which nothing can be recorded; call "
-                "model.set_attn_implementation({'text_config': 'vgpo'}) first, or 'vgpo' for a model without text_config"
+                "model.set_attn_implementation({'text_config': 'vgpo'}) before recording"
             )
         if self._called:
             return f"layers {missing} of {name} have no attention to record; those that have: {sorted(self._called)}"
@@ -187,15 +187,14 @@ class Recorder:
     def _sequence_for(self, ids: Tensor, past: int, kwargs: dict[str, Any]) -> Sequence:
         """Returns the sequence that a forward continues or begins."""
         known = self._sequence
-        if past and known is not None and known.tokens.length >= past and known.tokens.ids is not None:
-            if known.tokens.ids.shape[0] == ids.shape[0]:
-                return known
+        if past and known is not None and known.tokens.length >= past and known.tokens.rows == ids.shape[0]:
+            return known
         tokens = Tokens(self._parts.image_tokens, self._parts.video_tokens, split=self._wishes.segments != "visual")
         grids = kwargs.get("image_grid_thw")
         if self._generating is None:
             if past:
                 raise ValueError(
-                    f"a forward continues a cache of {past} tokens that were not recorded; begin recording with the first"
+                    f"a forward continues a cache of {past} tokens that were not recorded; begin with the first forward"
                 )
             return Sequence(self._wishes, tokens, prompt=self._wishes.prompt_length, grids=grids)
         prompt_ids = self._generating["ids"].to(ids.device)

@@ -35,6 +35,11 @@ class Tokens:
         """T, tokens so far."""
         return 0 if self.ids is None else self.ids.shape[1]
 
+    @property
+    def rows(self) -> int:
+        """B, or 0 before the first token."""
+        return 0 if self.ids is None else self.ids.shape[0]
+
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on."""
         if self.ids is not None and self.segments is not None and self.real is not None and length < self.length:

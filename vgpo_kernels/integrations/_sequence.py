@@ -176,7 +176,7 @@ class Sequence:
             return q.new_zeros((*(q.shape[:2] if self.wishes.all_heads else q.shape[:1]), 0), dtype=torch.float32)
         keys = at - mask.kv_offset
         keys = keys.masked_fill((at < 0) | (keys < 0) | (keys >= k.shape[2]), -1)
-        seen = {"intervals": (mask.key_start, key_end), "key_mask": mask.usable}
+        seen: dict[str, Any] = {"intervals": (mask.key_start, key_end), "key_mask": mask.usable}
         return attention_column_sum(q, k, lse, keys, reduction="sum", **asked, **seen)
 
     def _visual_positions(self) -> Tensor:
@@ -199,7 +199,7 @@ class Sequence:
     def _truncate(self, length: int) -> None:
         if self.wishes.predicting and self.steps and self.steps[-1].stop < min(length, self.tokens.length):
             raise ValueError(
-                "queries='predicting': expected a first forward of the prompt alone where others continue its cache, got "
+                "queries='predicting': expected a first forward of the prompt alone where others continue it, got "
                 f"one of {self.tokens.length} tokens after a prompt_length of {self.prompt}"
             )
         kept = []

@@ -54,8 +54,8 @@ def record_visual_attention(
     Args:
         model: a vision-language model of transformers set to "vgpo", bare or wrapped (DeepSpeed, DDP, PEFT).
         layers: "last", "all", or layer indices, negative ones from the end.
-        segments: "visual" gives one segment, the visual tokens. "image/query/generated" gives three that sum to 1: visual
-            tokens, the rest of the prompt, the completion. Padding is in none.
+        segments: "visual" gives one segment, the visual tokens. "image/query/generated" gives three that sum to 1:
+            visual tokens, the rest of the prompt, the completion. Padding is in none.
         heads: "mean", or "all" for each head by itself.
         columns: record also what each visual token received, summed over the completion's queries (over all queries
             where there is no completion). Padding is left out, and under `generate` so are queries from a row's end
@@ -66,9 +66,9 @@ def record_visual_attention(
             one before it, which produced it; complete under `generate`.
 
     Yields:
-        A Recorder. `mass` (layers, B, tokens, S) fp32, with heads="all" (layers, B, heads, tokens, S). With columns=True
-        `columns` (layers, B, [heads,] n) fp32, `visual_positions` (B, n) with -1 where a row has fewer visual tokens,
-        and `heatmap(sample, image)` -> (h, w). Tokens after a row's end are there, too: mask them.
+        A Recorder. `mass` (layers, B, tokens, S) fp32, with heads="all" (layers, B, heads, tokens, S). With
+        columns=True `columns` (layers, B, [heads,] n) fp32, `visual_positions` (B, n) with -1 where a row has fewer
+        visual tokens, and `heatmap(sample, image)` -> (h, w). Tokens after a row's end are there, too: mask them.
 
     Raises:
         TypeError, ValueError: an argument is not one of those above; the family shows its decoder no visual tokens; a
@@ -128,8 +128,8 @@ def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
     tokens, wanted = mass.shape[-1], completion_mask.shape[1]
     if tokens != wanted:
         raise ValueError(
-            f"completion_mask: expected one column for each of the {tokens} recorded tokens, got {wanted}; under generate "
-            "record with queries='predicting', or record a forward over the whole sequence with prompt_length"
+            f"completion_mask: expected one column for each of the {tokens} recorded tokens, got {wanted}; under "
+            "generate record with queries='predicting', or record a forward over the whole sequence with prompt_length"
         )
     focus = mass.transpose(0, 1).flatten(1, -2).mean(1)
     return torch.where(completion_mask.to(focus.device) != 0, focus, 0.0)
