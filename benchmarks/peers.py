@@ -8,6 +8,36 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 
+def eager_attention(q: Tensor, k: Tensor) -> Tensor:
+    """The whole causal map (B, Hq, Lq, Lk) as `output_attentions=True` gives it: K repeated, softmax in fp32."""
+    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q @ keys.mT * q.shape[-1] ** -0.5
+    later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[2])
+    return scores.masked_fill(later, float("-inf")).softmax(-1, dtype=torch.float32)
+
+
+def eager_mass(q: Tensor, k: Tensor, visual_mask: Tensor) -> Tensor:
+    """The map, summed over visual keys."""
+    return (eager_attention(q, k) * visual_mask[:, None, None]).sum(-1)
+
+
+def eager_column_sum(q: Tensor, k: Tensor, visual_mask: Tensor) -> Tensor:
+    """The map, summed over queries, at visual keys."""
+    return eager_attention(q, k).sum(2) * visual_mask[:, None]
+
+
+def two_lse_mass(q: Tensor, k: Tensor, lse: Tensor, visual: slice) -> Tensor:
+    """exp(LSE over visual keys - LSE over all), the former by a second stock attention, with keys for values.
+
+    Only for visual keys that lie side by side before every query.
+    """
+    from vgpo_kernels import attention_with_lse
+
+    keys = k[:, :, visual]
+    _, visual_lse = attention_with_lse(q, keys, keys, causal=False)
+    return (visual_lse - lse).exp()
+
+
 def token_loop_focus(hidden_states: Tensor, visual_mask: Tensor, completion_mask: Tensor) -> Tensor:
     """The cosine of one token after the other, each read back to the host, as trainers do without a kernel."""
     focus = torch.zeros(visual_mask.shape)

@@ -1,8 +1,17 @@
-"""Focus, weights and policy loss beside what a trainer does without them."""
+"""Attention, focus, weights and policy loss beside what a trainer does without them."""
 
 import pytest
 import torch
-from peers import dense_focus, dense_policy_loss, token_loop_focus, token_loop_weights, trl_policy_loss
+from peers import (
+    dense_focus,
+    dense_policy_loss,
+    eager_column_sum,
+    eager_mass,
+    token_loop_focus,
+    token_loop_weights,
+    trl_policy_loss,
+    two_lse_mass,
+)
 
 import vgpo_kernels
 from vgpo_kernels import PolicyLossConfig, VGPOConfig
@@ -14,6 +23,49 @@ ROWS, VISUAL, TOKENS, STATE = 8, 256, 256, 1024
 
 def completion_mask(device):
     return ragged_mask([TOKENS - 16 * row for row in range(ROWS)], TOKENS).to(device)
+
+
+# 7B's heads over a prompt of 1024 visual tokens and a completion, whose queries alone are asked for.
+HEADS, HEAD_DIM, PROMPT, QUERIES = (28, 4), 128, 1024, 512
+
+
+@pytest.fixture(scope="module")
+def attention(device):
+    """Returns q of the completion, k, their LSE and the visual mask."""
+    torch.manual_seed(0)
+    length = PROMPT + QUERIES
+    q = torch.randn(1, QUERIES, HEADS[0], HEAD_DIM, device=device).transpose(1, 2)
+    k = torch.randn(1, length, HEADS[1], HEAD_DIM, device=device).transpose(1, 2)
+    _, lse = vgpo_kernels.attention_with_lse(q, k, k)
+    return q, k, lse, torch.arange(length, device=device)[None] < PROMPT
+
+
+@pytest.mark.benchmark(group="attention mass, given the LSE")
+@pytest.mark.parametrize("provider", ["vgpo_kernels", "two LSEs", "eager map"])
+def test_attention_mass(provider, timed, attention):
+    q, k, lse, visual = attention
+
+    def ours():
+        return vgpo_kernels.attention_mass(q, k, lse, visual.int() - 1, 1)[..., 0]
+
+    providers = {
+        "vgpo_kernels": ours,
+        "two LSEs": lambda: two_lse_mass(q, k, lse, slice(0, PROMPT)),
+        "eager map": lambda: eager_mass(q, k, visual),
+    }
+    torch.testing.assert_close(timed(providers[provider]), ours(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.benchmark(group="attention column sum, given the LSE")
+@pytest.mark.parametrize("provider", ["vgpo_kernels", "eager map"])
+def test_attention_column_sum(provider, timed, attention):
+    q, k, lse, visual = attention
+
+    def ours():
+        return vgpo_kernels.attention_column_sum(q, k, lse, visual)
+
+    providers = {"vgpo_kernels": ours, "eager map": lambda: eager_column_sum(q, k, visual)}
+    torch.testing.assert_close(timed(providers[provider]), ours(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.benchmark(group="focus")

@@ -13,7 +13,14 @@ import torch
 
 from vgpo_kernels import _dispatch
 
-OPERATIONS = {"visual_focus_score": "focus", "vgpo_weights": "weights", "policy_loss": "policy_loss"}
+OPERATIONS = {
+    "attention_mass": "attention",
+    "attention_column_sum": "attention",
+    "visual_attention": "attention",
+    "visual_focus_score": "focus",
+    "vgpo_weights": "weights",
+    "policy_loss": "policy_loss",
+}
 # What each is called where it is installed; Triton comes under another name with PyTorch for ROCm.
 DISTRIBUTIONS = {
     "vgpo-kernels": ("vgpo-kernels",),

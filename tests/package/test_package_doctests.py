@@ -6,6 +6,7 @@ import importlib
 import pytest
 
 MODULES = (
+    "vgpo_kernels.attention.api",
     "vgpo_kernels.focus.api",
     "vgpo_kernels.weights.api",
     "vgpo_kernels.weights.config",

@@ -18,7 +18,7 @@ def test_the_report():
     assert ["vgpo-kernels", __version__] in cells
     assert ["VGPO_DEBUG", "1"] in cells
     assert ["TRITON_INTERPRET", "not", "set"] in cells
-    for operation in ("visual_focus_score", "vgpo_weights", "policy_loss"):
+    for operation in _doctor.OPERATIONS:
         assert [operation, "cpu", "reference", "CPU", "tensors"] in cells
         if torch.cuda.is_available():
             assert [operation, "cuda:0", "triton", "cuda", "tensors"] in cells
@@ -48,7 +48,9 @@ def gpu_without_triton(monkeypatch):
 def test_nothing_runs(capsys):
     assert main(["doctor"]) == 1
     report = capsys.readouterr().out
-    assert report.count("cuda:0  cannot run  Triton is not installed: pip install 'vgpo-kernels[triton]'") == 3
+    assert report.count("cuda:0  cannot run  Triton is not installed: pip install 'vgpo-kernels[triton]'") == len(
+        _doctor.OPERATIONS
+    )
 
 
 def test_one_operation_is_enough(monkeypatch, capsys):
@@ -57,8 +59,8 @@ def test_one_operation_is_enough(monkeypatch, capsys):
     monkeypatch.setattr(_dispatch, "has_triton", lambda: False)
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
-    assert report.count("cannot run") == 3
-    assert report.count("reference") >= 3
+    assert report.count("cannot run") == len(_doctor.OPERATIONS)
+    assert report.count("reference") >= len(_doctor.OPERATIONS)
 
 
 def test_a_gpu_is_named_with_its_kernels(monkeypatch, capsys):
@@ -68,7 +70,7 @@ def test_a_gpu_is_named_with_its_kernels(monkeypatch, capsys):
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
     assert "cuda:0  NVIDIA H200, capability 9.0, 139.8 GiB" in report
-    assert report.count("cuda:0  triton  cuda tensors") == 3
+    assert report.count("cuda:0  triton  cuda tensors") == len(_doctor.OPERATIONS)
 
 
 def test_a_broken_triton_is_told(monkeypatch):
@@ -78,7 +80,7 @@ def test_a_broken_triton_is_told(monkeypatch):
     monkeypatch.setattr(_doctor.importlib, "import_module", fail)
     [(row, runs), *_] = _doctor.operation_rows([torch.device("cpu")])
     assert not runs
-    assert row == ("visual_focus_score", "cpu", "cannot run", "cannot load vgpo_kernels.focus.reference")
+    assert row == ("attention_mass", "cpu", "cannot run", "cannot load vgpo_kernels.attention.reference")
 
 
 def test_a_command_is_required(capsys):
