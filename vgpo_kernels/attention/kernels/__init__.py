@@ -1,13 +1,22 @@
 """The room's Triton kernels, behind the function names that `reference` has."""
 
 from vgpo_kernels._triton import CompileCase
-from vgpo_kernels.attention.kernels import column, mass
+from vgpo_kernels.attention.kernels import backward, column, decode, forward, keys, mass, tiles
+from vgpo_kernels.attention.kernels.backward import visual_attention_backward
 from vgpo_kernels.attention.kernels.column import attention_column_sum
+from vgpo_kernels.attention.kernels.forward import visual_attention
 from vgpo_kernels.attention.kernels.mass import attention_mass
 
-__all__ = ["attention_column_sum", "attention_mass", "compile_cases"]
+__all__ = [
+    "attention_column_sum",
+    "attention_mass",
+    "compile_cases",
+    "visual_attention",
+    "visual_attention_backward",
+]
 
 
 def compile_cases() -> list[CompileCase]:
     """Returns the compile cases of every kernel of the room."""
-    return [*mass.compile_cases(), *column.compile_cases()]
+    modules = (tiles, mass, column, keys, forward, decode, backward)
+    return [case for module in modules for case in module.compile_cases()]

@@ -10,10 +10,11 @@ from vgpo_kernels.attention.kernels import decode
 from vgpo_kernels.attention.kernels.keys import (
     MIXED_BLOCK,
     VISUAL_BLOCK,
+    cut_steps,
     cut_tile,
     find_keys,
+    key_ranges,
     load_tile,
-    query_tiles,
     row_intervals,
 )
 from vgpo_kernels.attention.kernels.shared import (
@@ -35,7 +36,7 @@ def forward_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     in shared memory. Single precision has no tensor cores: a product is unrolled, so its tiles are small.
     """
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "CUT_N": 32, "num_warps": 4, "num_stages": 1}
     queries, keys, stages = 128, {64: 128, 128: 128}.get(max(head, 64), 64), 2
     if target in ("sm_80", "sm_120", "gfx942"):
         keys = 64 if head <= 128 else 32
@@ -43,7 +44,7 @@ def forward_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
         queries = 64
     if target == "gfx942":
         stages = 1
-    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": keys // 2, "num_warps": 8, "num_stages": stages}
 
 
 @triton.jit
@@ -81,14 +82,13 @@ def _attend(
     m_d = o_d < HEAD
     o_k = o_n.to(tl.int64)[:, None] * stride_kl + o_d[None, :]  # [BN, BD]
     o_v = o_n.to(tl.int64)[:, None] * stride_vl + o_d[None, :]  # [BN, BD]
-    steps = whole_end - whole_begin
+    steps = (whole_end - whole_begin) // BLOCK_N
     if CUT:
-        steps = end - begin - steps
+        steps = cut_steps(begin, whole_begin, whole_end, end, BLOCK_N)
     for step in range(0, steps):
-        tile = whole_begin + step
+        first = whole_begin + step * BLOCK_N
         if CUT:
-            tile = cut_tile(step, begin, whole_begin, whole_end)
-        first = tile * BLOCK_N
+            first = cut_tile(step, begin, whole_begin, whole_end, BLOCK_N)
         m_n = first + o_n < Lk
         if CUT:
             b_weight = tl.load(p_weight + first + o_n, mask=m_n, other=-1.0)  # [BN]
@@ -118,7 +118,7 @@ def _attend(
                 b_part = tl.sum(b_p * b_weight[None, :], axis=1)
             else:
                 # Most tiles are in an image or out of it, and their mass is the sum at hand or nothing.
-                kind = tl.load(p_kind + tile)
+                kind = tl.load(p_kind + first // BLOCK_N)
                 if kind == MIXED_BLOCK:
                     b_weight = tl.load(p_weight + first + o_n)  # [BN]
                     b_part = tl.sum(b_p * b_weight[None, :], axis=1)
@@ -163,6 +163,7 @@ def forward_kernel(
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CUT_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """A program owns a block of queries of one head and walks the keys that they see."""
@@ -189,7 +190,7 @@ def forward_kernel(
     p_q += o_m.to(tl.int64)[:, None] * stride_ql + o_d[None, :]
     b_q = load_tile(p_q, m_seen, o_d < HEAD, True, HEAD < BLOCK_D)  # [BM, BD]
 
-    begin, whole_begin, whole_end, end = query_tiles(b_start, b_end, p_kind, BLOCK_N, BLOCK_N)
+    begin, whole_begin, whole_end, end = key_ranges(b_start, b_end, p_kind, BLOCK_N, BLOCK_N, CUT_N)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -220,7 +221,7 @@ def forward_kernel(
             SOFTCAP,
             WITH_MASS,
             HEAD,
-            BLOCK_N,
+            CUT_N if CUT == 1 else BLOCK_N,
             BLOCK_D,
         )
 

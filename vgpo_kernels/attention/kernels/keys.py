@@ -132,18 +132,21 @@ def row_intervals(start_ptr, end_ptr, o_m, Lq):
 
 
 @triton.jit
-def tile_ranges(first, last, whole_first, whole_last, BLOCK: tl.constexpr):
-    """Cuts [first, last) into tiles: the first one, the first and the end of those inside the whole range, the end."""
-    end = tl.cdiv(tl.maximum(last, 0), BLOCK)
-    begin = tl.minimum(first // BLOCK, end)
-    whole_begin = tl.minimum(tl.maximum(tl.cdiv(whole_first, BLOCK), begin), end)
-    whole_end = tl.maximum(tl.minimum(whole_last // BLOCK, end), whole_begin)
+def tile_ranges(first, last, whole_first, whole_last, BLOCK: tl.constexpr, CUT_BLOCK: tl.constexpr):
+    """Cuts [first, last) at whole tiles of BLOCK within [whole_first, whole_last); the rest is tiles of CUT_BLOCK.
+
+    Returns where the first tile begins, where those within begin and end, and where the last one ends.
+    """
+    end = tl.cdiv(tl.maximum(last, 0), CUT_BLOCK) * CUT_BLOCK
+    begin = tl.minimum(first // CUT_BLOCK * CUT_BLOCK, end)
+    whole_begin = tl.minimum(tl.maximum(tl.cdiv(whole_first, BLOCK) * BLOCK, begin), end)
+    whole_end = tl.maximum(tl.minimum(whole_last // BLOCK * BLOCK, end), whole_begin)
     return begin, whole_begin, whole_end, end
 
 
 @triton.jit
-def query_tiles(b_start, b_end, p_kind, KEYS_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tiles of keys that a block of queries sees, as `tile_ranges`; with a hole among them none counts as whole."""
+def key_ranges(b_start, b_end, p_kind, KEYS_BLOCK: tl.constexpr, BLOCK: tl.constexpr, CUT_BLOCK: tl.constexpr):
+    """Ranges of keys that a block of queries sees, as `tile_ranges`; with a hole among them none counts as whole."""
     LARGEST: tl.constexpr = 2147483647
     BLOCK_HOLES: tl.constexpr = 128
     m_seen = b_start < b_end
@@ -151,13 +154,10 @@ def query_tiles(b_start, b_end, p_kind, KEYS_BLOCK: tl.constexpr, BLOCK_N: tl.co
     last = tl.max(tl.where(m_seen, b_end, 0), axis=0)
     whole_first = tl.max(tl.where(m_seen, b_start, 0), axis=0)
     whole_last = tl.min(tl.where(m_seen, b_end, LARGEST), axis=0)
-    # Short of the largest number, so that rounding up to tiles does not overflow.
-    begin, whole_begin, whole_end, end = tile_ranges(
-        tl.minimum(first, last), last, whole_first, tl.minimum(whole_last, last), BLOCK_N
-    )
+    begin, whole_begin, whole_end, end = tile_ranges(first, last, whole_first, whole_last, BLOCK, CUT_BLOCK)
     holes = tl.zeros([BLOCK_HOLES], tl.int32)
-    blocks_end = tl.cdiv(whole_end * BLOCK_N, KEYS_BLOCK)
-    for block in range(whole_begin * BLOCK_N // KEYS_BLOCK, blocks_end, BLOCK_HOLES):
+    blocks_end = tl.cdiv(whole_end, KEYS_BLOCK)
+    for block in range(whole_begin // KEYS_BLOCK, blocks_end, BLOCK_HOLES):
         o_b = block + tl.arange(0, BLOCK_HOLES)
         b_kind = tl.load(p_kind + o_b, mask=o_b < blocks_end, other=0)
         holes = tl.maximum(holes, (b_kind == HOLE_BLOCK).to(tl.int32))
@@ -166,10 +166,16 @@ def query_tiles(b_start, b_end, p_kind, KEYS_BLOCK: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def cut_tile(step, begin, whole_begin, whole_end):
-    """The tile of a step through those before and after the whole ones."""
-    left = whole_begin - begin
-    return tl.where(step < left, begin + step, whole_end + step - left)
+def cut_steps(begin, whole_begin, whole_end, end, CUT_BLOCK: tl.constexpr):
+    """How many tiles of CUT_BLOCK lie before and after the whole ones."""
+    return (end - begin - (whole_end - whole_begin)) // CUT_BLOCK
+
+
+@triton.jit
+def cut_tile(step, begin, whole_begin, whole_end, CUT_BLOCK: tl.constexpr):
+    """Where the tile of a step through those before and after the whole ones begins."""
+    first = begin + step * CUT_BLOCK
+    return tl.where(first < whole_begin, first, first + (whole_end - whole_begin))
 
 
 @triton.jit
@@ -177,12 +183,11 @@ def load_tile(p_tile, m_rows, m_columns, CUT_ROWS: tl.constexpr, CUT_COLUMNS: tl
     """Loads [R, C] with 0 outside the masks [R] and [C], each of which is looked at only where it cuts."""
     if CUT_ROWS and CUT_COLUMNS:
         return tl.load(p_tile, mask=m_rows[:, None] & m_columns[None, :], other=0.0)
-    elif CUT_ROWS:
+    if CUT_ROWS:
         return tl.load(p_tile, mask=m_rows[:, None], other=0.0)
-    elif CUT_COLUMNS:
+    if CUT_COLUMNS:
         return tl.load(p_tile, mask=m_columns[None, :], other=0.0)
-    else:
-        return tl.load(p_tile)
+    return tl.load(p_tile)
 
 
 def compile_cases() -> list[CompileCase]:

@@ -1,0 +1,269 @@
+"""The gradients of K and V: a program owns a block of keys and walks the queries that see them, in order."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, load_tile, tile_ranges
+from vgpo_kernels.attention.kernels.shared import padded_head, tanh
+
+STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkvg" for axis in "bhl")
+
+
+def keys_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
+    """Returns the tiles of the kernel of dK and dV for heads padded to `head`.
+
+    Two accumulators of a block of keys stay in registers, which bounds the block; products with 64 rows a warp group
+    take what they sum over from there. Single precision unrolls its products, so its tiles are small.
+    """
+    if itemsize == 4:
+        return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+    keys, queries, stages = (128, 64, 2) if head <= 128 else (64, 32, 2)
+    if target in ("sm_120", "gfx942"):
+        keys, queries = (64, 32) if head <= 128 else (32, 16)
+    if target == "gfx942":
+        stages = 1
+    return {"BLOCK_M": queries, "CUT_M": queries, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
+
+
+@triton.jit
+def probabilities(b_s, b_lse2, inner, outer, SOFTCAP: tl.constexpr):
+    """Probabilities of products of q and k, and the derivative of the soft-cap there (1 without one)."""
+    if SOFTCAP:
+        b_tanh = tanh(b_s * inner)
+        return tl.exp2(b_tanh * outer - b_lse2), 1.0 - b_tanh * b_tanh
+    return tl.exp2(b_s * inner - b_lse2), 1.0
+
+
+@triton.jit
+def _keys_gradient(
+    b_dk,  # [BN, BD] fp32
+    b_dv,  # [BN, BD] fp32
+    b_k,  # [BN, BD]
+    b_v,  # [BN, BD]
+    b_weight,  # [BN] fp32
+    o_n,  # [BN]
+    p_q,
+    p_grad,
+    p_delta,
+    p_lse2,
+    p_grad_mass,
+    p_start,
+    p_end,
+    stride_ql,
+    stride_gl,
+    begin,
+    whole_begin,
+    whole_end,
+    end,
+    Lq,
+    inner,
+    outer,
+    CUT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Walks the tiles of queries that all see the whole block of keys, or the others, of one head."""
+    o_d = tl.arange(0, BLOCK_D)  # [BD]
+    m_d = o_d < HEAD
+    o_tile = tl.arange(0, BLOCK_M)  # [BM]
+    o_q = o_tile.to(tl.int64)[:, None] * stride_ql + o_d[None, :]  # [BM, BD]
+    o_g = o_tile.to(tl.int64)[:, None] * stride_gl + o_d[None, :]  # [BM, BD]
+    steps = (whole_end - whole_begin) // BLOCK_M
+    if CUT:
+        steps = cut_steps(begin, whole_begin, whole_end, end, BLOCK_M)
+    for step in range(0, steps):
+        first = whole_begin + step * BLOCK_M
+        if CUT:
+            first = cut_tile(step, begin, whole_begin, whole_end, BLOCK_M)
+        o_m = first + o_tile  # [BM]
+        m_m = o_m < Lq
+        b_lse2 = tl.load(p_lse2 + o_m, mask=m_m, other=float("inf"))  # [BM]
+        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # [BM]
+        m_m = b_lse2 != float("inf")
+        b_q = load_tile(p_q + first.to(tl.int64) * stride_ql + o_q, m_m, m_d, CUT, HEAD < BLOCK_D)  # [BM, BD]
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+        b_p, b_slope = probabilities(b_s, b_lse2[None, :], inner, outer, SOFTCAP)  # [BN, BM]
+        if CUT:
+            b_start = tl.load(p_start + o_m, mask=m_m, other=0)  # [BM]
+            b_end = tl.load(p_end + o_m, mask=m_m, other=0)  # [BM]
+            m_visible = (b_start[None, :] <= o_n[:, None]) & (o_n[:, None] < b_end[None, :])  # [BN, BM]
+            b_p = tl.where(m_visible, b_p, 0.0)
+        p_tile = p_grad + first.to(tl.int64) * stride_gl + o_g
+        b_grad = load_tile(p_tile, m_m, m_d, CUT, HEAD < BLOCK_D)  # [BM, BD]
+        b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")  # [BN, BM]
+        b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision="ieee")
+        if p_grad_mass is not None:
+            b_grad_mass = tl.load(p_grad_mass + o_m, mask=m_m, other=0.0)  # [BM]
+            b_dp += b_weight[:, None] * b_grad_mass[None, :]
+        b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope  # [BN, BM]
+        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["Hkv", "group", "Lq", "Lk", *STRIDES, "inner", "outer", "scale"])
+def keys_gradient_kernel(
+    q_ptr,  # (B, Hq, Lq, D)
+    k_ptr,  # (B, Hkv, Lk, D)
+    v_ptr,  # (B, Hkv, Lk, D)
+    grad_out_ptr,  # (B, Hq, Lq, D)
+    grad_mass_ptr,  # (B, Hq, Lq) fp32 contiguous, or None
+    delta_ptr,  # (B, Hq, Lq) fp32 contiguous
+    lse2_ptr,  # (B, Hq, Lq) fp32 contiguous
+    weight_ptr,  # (B, Lk) fp32
+    queries_ptr,  # (B, blocks, 4) int32
+    start_ptr,  # (B, Lq) int32
+    end_ptr,  # (B, Lq) int32
+    dk_ptr,  # (B, Hkv, Lk, D) contiguous
+    dv_ptr,  # (B, Hkv, Lk, D) contiguous
+    Hkv,
+    group,
+    Lq,
+    Lk,
+    stride_qb_units,
+    stride_qh_units,
+    stride_ql_units,
+    stride_kb_units,
+    stride_kh_units,
+    stride_kl_units,
+    stride_vb_units,
+    stride_vh_units,
+    stride_vl_units,
+    stride_gb_units,
+    stride_gh_units,
+    stride_gl_units,
+    inner,
+    outer,
+    scale,
+    SOFTCAP: tl.constexpr,
+    HEAD: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    CUT_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program owns a block of keys of one kv head and walks the queries of its heads that see one of them."""
+    n_blocks = tl.cdiv(Lk, BLOCK_N)
+    # The first keys first: under a causal mask the most queries see them.
+    block = tl.program_id(0) % n_blocks
+    row_head = tl.program_id(0) // n_blocks
+    row = (row_head // Hkv).to(tl.int64)
+    kv_head = (row_head % Hkv).to(tl.int64)
+    o_n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
+    o_d = tl.arange(0, BLOCK_D)  # [BD]
+    m_d = o_d < HEAD
+    m_n = o_n < Lk
+    b_weight = tl.load(weight_ptr + row * Lk + o_n, mask=m_n, other=-1.0)  # [BN]
+    m_seen = b_weight >= 0
+    stride_ql = stride_ql_units.to(tl.int64) * UNIT
+    stride_gl = stride_gl_units.to(tl.int64) * UNIT
+    p_k = k_ptr + (row * stride_kb_units + kv_head * stride_kh_units) * UNIT
+    p_v = v_ptr + (row * stride_vb_units + kv_head * stride_vh_units) * UNIT
+    p_k += (o_n.to(tl.int64) * stride_kl_units)[:, None] * UNIT + o_d[None, :]
+    p_v += (o_n.to(tl.int64) * stride_vl_units)[:, None] * UNIT + o_d[None, :]
+    b_k = load_tile(p_k, m_seen, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
+    b_v = load_tile(p_v, m_seen, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
+    p_queries = queries_ptr + (row * n_blocks + block) * 4
+    begin, whole_begin, whole_end, end = tile_ranges(
+        tl.load(p_queries), tl.load(p_queries + 1), tl.load(p_queries + 2), tl.load(p_queries + 3), BLOCK_M, CUT_M
+    )
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for member in range(0, group):
+        head = kv_head * group + member
+        first = (row * Hkv * group + head) * Lq
+        p_grad_mass = None
+        if grad_mass_ptr is not None:
+            p_grad_mass = grad_mass_ptr + first
+        for CUT in tl.static_range(2):
+            b_dk, b_dv = _keys_gradient(
+                b_dk,
+                b_dv,
+                b_k,
+                b_v,
+                b_weight,
+                o_n,
+                q_ptr + (row * stride_qb_units + head * stride_qh_units) * UNIT,
+                grad_out_ptr + (row * stride_gb_units + head * stride_gh_units) * UNIT,
+                delta_ptr + first,
+                lse2_ptr + first,
+                p_grad_mass,
+                start_ptr + row * Lq,
+                end_ptr + row * Lq,
+                stride_ql,
+                stride_gl,
+                begin,
+                whole_begin,
+                whole_end,
+                end,
+                Lq,
+                inner,
+                outer,
+                CUT == 1,
+                SOFTCAP,
+                HEAD,
+                CUT_M if CUT == 1 else BLOCK_M,
+                BLOCK_D,
+            )
+    o_out = (row_head.to(tl.int64) * Lk + o_n)[:, None] * HEAD + o_d[None, :]
+    m_out = m_n[:, None] & m_d[None, :]
+    dtype = dk_ptr.dtype.element_ty
+    tl.store(dk_ptr + o_out, tl.where(m_seen[:, None], b_dk * scale, 0.0).to(dtype), mask=m_out)
+    tl.store(dv_ptr + o_out, tl.where(m_seen[:, None], b_dv, 0.0).to(dtype), mask=m_out)
+
+
+def compile_case(
+    name: str,
+    kernel: Any,
+    tiles: Callable[[str, int, int], dict[str, int]],
+    arguments: dict[str, str],
+    dtype: str,
+    D: int,
+    softcap: bool = False,
+    mass: bool = True,
+    unit: int = 8,
+    **constexprs: Any,
+) -> CompileCase:
+    """Returns the case of a kernel with `arguments` beside those that both kernels have."""
+    head, itemsize = padded_head(D), 4 if dtype == "fp32" else 2
+    signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "grad_out_ptr"), f"*{dtype}")
+    signature |= dict.fromkeys(("delta_ptr", "lse2_ptr", "weight_ptr"), "*fp32")
+    signature |= dict.fromkeys(("start_ptr", "end_ptr"), "*i32")
+    signature |= dict.fromkeys(("group", "Lq", "Lk", *STRIDES), "i32")
+    signature |= dict.fromkeys(("inner", "outer", "scale"), "fp32") | arguments
+    constexprs |= {"SOFTCAP": softcap, "HEAD": D, "UNIT": unit, "BLOCK_D": head}
+    if mass:
+        signature["grad_mass_ptr"] = "*fp32"
+    else:
+        constexprs["grad_mass_ptr"] = None
+    variant = f"{dtype} D {D}{' softcap' * softcap}{' any strides' * (unit == 1)}{'' if mass else ' no mass'}"
+    return CompileCase(
+        f"attention {name} {variant}",
+        kernel,
+        signature,
+        constexprs,
+        tiles=lambda target: tiles(target, itemsize, head),
+    )
+
+
+def compile_cases() -> list[CompileCase]:
+    """Returns the kernel at the head sizes and types in use, with soft-cap, odd strides and without mass once each."""
+    return [
+        _compile_case("bf16", 64),
+        _compile_case("bf16", 128),
+        _compile_case("bf16", 256),
+        _compile_case("fp16", 80),
+        _compile_case("fp32", 64),
+        _compile_case("fp32", 256),
+        _compile_case("bf16", 256, softcap=True),
+        _compile_case("bf16", 128, unit=1),
+        _compile_case("bf16", 128, mass=False),
+    ]
+
+
+def _compile_case(dtype: str, D: int, **options: Any) -> CompileCase:
+    arguments = dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}") | {"queries_ptr": "*i32", "Hkv": "i32"}
+    return compile_case("backward keys", keys_gradient_kernel, keys_tiles, arguments, dtype, D, **options)
