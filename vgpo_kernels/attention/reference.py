@@ -40,8 +40,8 @@ def attention_mass(
         blocks = _probabilities(q[row], k[row], lse[row], positions, key_start[row], key_end[row], scale, softcap)
         for queries, keys, probabilities in blocks:
             segments = segment_ids[row, positions[keys]].long()
-            members = torch.nn.functional.one_hot(segments, num_segments).to(mass.dtype)  # [n, S]
-            mass[row, :, queries] += probabilities @ members
+            members = torch.nn.functional.one_hot(segments, num_segments).to(mass.dtype).T.contiguous()  # [S, n]
+            mass[row, :, queries] += torch.nn.functional.linear(probabilities, members)
     return mass
 
 
