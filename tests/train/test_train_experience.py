@@ -9,7 +9,15 @@ import torch
 from vgpo_train.algorithms import GRPO, ScoredRollout, Weighting
 from vgpo_train.config import ConfigError, OptimConfig, RolloutConfig, TrainConfig
 from vgpo_train.experience import group_advantages, kept_rows
-from vgpo_train.metrics import correlation, focus_metrics, merge_updates, rollout_metrics, weight_metrics
+from vgpo_train.metrics import (
+    attention_metrics,
+    completion_tenths,
+    correlation,
+    focus_metrics,
+    merge_updates,
+    rollout_metrics,
+    weight_metrics,
+)
 from vgpo_train.plan import check_divisible, total_steps
 from vgpo_train.trainer import Trainer
 
@@ -142,6 +150,52 @@ def test_the_later_half_of_an_odd_completion_is_the_longer_one() -> None:
     single = focus_metrics(torch.tensor([[0.5]]), torch.ones(1, 1, dtype=torch.bool))
     assert single["focus_mean"] == 0.5
     assert math.isnan(single["focus_late_early_ratio"])
+
+
+def test_tenths_of_a_completion_are_those_of_its_own_length() -> None:
+    # Ten tokens and more fall in every tenth, fewer leave some out; the place counts valid tokens alone.
+    lengths = (1, 3, 10, 13)
+    mask = torch.arange(13) < torch.tensor(lengths)[:, None]
+    expected = [[10 * token // length for token in range(length)] + [-1] * (13 - length) for length in lengths]
+    assert completion_tenths(mask).tolist() == expected
+    late = torch.tensor([[0, 0, 1, 1, 0, 1]]).bool()
+    assert completion_tenths(late).tolist() == [[-1, -1, 0, 3, -1, 6]]
+    assert completion_tenths(torch.zeros(1, 2, dtype=torch.bool)).tolist() == [[-1, -1]]
+
+
+def test_attention_metrics() -> None:
+    # Two right rows, a wrong one, and a right one without a picture, of which nothing counts.
+    image = torch.tensor([[0.4, 0.2, 0.1, 0.1], [0.6, 0.3, 0.0, 0.0], [0.1, 0.3, 0.0, 0.0], [9.0, 9.0, 9.0, 9.0]])
+    attention = torch.stack([image, 1 - image, torch.full_like(image, 0.25)], dim=-1)
+    whole = _whole(
+        group_ids=torch.zeros(4, dtype=torch.long),
+        completion_mask=torch.arange(4) < torch.tensor([[4], [2], [2], [4]]),
+        rewards=torch.zeros(4),
+        accuracies=torch.tensor([1.0, 0.6, 0.5, 1.0]),
+        attention=attention,
+        has_visual=torch.tensor([True, True, True, False]),
+    )
+    metrics = rollout_metrics(whole, torch.ones(4).bool(), max_new_tokens=9)
+    # The tokens of the first row fall in tenths 0, 2, 5 and 7, those of the others in 0 and 5.
+    expected = [1.1 / 3, None, 0.2, None, None, 0.7 / 3, None, 0.1, None, None]
+    for name, values in (
+        ("attention_image", expected),
+        ("attention_query", [value and 1 - value for value in expected]),
+        ("attention_generated", [value and 0.25 for value in expected]),
+    ):
+        found = [None if math.isnan(value) else value for value in metrics[name]]
+        assert [value is None for value in found] == [value is None for value in values]
+        assert [value or 0 for value in found] == pytest.approx([value or 0 for value in values])
+    assert metrics["visual_late_early_ratio"] == pytest.approx((0.8 / 4) / (1.3 / 4))
+    assert metrics["visual_late_early_ratio_correct"] == pytest.approx((0.5 / 3) / (1.2 / 3))
+    assert metrics["visual_late_early_ratio_incorrect"] == pytest.approx(3.0)
+
+
+def test_attention_metrics_without_wrong_completions() -> None:
+    attention = torch.full((2, 4, 3), 0.5)
+    metrics = attention_metrics(attention, torch.ones(2, 4).bool(), torch.tensor([True, True]))
+    assert metrics["visual_late_early_ratio_correct"] == metrics["visual_late_early_ratio"] == pytest.approx(1.0)
+    assert math.isnan(metrics["visual_late_early_ratio_incorrect"])
 
 
 def test_focus_metrics_of_text_alone_are_not_a_number() -> None:

@@ -132,6 +132,18 @@ def test_what_is_no_number_is_null(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "nan": None, "inf": None, "none": None, "whole": 3}]
 
 
+def test_curves_are_lists_of_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _log(tmp_path, 0, [{"step": 1, "curve": [0.25, float("nan"), 1]}], tensorboard=True)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"step": 1, "curve": [0.25, null, 1]}\n'
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["curve/0", "curve/2"]
+    assert [event.value for event in events.Scalars("curve/0")] == [0.25]
+
+
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

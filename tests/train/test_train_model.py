@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, ChameleonConfig, Qwen2_5_VLConfig
 from transformers.utils import is_torchvision_available
 
 from vgpo_train.model import (
     copy_processor_files,
     image_token_id,
     image_token_mask,
+    layer_count,
     load_model,
     load_processor,
     visual_token_ids,
@@ -63,6 +64,38 @@ def test_a_copied_checkpoint_loads(tiny_checkpoint: Path, tmp_path: Path) -> Non
     ids = load_processor(tmp_path).tokenizer("How many?", return_tensors="pt").input_ids
     again = load_model(tmp_path, dtype=torch.float32)
     assert torch.equal(model.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
+
+
+def test_the_text_half_alone_runs_the_attention_that_can_be_recorded(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = load_model(tiny_checkpoint, dtype=torch.float32, attn_implementation="vgpo")
+    used = [config._attn_implementation for config in (model.config.text_config, model.config.vision_config)]
+    assert used == ["vgpo", "sdpa"]
+    # Another program knows no such attention.
+    model.save_pretrained(tmp_path)
+    assert "vgpo" not in (tmp_path / "config.json").read_text()
+    again = load_model(tmp_path, dtype=torch.float32)
+    assert again.config.text_config._attn_implementation == "sdpa"
+    ids = torch.tensor([[100, 101, 102]])
+    assert torch.equal(model.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(Qwen2_5_VLConfig(), {"text_config": "vgpo"}), (ChameleonConfig(), "vgpo")],
+    ids=["two halves", "one configuration"],
+)
+def test_families_without_a_text_half_run_it_everywhere(tiny_checkpoint, monkeypatch, config, expected) -> None:
+    asked = {}
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: config)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **options: asked.update(options))
+    load_model(tiny_checkpoint, dtype=torch.float32, attn_implementation="vgpo")
+    assert asked["attn_implementation"] == expected
+    load_model(tiny_checkpoint, dtype=torch.float32, attn_implementation="eager")
+    assert asked["attn_implementation"] == "eager"
+
+
+def test_the_layers_of_the_text_half_are_counted(tiny_checkpoint: Path) -> None:
+    assert layer_count(tiny_checkpoint) == 2
 
 
 def test_dtype_is_the_one_asked_for(tiny_checkpoint: Path) -> None:

@@ -4,19 +4,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_stand_ins import PlainEngine, collator, mixed_samples, random_completions
+from train_stand_ins import PlainEngine, collator, eager_attention, mixed_samples, random_completions
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from vgpo_kernels.integrations.transformers import focus_from_attention, record_visual_attention
 from vgpo_train import policy
 from vgpo_train.batching import build_companion, micro_batches
+from vgpo_train.config import ConfigError, ModelConfig, OptimConfig, TrainConfig
 from vgpo_train.data import PromptBatch
 from vgpo_train.model import load_model
-from vgpo_train.rollout import Completions
-from vgpo_train.scoring import image_ids, score
+from vgpo_train.rollout import Completions, RolloutConfig
+from vgpo_train.scoring import Scorer, Scores, check_recordable, focus_of, image_ids, score
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_checkpoint: Path) -> PlainEngine:
-    return PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32))
+    return PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32, attn_implementation="vgpo"))
+
+
+@pytest.fixture(scope="module")
+def eager(tiny_checkpoint: Path) -> PlainEngine:
+    """The same policy with attention maps."""
+    return PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32, attn_implementation="eager"))
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +44,17 @@ def _row(completions: Completions, row: int) -> Completions:
     return Completions(completions.ids[[row], :length], completions.mask[[row], :length])
 
 
-def _score(engine: PlainEngine, prompts: PromptBatch, completions: Completions, *, per_image: bool = False):
-    return score(engine, None, prompts.tensors(), completions, temperature=0.7, wants_focus=True, per_image=per_image)
+def _score(
+    engine: PlainEngine,
+    prompts: PromptBatch,
+    completions: Completions,
+    *,
+    per_image: bool = False,
+    layers: str | list[int] | None = "last",
+    reference: PlainEngine | None = None,
+) -> Scores:
+    settings = {"temperature": 0.7, "wants_focus": True, "per_image": per_image, "layers": layers}
+    return score(engine, reference, prompts.tensors(), completions, **settings)
 
 
 def test_inputs_keep_token_types_and_leave_vision_inputs_alone(prompts: PromptBatch, completions: Completions) -> None:
@@ -104,10 +122,106 @@ def test_left_padding_changes_neither_log_probabilities_nor_focus(
         length = own.ids.shape[1]
         alone = _score(engine, prompts.take([row]), own, per_image=per_image)
         torch.testing.assert_close(together.old_logps[row, :length], alone.old_logps[0], atol=2e-5, rtol=0)
-        torch.testing.assert_close(together.focus_similarity[row, :length], alone.focus_similarity[0], atol=2e-6, rtol=0)
+        torch.testing.assert_close(
+            together.focus_similarity[row, :length], alone.focus_similarity[0], atol=2e-6, rtol=0
+        )
         assert not together.focus_similarity[row, length:].any()
     assert not together.focus_similarity[1].any(), "a row without a picture has no focus"
     assert together.focus_similarity[0].abs().min() > 0
+    assert not together.attention[1, :, 0].any(), "a row without a picture looks at none"
+
+
+@pytest.mark.parametrize(("layers", "chosen"), [("last", [1]), ("all", [0, 1]), ([0], [0]), ([-1, 0], [0, 1])], ids=str)
+def test_attention_is_that_of_an_eager_forward(
+    engine: PlainEngine,
+    eager: PlainEngine,
+    prompts: PromptBatch,
+    completions: Completions,
+    layers: str | list[int],
+    chosen: list[int],
+) -> None:
+    found = _score(engine, prompts, completions, layers=layers).attention
+    expected = eager_attention(eager.module, prompts.tensors(), completions, chosen)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected.float(), atol=2e-6, rtol=0)
+    valid = completions.mask
+    assert (found[valid].sum(-1) - 1).abs().max() < 2e-6, "each key is in one segment"
+    assert found[0, :, 0].min() > 0
+    assert not found[~valid].any()
+
+
+def test_attention_gives_the_focus_of_the_drop_in(
+    engine: PlainEngine, prompts: PromptBatch, completions: Completions
+) -> None:
+    inputs = prompts.tensors()
+    with record_visual_attention(engine.module, layers="all", prompt_length=inputs["input_ids"].shape[1]) as record:
+        engine(**policy.model_inputs(inputs, completions))
+    scores = _score(engine, prompts, completions, layers="all")
+    focus = focus_of("attention", scores.focus_similarity, scores.attention)
+    torch.testing.assert_close(focus, focus_from_attention(record, completions.mask), atol=1e-7, rtol=0)
+    assert focus_of("similarity", scores.focus_similarity, scores.attention) is scores.focus_similarity
+    assert focus_of("attention", scores.focus_similarity, None) is None
+
+
+def test_recording_changes_no_other_score_and_ends_with_the_pass(
+    engine: PlainEngine, eager: PlainEngine, prompts: PromptBatch, completions: Completions
+) -> None:
+    # The eager reference model would refuse to be recorded.
+    recorded = _score(engine, prompts, completions, reference=eager)
+    plain = _score(engine, prompts, completions, layers=None, reference=eager)
+    assert plain.attention is None
+    for name in ("old_logps", "focus_similarity"):
+        torch.testing.assert_close(getattr(recorded, name), getattr(plain, name), atol=2e-5, rtol=0)
+    assert torch.equal(recorded.ref_logps, plain.ref_logps)
+    assert not any(module._forward_pre_hooks for module in engine.module.modules())
+
+
+def test_a_micro_batch_split_changes_no_score(
+    engine: PlainEngine, prompts: PromptBatch, completions: Completions, tiny_checkpoint: Path
+) -> None:
+    companion = build_companion(collator(tiny_checkpoint))
+
+    def scores(size: int) -> Scores:
+        # Rows by themselves: the one without a picture gets the companion beside it.
+        config = TrainConfig(optim=OptimConfig(micro_batch=size), rollout=RolloutConfig(temperature=0.7))
+        return Scorer(config, engine, engine, companion, wants_focus=True)(prompts, completions)
+
+    whole = scores(3)
+    for size in (1, 2):
+        for name in ("old_logps", "ref_logps", "focus_similarity", "attention"):
+            found, expected = getattr(scores(size), name), getattr(whole, name)
+            inside = completions.mask if expected.dim() == 2 else completions.mask[..., None]
+            torch.testing.assert_close(found * inside, expected * inside, atol=2e-5, rtol=0, msg=f"{name} of {size}")
+        assert torch.equal(scores(size).has_visual, whole.has_visual)
+    assert whole.attention.shape == (3, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("attn_implementation", "wants_focus", "similarity", "attention"),
+    [("vgpo", True, True, True), ("sdpa", True, True, False), ("vgpo", False, False, False)],
+)
+def test_what_is_scored_follows_the_configuration(
+    engine: PlainEngine,
+    prompts: PromptBatch,
+    completions: Completions,
+    tiny_checkpoint: Path,
+    attn_implementation: str,
+    wants_focus: bool,
+    similarity: bool,
+    attention: bool,
+) -> None:
+    config = TrainConfig(model=ModelConfig(attn_implementation=attn_implementation))
+    companion = build_companion(collator(tiny_checkpoint))
+    scores = Scorer(config, engine, None, companion, wants_focus=wants_focus)(prompts, completions)
+    assert (scores.focus_similarity is not None, scores.attention is not None) == (similarity, attention)
+
+
+def test_a_model_whose_attention_cannot_be_recorded_is_named() -> None:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    text_alone = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
+    message = "model.attn_implementation: 'vgpo' .*Qwen2ForCausalLM: .*image token.*; with sdpa"
+    with pytest.raises(ConfigError, match=message):
+        check_recordable(text_alone, "last")
 
 
 def test_generating_leaves_no_trace_in_the_next_forward(
@@ -120,6 +234,7 @@ def test_generating_leaves_no_trace_in_the_next_forward(
     after = _score(engine, prompts, completions)
     assert torch.equal(before.old_logps, after.old_logps)
     assert torch.equal(before.focus_similarity, after.focus_similarity)
+    assert torch.equal(before.attention, after.attention)
 
 
 def test_the_companion_changes_no_gradient(tiny_checkpoint: Path, pictures: Path) -> None:

@@ -69,6 +69,64 @@ def test_a_summary_of_something_else_is_named(runs: list[Path], tmp_path: Path) 
         report.compare(runs, tmp_path / "both.png")
 
 
+def _attention_lines(steps: int) -> list[dict]:
+    """Returns steps whose image curve falls, and falls further from step to step; its last tenth is never reached."""
+    return [
+        {
+            "step": step,
+            "reward": 0.0,
+            "attention_image": [0.5 - 0.01 * place - 0.01 * step for place in range(9)] + [None],
+            "attention_query": [0.25] * 10,
+            "attention_generated": [0.1 * place for place in range(10)],
+            "visual_late_early_ratio_correct": 0.5 + 0.01 * step,
+            "visual_late_early_ratio_incorrect": None if step == 1 else 0.25,
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+def test_the_forgetting_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plt, "close", drawn.append)
+    assert report.draw_forgetting(tmp_path / "attention.png", _attention_lines(20))
+    monkeypatch.undo()
+    curves, ratios = drawn[0].axes
+    assert [line.get_label() for line in curves.lines] == [
+        f"{segment}, steps {steps}" for segment in ("image", "query", "generated") for steps in ("1-2", "19-20")
+    ]
+    first, last = curves.lines[:2]
+    assert list(first.get_xdata()) == [5, 15, 25, 35, 45, 55, 65, 75, 85]
+    assert list(first.get_ydata()) == pytest.approx([0.485 - 0.01 * place for place in range(9)])
+    assert list(last.get_ydata()) == pytest.approx([0.305 - 0.01 * place for place in range(9)])
+    assert first.get_color() == last.get_color() != curves.lines[2].get_color()
+    assert (first.get_linestyle(), last.get_linestyle()) == ("--", "-")
+    shown = {line.get_label(): line for line in ratios.lines if not line.get_label().startswith("_")}
+    assert shown.keys() == {"correct completions", "incorrect completions"}
+    assert list(shown["incorrect completions"].get_xdata()) == list(range(2, 21))
+    assert shown["correct completions"].get_ydata()[-1] == pytest.approx(0.655), "the mean of the last ten"
+    for axes in (curves, ratios):
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+        assert axes.get_legend() is not None
+    plt.close(drawn[0])
+    _check_picture(tmp_path / "attention.png")
+
+
+def test_the_forgetting_curve_of_one_step(tmp_path: Path) -> None:
+    assert report.draw_forgetting(tmp_path / "attention.png", _attention_lines(1))
+    _check_picture(tmp_path / "attention.png")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [[], [{"step": 1, "reward": 0.5}], [{"step": 1, "attention_image": [None] * 10}]],
+    ids=["no step", "not recorded", "text alone"],
+)
+def test_without_attention_there_is_no_forgetting_curve(tmp_path: Path, lines: list[dict]) -> None:
+    assert not report.draw_forgetting(tmp_path / "attention.png", lines)
+    assert not (tmp_path / "attention.png").exists()
+
+
 def _check_picture(path: Path) -> None:
     with Image.open(path) as picture:
         assert picture.format == "PNG"

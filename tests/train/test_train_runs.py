@@ -31,6 +31,12 @@ PROMISED = {
     "clip_fraction",
     "focus_mean",
     "focus_late_early_ratio",
+    "attention_image",
+    "attention_query",
+    "attention_generated",
+    "visual_late_early_ratio",
+    "visual_late_early_ratio_correct",
+    "visual_late_early_ratio_incorrect",
     "corr_trajectory_weight_length",
     "time_rollout",
     "time_reward",
@@ -138,7 +144,11 @@ def test_metrics_have_what_is_promised(whole: Path) -> None:
         assert line["time_step"] == pytest.approx(phases)
         # Twelve completions a step.
         assert line["tokens_per_second"] == pytest.approx(12 * line["completion_length"] / line["time_step"])
+        for curve in ("attention_image", "attention_query", "attention_generated"):
+            assert len(line[curve]) == 10
+            assert all(value is None or 0 <= value <= 1 for value in line[curve])
     assert any(line["updates"] == 1 and line["grad_norm"] > 0 for line in lines)
+    assert any(line["attention_image"][0] and line["visual_late_early_ratio"] for line in lines)
     assert [("accuracy_test" in line) for line in lines] == [False, False, True, False, False, False], (
         "the last step's is the summary's"
     )
@@ -169,12 +179,12 @@ def test_tensorboard_has_the_curves(whole: Path) -> None:
     events = EventAccumulator(str(whole / "tensorboard"))
     events.Reload()
     lines = read_metrics(whole / "metrics.jsonl")
-    assert {"reward", "loss", "focus_mean", "time_step"} <= set(events.Tags()["scalars"])
+    assert {"reward", "loss", "focus_mean", "attention_image/0", "time_step"} <= set(events.Tags()["scalars"])
     assert [event.value for event in events.Scalars("reward")] == pytest.approx([line["reward"] for line in lines])
 
 
 def test_the_plots_are_pictures(whole: Path) -> None:
-    for name in ("reward.png", "focus.png"):
+    for name in ("reward.png", "focus.png", "attention.png"):
         with Image.open(whole / name) as picture:
             assert picture.format == "PNG"
             assert len(picture.convert("RGB").getcolors(1 << 20)) > 20, "curves are drawn"

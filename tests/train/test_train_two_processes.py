@@ -10,11 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from train_launch import WORKERS, Finished, launch
-from train_stand_ins import PlainEngine, collator, mixed_samples
+from train_stand_ins import PlainEngine, collator, eager_attention, mixed_samples
 from transformers import AutoModelForImageTextToText
 
-from vgpo_kernels import policy_loss
+from vgpo_kernels import VGPOConfig, policy_loss, vgpo_weights
 from vgpo_train import policy
+from vgpo_train.algorithms import SEGMENTS
 from vgpo_train.data import epoch_order
 from vgpo_train.experience import group_advantages
 from vgpo_train.metrics import read_metrics
@@ -263,9 +264,65 @@ def test_a_group_on_two_ranks_is_weighed_side_by_side(ranks) -> None:
         assert rank["weighted"][0]["weighed_groups"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
+def test_both_ranks_record_what_an_eager_forward_attends_to(ranks, tiny_checkpoint) -> None:
+    model = load_model(tiny_checkpoint, dtype=torch.float32, attn_implementation="eager")
+    for rank, looks in zip(ranks, (True, False), strict=True):
+        record = rank["attention"]
+        found = record["scores"].attention
+        expected = eager_attention(model, record["prompts"].tensors(), record["completions"], [0, 1])
+        torch.testing.assert_close(found, expected.float(), atol=5e-6, rtol=0)
+        assert record["scores"].has_visual.tolist() == [looks] * 6
+        assert bool(found[..., 0].any()) == looks
+        assert record["scores"].focus_similarity.any() == looks, "both sources are scored"
+        assert record["scores"].ref_logps is not None
+
+
+def test_attention_as_source_drives_the_weights(ranks) -> None:
+    for rank in ranks:
+        whole, weighting = rank["attention"]["whole"], rank["attention"]["weighting"]
+        parts = [one["attention"]["scores"] for one in ranks]
+        # Group by group: rank 0 has the first two, rank 1 the others.
+        assert torch.equal(whole.attention, torch.cat([part.attention for part in parts]))
+        assert torch.equal(whole.focus_similarity, torch.cat([part.focus_similarity for part in parts]))
+        assert torch.equal(whole.focus, whole.attention[..., 0])
+        given = (whole.completion_mask, whole.group_ids, VGPOConfig.from_recipe("balanced"))
+        options = {"has_visual": whole.has_visual, "step": 0, "advantages": whole.advantages}
+        expected = vgpo_weights(whole.focus.clone(), *given, source="attention", **options)
+        assert torch.equal(weighting.token_weights, expected.token_weights)
+        assert torch.equal(weighting.trajectory_weights, expected.trajectory_weights)
+        other = vgpo_weights(whole.focus_similarity, *given, source="similarity", **options)
+        assert not torch.allclose(weighting.token_weights, other.token_weights)
+
+
+def test_a_run_by_attention_reports_it(ranks, folder) -> None:
+    (line,) = _metrics(folder, "attention")
+    assert _summary(folder, "attention")["focus_source"] == "attention"
+    whole = ranks[0]["attention"]["whole"]
+    looked_at = whole.attention[..., 0][whole.completion_mask & whole.has_visual[:, None]]
+    assert line["focus_mean"] == pytest.approx(float(looked_at.double().mean()))
+    assert line["focus_late_early_ratio"] == line["visual_late_early_ratio"]
+    known = [sum(curves) for curves in zip(*(line[f"attention_{name}"] for name in SEGMENTS), strict=True) if curves[0]]
+    assert known
+    assert known == pytest.approx([1.0] * len(known), abs=1e-5)
+    assert line["kl"] == pytest.approx(0.0, abs=1e-6)
+    with Image.open(folder / "attention" / "attention.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_another_program_loads_the_final_checkpoint(ranks, folder) -> None:  # noqa: ARG001
+    for name in ("config.json", "generation_config.json"):
+        assert "vgpo" not in (folder / "attention" / "final" / name).read_text()
+
+
+def test_a_layer_that_is_not_there_is_refused_by_every_rank(ranks) -> None:
+    for rank in ranks:
+        assert rank["unknown layer"] == "focus.layers: expected numbers from -2 to 1, got 7"
+
+
 def test_grpo_logs_focus_too(ranks, folder) -> None:  # noqa: ARG001
     (line,) = _metrics(folder, "two updates")
     assert -1 <= line["focus_mean"] <= 1
+    assert 0 < line["attention_image"][0] < 1
     assert line["corr_trajectory_weight_length"] == 0.0
 
 

@@ -82,6 +82,34 @@ def random_completions(lengths: list[int], seed: int = 0) -> Completions:
     return Completions(ids.masked_fill(~mask, 0), mask)
 
 
+def eager_attention(
+    model: Any, inputs: dict[str, torch.Tensor], completions: Completions, layers: list[int]
+) -> torch.Tensor:
+    """Returns what completions attend to by a model with attention maps, added up key by key.
+
+    Args:
+        model: loaded with attn_implementation="eager".
+        inputs: left-padded prompts.
+        completions: what follows them.
+        layers: whose mean is taken, over heads, too.
+
+    Returns:
+        (B, T, 3) fp64, on image, query and generated tokens, 0 outside the mask.
+    """
+    with torch.no_grad():
+        maps = model(**policy.model_inputs(inputs, completions), output_attentions=True).attentions
+    length = inputs["input_ids"].shape[1]
+    mean = torch.stack([maps[layer] for layer in layers]).double().mean((0, 2))[:, length:]  # [B, T, L]
+    is_image = inputs["input_ids"] == model.config.image_token_id
+    is_query = inputs["attention_mask"].bool() & ~is_image
+    found = torch.zeros(*completions.ids.shape, 3, dtype=torch.float64)
+    for row in range(mean.shape[0]):
+        found[row, :, 0] = mean[row][:, :length][:, is_image[row]].sum(-1)
+        found[row, :, 1] = mean[row][:, :length][:, is_query[row]].sum(-1)
+        found[row, :, 2] = mean[row][:, length:][:, completions.mask[row]].sum(-1)
+    return found * completions.mask[..., None]
+
+
 def experience(engine: Any, prompts: PromptBatch, completions: Completions) -> Experience:
     """Returns an experience with random advantages and factors, sampled by a policy not far from the engine's."""
     generator = torch.Generator().manual_seed(0)

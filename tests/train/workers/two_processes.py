@@ -167,12 +167,14 @@ class RecordingTrainer(Trainer):
             "rewards": rollout.rewards.total,
             "accuracies": rollout.rewards.accuracy,
         }
-        self.records.append({"rows": rows, "updates": []})
+        given = {"prompts": rollout.prompts, "completions": rollout.completions}
+        self.records.append({"rows": rows, "scores": scores, "updates": []} | given)
         return scores
 
     def _weigh(self, rollout: Rollout, scores: Scores, step: int) -> tuple[ScoredRollout, Weighting, torch.Tensor]:
         weighed = super()._weigh(rollout, scores, step)
-        self.records[-1]["weighed_groups"] = weighed[0].group_ids
+        whole, weighting, _ = weighed
+        self.records[-1] |= {"weighed_groups": whole.group_ids, "whole": whole, "weighting": weighting}
         return weighed
 
     def _record(self, given: Experience, rows: list[int]) -> dict[str, float]:
@@ -198,6 +200,30 @@ def weighted_updates() -> list[dict[str, Any]]:
     trainer = RecordingTrainer(config_of("weighted", *overrides))
     trainer.run()
     return trainer.records
+
+
+def attention_as_source() -> dict[str, Any]:
+    """Trains a step by attention, beside a reference model, rank 1 on rows without a picture."""
+    overrides = (
+        "focus.source=attention",
+        "focus.layers=[0,-1]",
+        f"data.train={FOLDER}/one_sided.jsonl",
+        "loss.beta=0.01",
+        "rollout.gather=never",
+        "steps=1",
+    )
+    trainer = RecordingTrainer(config_of("attention", *overrides))
+    trainer.run()
+    return trainer.records[0]
+
+
+def unknown_layer() -> str:
+    """Starts a run by a layer that the checkpoint does not have."""
+    try:
+        Trainer(config_of("none", "focus.source=attention", "focus.layers=[7]"))
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
 
 
 def refusals() -> dict[str, str]:
@@ -238,6 +264,8 @@ SCENARIOS = {
     "kl": lambda: run("kl", "algorithm=grpo", "loss.beta=0.01", "optim.schedule=constant", "steps=2"),
     "two updates": lambda: run("two updates", "algorithm=grpo", "optim.update_prompts=2", "steps=1"),
     "weighted": weighted_updates,
+    "attention": attention_as_source,
+    "unknown layer": unknown_layer,
     "refusals": refusals,
 }
 
