@@ -93,14 +93,14 @@ def _draw_curves(axes: Any, lines: list[dict[str, Any]]) -> None:
 
 
 def _draw_ratios(axes: Any, lines: list[dict[str, Any]]) -> None:
-    for kind, colour in (("correct", "C2"), ("incorrect", "C3")):
+    for kind, colour in (("correct", "C9"), ("incorrect", "C3")):
         name = f"visual_late_early_ratio_{kind}"
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         if points:
             _draw_smoothed(axes, points, f"{kind} completions", color=colour)
     axes.set_xlabel("step")
-    axes.set_ylabel("attention on the image, later half / earlier half")
-    axes.set_title("How much of it is left")
+    axes.set_ylabel("attention on the image: later / earlier half")
+    axes.set_title("How much of it stays")
 
 
 def _known_mean(values: list[float | None]) -> float | None:
