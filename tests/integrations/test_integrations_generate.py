@@ -1,0 +1,238 @@
+"""Recording across forwards that continue a KV cache: caches of all kinds, other decoding, loops of one's own."""
+
+from typing import Any
+
+import pytest
+import tiny_vlms
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from vgpo_kernels.integrations.transformers import Recorder, focus_from_attention, record_visual_attention
+
+GREEDY = {"max_new_tokens": 7, "do_sample": False, "suppress_tokens": tiny_vlms.NOT_WORDS}
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "gemma3"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family: str) -> Any:
+    model = tiny_vlms.make(family)
+    model.set_attn_implementation("vgpo")
+    return model
+
+
+def generate(model: Any, batch: dict[str, Any], queries: str, **options: Any) -> tuple[Tensor, Recorder]:
+    with record_visual_attention(model, "all", "image/query/generated", "all", columns=True, queries=queries) as rec:
+        sequences = model.generate(**batch, **{**GREEDY, **options})
+    return sequences, rec
+
+
+def over_the_whole(
+    model: Any, family: str, batch: dict[str, Any], completion: Tensor, queries: str, mask: Tensor | None = None
+) -> Recorder:
+    """Records one forward over prompts and completions, which test_integrations_exactness compares with eager maps."""
+    whole = tiny_vlms.continued(family, batch, completion, mask)
+    with (
+        torch.no_grad(),
+        record_visual_attention(
+            model, "all", "image/query/generated", "all", columns=True, queries=queries,
+            prompt_length=batch["input_ids"].shape[1],
+        ) as rec,
+    ):  # fmt: skip
+        model(**whole)
+    return rec
+
+
+@pytest.mark.parametrize("queries", ["token", "predicting"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"prefill_chunk_size": 7},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_ways_to_generate(model: Any, family: str, queries: str, options: dict[str, Any]) -> None:
+    batch = tiny_vlms.make_batch(family)
+    if "prefill_chunk_size" in options:
+        batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        batch["input_ids"] = batch["input_ids"].clamp(max=89)
+    prompt = batch["input_ids"].shape[1]
+    result, rec = generate(model, batch, queries, **options)
+    sequences = getattr(result, "sequences", result)
+    if "prefill_chunk_size" in options:
+        assert torch.equal(rec.mass[..., 0], torch.zeros_like(rec.mass[..., 0]))
+        assert_close(rec.mass.sum(-1), torch.ones_like(rec.mass[..., 0]))
+        return
+    # "token" has one token less, since the last one sampled is never run.
+    count = 7 - (queries == "token")
+    expected = over_the_whole(model, family, batch, sequences[:, prompt : prompt + count], queries)
+    assert_close(rec.mass, expected.mass)
+    assert_close(rec.columns, expected.columns)
+    assert torch.equal(rec.visual_positions, expected.visual_positions)
+
+
+def test_rows_that_end_early(model: Any, family: str) -> None:
+    """Columns of a row do not depend on how long others go on."""
+    batch = tiny_vlms.make_batch(family)
+    prompt = batch["input_ids"].shape[1]
+    free, _ = generate(model, batch, "predicting")
+    end = int(free[0, prompt + 3])
+    sequences, rec = generate(model, batch, "predicting", eos_token_id=end)
+    completion = sequences[:, prompt:]
+    ended = ((completion == end).cumsum(1) - (completion == end).int()) > 0
+    assert ended[0].any()
+    real = ~ended
+    expected = over_the_whole(model, family, batch, completion, "predicting", real.long())
+    assert_close(rec.columns[:, 0], expected.columns[:, 0])
+    focus, wanted = focus_from_attention(rec, real), focus_from_attention(expected, real)
+    assert_close(focus, wanted)
+
+
+def test_several_samples_of_a_prompt(model: Any, family: str) -> None:
+    batch = tiny_vlms.make_batch(family)
+    prompt = batch["input_ids"].shape[1]
+    sequences, rec = generate(model, batch, "predicting", do_sample=True, num_return_sequences=2)
+    assert rec.mass.shape[1] == 6
+    repeated = {name: batch[name].repeat_interleave(2, 0) for name in ("input_ids", "attention_mask")}
+    # Pictures of a row, then those of its copy.
+    order = torch.tensor([0, 1, 0, 1, 2, 2])
+    if "image_grid_thw" in batch:
+        patches = batch["pixel_values"].view(3, 16, -1)[order].flatten(0, 1)
+        repeated.update(pixel_values=patches, image_grid_thw=batch["image_grid_thw"][order])
+    else:
+        repeated["pixel_values"] = batch["pixel_values"][order]
+    expected = over_the_whole(model, family, repeated, sequences[:, prompt:], "predicting")
+    assert_close(rec.mass, expected.mass)
+    assert_close(rec.columns, expected.columns)
+
+
+def test_assisted_decoding_forgets_refused_tokens(model: Any, family: str) -> None:
+    if family == "gemma3":
+        pytest.skip("its sliding cache cannot be cropped")
+    batch = tiny_vlms.make_batch(family)
+    row = {name: value[:1] for name, value in batch.items()}
+    row["pixel_values"], row["image_grid_thw"] = batch["pixel_values"][:32], batch["image_grid_thw"][:2]
+    # Words said again, so that some candidates are looked up.
+    row["input_ids"][0, -4:] = row["input_ids"][0, -8:-4]
+    prompt = row["input_ids"].shape[1]
+    with record_visual_attention(model, "all", queries="predicting") as rec:
+        sequences = model.generate(**row, **GREEDY, prompt_lookup_num_tokens=3)
+    expected = over_the_whole(model, family, row, sequences[:, prompt:], "predicting")
+    assert_close(rec.mass, expected.mass[..., :1].mean(2))
+
+
+# The Qwen families leave positions after a prompt to generate.
+@pytest.mark.parametrize("family", ["gemma3", "internvl"])
+@pytest.mark.parametrize("queries", ["token", "predicting"])
+@pytest.mark.parametrize("known", [False, True], ids=["", "prompt_length"])
+def test_loop_of_ones_own(family: str, queries: str, known: bool) -> None:
+    model = tiny_vlms.make(family)
+    model.set_attn_implementation("vgpo")
+    batch = tiny_vlms.make_batch(family)
+    prompt = batch["input_ids"].shape[1]
+    options = {"queries": queries, "prompt_length": prompt if known else None, "columns": known}
+    completion = []
+    with torch.no_grad(), record_visual_attention(model, "all", "image/query/generated", "all", **options) as rec:
+        output = model(**batch, use_cache=True)
+        mask = batch["attention_mask"]
+        for _ in range(4):
+            output.logits[..., tiny_vlms.NOT_WORDS] = -torch.inf
+            token = output.logits[:, -1:].argmax(-1)
+            completion.append(token)
+            mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+            output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values)
+    expected = over_the_whole(model, family, batch, torch.cat(completion, 1), queries)
+    # The last query produces a token that nobody sampled, but somebody may.
+    last = slice(None, 4)
+    assert rec.mass.shape[-2] == 4 + (queries == "predicting")
+    assert_close(rec.mass[..., last, :], expected.mass)
+    if known and queries == "token":
+        assert_close(rec.columns, expected.columns)
+
+
+def test_generate_with_a_cache_that_holds_earlier_turns(model: Any, family: str) -> None:
+    batch = tiny_vlms.make_batch(family)
+    prompt = batch["input_ids"].shape[1]
+    # Where generate puts tokens after padding; a plain forward would count the padding, too.
+    mask = batch["attention_mask"]
+    positions = {} if family == "qwen2_5_vl" else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    with torch.no_grad():
+        cache = model(**batch, **positions, use_cache=True).past_key_values
+    turn = tiny_vlms.continued(family, batch, torch.randint(1, 90, (3, 4)))
+    again = {name: turn[name] for name in ("input_ids", "attention_mask")}
+    sequences, rec = generate(model, again, "predicting", past_key_values=cache)
+    expected = over_the_whole(model, family, turn, sequences[:, prompt + 4 :], "predicting")
+    assert_close(rec.mass, expected.mass)
+    assert_close(rec.columns, expected.columns)
+
+
+def test_single_new_token_has_no_query_of_its_own(model: Any, family: str) -> None:
+    batch = tiny_vlms.make_batch(family)
+    _, rec = generate(model, batch, "token", max_new_tokens=1)
+    assert rec.mass.shape == (3, 3, 4, 0, 3)
+    assert not rec.columns.any()
+    with pytest.raises(
+        ValueError, match=r"each of the 0 recorded tokens, got 1; under generate .* queries='predicting'"
+    ):
+        focus_from_attention(rec, torch.ones(3, 1))
+
+
+def test_what_cannot_be_followed(model: Any, family: str) -> None:
+    batch = tiny_vlms.make_batch(family)
+    with pytest.raises(ValueError, match="num_beams: expected 1 while visual attention is recorded"):
+        generate(model, batch, "token", num_beams=2)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(ValueError, match=r"generate: expected input_ids \(B, L\)"), record_visual_attention(model):
+        model.generate(inputs_embeds=embeds, max_new_tokens=1)
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        token = batch["input_ids"][:, -1:]
+        mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], dim=1)
+        with (
+            pytest.raises(ValueError, match="continues a cache of 25 tokens that were not recorded"),
+            record_visual_attention(model),
+        ):
+            model(input_ids=token, attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"columns": True},
+            "prompt_length: expected a number where a KV cache is continued with columns=True, got None",
+        ),
+        ({"queries": "predicting", "prompt_length": 20}, "expected a first forward of the prompt alone"),
+    ],
+)
+def test_loops_that_cannot_be_followed(model: Any, family: str, options: dict[str, Any], message: str) -> None:
+    batch = tiny_vlms.make_batch(family)
+    token = batch["input_ids"][:, -1:]
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], dim=1)
+    with torch.no_grad(), record_visual_attention(model, **options):
+        cache = model(**batch, use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=message):
+            model(input_ids=token, attention_mask=mask, past_key_values=cache)
+
+
+def test_generate_is_not_compiled_while_recorded(model: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled steps would not be heard."""
+    seen = []
+    real = type(model).generate
+
+    def spy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("disable_compile"))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "generate", spy)
+    batch = tiny_vlms.make_batch(family)
+    generate(model, batch, "token")
+    model.generate(**batch, **GREEDY)
+    assert seen == [True, None]

@@ -1,0 +1,89 @@
+"""What each visual token received, laid out on its picture."""
+
+from typing import Any
+
+import pytest
+import tiny_vlms
+import torch
+from torch.testing import assert_close
+
+from vgpo_kernels.integrations import _grids
+from vgpo_kernels.integrations._grids import Span
+from vgpo_kernels.integrations.transformers import Recorder, record_visual_attention
+
+
+class Config:
+    """A configuration that says nothing."""
+
+
+def record(name: str, batch: dict[str, Any], **options: Any) -> Recorder:
+    model = tiny_vlms.make(name)
+    model.set_attn_implementation("vgpo")
+    with torch.no_grad(), record_visual_attention(model, "all", columns=True, **options) as rec:
+        model(**batch)
+    return rec
+
+
+def test_grids_that_the_model_is_given() -> None:
+    """Pictures of 1 x 2 and 3 x 1 tokens in row 0, none in row 1, 2 x 2 in row 2."""
+    word, image = 5, tiny_vlms.IMAGE
+    ids = torch.tensor(
+        [[word, image, image, word, image, image, image, word], [word] * 8, [word, *[image] * 4, *[word] * 3]]
+    )
+    grid = torch.tensor([[1, 2, 4], [1, 6, 2], [1, 4, 4]])
+    pixels = torch.randn(int(grid.prod(1).sum()), 3 * 2 * 4 * 4)
+    batch = {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": grid}
+    batch["mm_token_type_ids"] = (ids == image).int()
+    rec = record("qwen2_vl", batch)
+    assert rec.visual_positions.tolist() == [[1, 2, 4, 5, 6], [-1] * 5, [1, 2, 3, 4, -1]]
+    assert_close(rec.heatmap(0, 0), rec.columns[:, 0, :2].mean(0).view(1, 2))
+    assert_close(rec.heatmap(0, 1), rec.columns[:, 0, 2:].mean(0).view(3, 1))
+    assert_close(rec.heatmap(2), rec.columns[:, 2, :4].mean(0).view(2, 2))
+    assert_close(rec.heatmap(2, layer=1), rec.columns[1, 2, :4].view(2, 2))
+    assert_close(rec.heatmap(2, grid=(1, 4)), rec.columns[:, 2, :4].mean(0).view(1, 4))
+    with pytest.raises(IndexError, match="image: expected one of the sample's 0 images, got 0"):
+        rec.heatmap(1)
+    with pytest.raises(IndexError, match="image: expected one of the sample's 2 images, got 2"):
+        rec.heatmap(0, 2)
+    with pytest.raises(IndexError, match="sample: expected one of 3 rows, got 3"):
+        rec.heatmap(3)
+    with pytest.raises(ValueError, match=r"layer: expected one of the recorded \[0, 1, 2\], got 5"):
+        rec.heatmap(0, layer=5)
+    with pytest.raises(ValueError, match=r"grid: expected height x width of 4 tokens, got \(3, 3\)"):
+        rec.heatmap(2, grid=(3, 3))
+
+
+def test_square_pictures_and_the_mean_of_heads() -> None:
+    rec = record("gemma3", tiny_vlms.make_batch("gemma3"), heads="all")
+    assert rec.columns.shape == (3, 3, 4, 8)
+    assert_close(rec.heatmap(0, 1), rec.columns[:, 0, :, 4:].mean(dim=(0, 1)).view(2, 2))
+    assert_close(rec.heatmap(2, 0, layer=0), rec.columns[0, 2, :, :4].mean(0).view(2, 2))
+
+
+def test_generate_lays_out_the_prompts_pictures() -> None:
+    model = tiny_vlms.make("qwen2_5_vl")
+    model.set_attn_implementation("vgpo")
+    batch = tiny_vlms.make_batch("qwen2_5_vl")
+    with record_visual_attention(model, columns=True) as rec:
+        model.generate(**batch, max_new_tokens=3, do_sample=False, suppress_tokens=tiny_vlms.NOT_WORDS)
+    assert_close(rec.heatmap(0, 1), rec.columns[0, 0, 4:].view(2, 2))
+
+
+def test_tokens_of_unknown_shape_ask_for_a_grid() -> None:
+    values = torch.arange(12.0)
+    with pytest.raises(ValueError, match=r"grid: expected \(height, width\) of the 12 tokens of image 0, got None"):
+        _grids.lay_out(values, [Span(0, 12, None)], 0, None, Config())
+    tiled = Config()
+    tiled.image_seq_length = 4
+    with pytest.raises(ValueError, match=r"grid: expected \(height, width\) of the 9 tokens of image 0, got None"):
+        _grids.lay_out(values, [Span(0, 9, None)], 0, None, tiled)
+    assert _grids.lay_out(values, [Span(3, 9, None)], 0, None, Config()).tolist()[0] == [3, 4, 5]
+
+
+def test_frames_are_added_up() -> None:
+    assert _grids.lay_out(torch.arange(8.0), [Span(0, 8, (2, 2, 2))], 0, None, Config()).tolist() == [[4, 6], [8, 10]]
+
+
+def test_grids_that_do_not_add_up() -> None:
+    with pytest.raises(ValueError, match="image_grid_thw: expected grids of 3 tokens in row 0, got 4"):
+        _grids.image_spans([[1, 2, 3]], 0, torch.tensor([[1, 2, 2]]), Config())
