@@ -4,14 +4,18 @@ A kernel fails where it does not compile, spills registers, or wants more shared
 """
 
 import argparse
+import functools
 import importlib
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,33 +78,39 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all of them")
     parser.add_argument("--kernel", metavar="NAME", help="only kernels with NAME in their name")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes that compile; default: one a usable core")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to FILE")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, cases: Sequence["CompileCase"] | None = None) -> int:
-    """Prints the table; returns 1 where a kernel fails and 2 where nothing can be compiled."""
+    """Prints the table; returns 1 where a kernel fails and 2 where nothing can be compiled.
+
+    Args:
+        options: of the command line.
+        cases: what to compile in place of the package's own kernels, in this process.
+    """
     obstacle = _obstacle()
     if obstacle:
         print(obstacle, file=sys.stderr)
         return 2
-    every = all_cases() if cases is None else cases
+    every = list(_own_cases().values()) if cases is None else cases
     wanted = [case for case in every if options.kernel is None or options.kernel in case.name]
     if not wanted:
         names = "\n".join(f"  {case.name}" for case in every)
         print(f"--kernel: no kernel has {options.kernel!r} in its name; there are\n{names}", file=sys.stderr)
         return 2
+    jobs = 1
+    if cases is None:
+        jobs = options.jobs or usable_cores()
     width = max(len(case.name) for case in wanted)
     print(_line(width, "kernel", "target", COLUMNS, ""))
     rows = []
-    with warnings.catch_warnings():
-        # Said once a process about a default that changes; the launches take the same default.
-        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-        for row in compiled_rows(wanted, options.target):
-            rows.append(row)
-            numbers = ["-" if number is None else str(number) for number in (getattr(row, c) for c in COLUMNS)]
-            verdict = f"FAILS: {row.error}" if row.error else "ok"
-            print(_line(width, row.kernel, row.target, numbers, verdict), flush=True)
+    for row in compiled_rows(wanted, options.target, jobs):
+        rows.append(row)
+        numbers = ["-" if number is None else str(number) for number in (getattr(row, c) for c in COLUMNS)]
+        verdict = f"FAILS: {row.error}" if row.error else "ok"
+        print(_line(width, row.kernel, row.target, numbers, verdict), flush=True)
     failed = [row for row in rows if row.error]
     print(f"\n{len(rows) - len(failed)} of {len(rows)} well, {len(failed)} failed (Triton {_triton_version()})")
     if options.json:
@@ -128,14 +138,44 @@ def all_cases() -> list["CompileCase"]:
     return [case for room in rooms for case in room.compile_cases()]
 
 
-def compiled_rows(cases: Sequence["CompileCase"], targets: Sequence[str]) -> Iterator[Row]:
-    """Yields the row of each kernel on each target."""
-    for case in cases:
-        for target in targets:
-            try:
-                yield _judged(_compiled_row(case, target))
-            except Exception as error:  # Triton raises its own and LLVM's errors, of no common kind
-                yield Row(case.name, target, error=f"does not compile: {_last_line(error)}")
+@functools.cache
+def _own_cases() -> dict[str, "CompileCase"]:
+    cases = all_cases()
+    by_name = {case.name: case for case in cases}
+    if len(by_name) != len(cases):
+        twice = sorted({case.name for case in cases if by_name[case.name] is not case})
+        raise ValueError(f"compile cases of the same name: {', '.join(twice)}")
+    return by_name
+
+
+def usable_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compiled_rows(cases: Sequence["CompileCase"], targets: Sequence[str], jobs: int) -> Iterator[Row]:
+    """Yields the row of each kernel on each target, in order; several jobs need the package's own cases."""
+    pairs = [(case, target) for case in cases for target in targets]
+    if jobs == 1:
+        yield from (_row(case, target) for case, target in pairs)
+        return
+    # Kernels do not travel between processes, their names do.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_own_row, [case.name for case, _ in pairs], [target for _, target in pairs])
+
+
+def _own_row(name: str, target: str) -> Row:
+    return _row(_own_cases()[name], target)
+
+
+def _row(case: "CompileCase", target: str) -> Row:
+    with warnings.catch_warnings():
+        # Said once a process about a default that changes; the launches take the same default.
+        warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+        try:
+            return _judged(_compiled_row(case, target))
+        except Exception as error:  # Triton raises its own and LLVM's errors, of no common kind
+            return Row(case.name, target, error=f"does not compile: {_last_line(error)}")
 
 
 def _last_line(error: Exception) -> str:

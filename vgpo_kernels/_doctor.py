@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vgpo_kernels import _dispatch
+from vgpo_kernels import _compile, _dispatch
 
 OPERATIONS = {
     "attention_mass": "attention",
@@ -80,8 +80,7 @@ def _cpu() -> str:
         lines = []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     name = models[0] if models else platform.processor() or platform.machine()
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {usable} of {os.cpu_count()} cores usable"
+    return f"{name}, {_compile.usable_cores()} of {os.cpu_count()} cores usable"
 
 
 def _gpus() -> list[tuple[torch.device, str]]:
