@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from vgpo_kernels.integrations import _sequence
 from vgpo_kernels.integrations.transformers import Recorder, focus_from_attention, record_visual_attention
 
 GREEDY = {"max_new_tokens": 7, "do_sample": False, "suppress_tokens": tiny_vlms.NOT_WORDS}
@@ -53,29 +54,34 @@ def over_the_whole(
     [
         {"cache_implementation": "static"},
         {"use_cache": False},
-        {"prefill_chunk_size": 7},
         {"return_dict_in_generate": True},
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_ways_to_generate(model: Any, family: str, queries: str, options: dict[str, Any]) -> None:
     batch = tiny_vlms.make_batch(family)
-    if "prefill_chunk_size" in options:
-        batch = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        batch["input_ids"] = batch["input_ids"].clamp(max=89)
     prompt = batch["input_ids"].shape[1]
     result, rec = generate(model, batch, queries, **options)
     sequences = getattr(result, "sequences", result)
-    if "prefill_chunk_size" in options:
-        assert torch.equal(rec.mass[..., 0], torch.zeros_like(rec.mass[..., 0]))
-        assert_close(rec.mass.sum(-1), torch.ones_like(rec.mass[..., 0]))
-        return
     # "token" has one token less, since the last one sampled is never run.
     count = 7 - (queries == "token")
     expected = over_the_whole(model, family, batch, sequences[:, prompt : prompt + count], queries)
     assert_close(rec.mass, expected.mass)
     assert_close(rec.columns, expected.columns)
     assert torch.equal(rec.visual_positions, expected.visual_positions)
+
+
+@pytest.mark.parametrize("queries", ["token", "predicting"])
+def test_prompt_in_pieces(queries: str) -> None:
+    """Models take their pictures with the first piece, so there are none here."""
+    model, batch = tiny_vlms.make("gemma3"), tiny_vlms.make_batch("gemma3")
+    model.set_attn_implementation("vgpo")
+    batch = {"input_ids": batch["input_ids"].clamp(max=89), "attention_mask": batch["attention_mask"]}
+    sequences, rec = generate(model, batch, queries, prefill_chunk_size=7)
+    count = 7 - (queries == "token")
+    expected = over_the_whole(model, "internvl", batch, sequences[:, 25 : 25 + count], queries)
+    assert_close(rec.mass, expected.mass)
+    assert rec.columns.shape == expected.columns.shape == (3, 3, 4, 0)
 
 
 def test_rows_that_end_early(model: Any, family: str) -> None:
@@ -96,36 +102,48 @@ def test_rows_that_end_early(model: Any, family: str) -> None:
 
 
 def test_several_samples_of_a_prompt(model: Any, family: str) -> None:
-    batch = tiny_vlms.make_batch(family)
+    # A row of one picture: older transformers deal the pictures of several out in another order.
+    batch = {name: value[2:] for name, value in tiny_vlms.make_batch(family).items()}
+    batch["pixel_values"] = batch["pixel_values"][-16 if "image_grid_thw" in batch else -1 :]
     prompt = batch["input_ids"].shape[1]
-    sequences, rec = generate(model, batch, "predicting", do_sample=True, num_return_sequences=2)
-    assert rec.mass.shape[1] == 6
-    repeated = {name: batch[name].repeat_interleave(2, 0) for name in ("input_ids", "attention_mask")}
-    # Pictures of a row, then those of its copy.
-    order = torch.tensor([0, 1, 0, 1, 2, 2])
-    if "image_grid_thw" in batch:
-        patches = batch["pixel_values"].view(3, 16, -1)[order].flatten(0, 1)
-        repeated.update(pixel_values=patches, image_grid_thw=batch["image_grid_thw"][order])
-    else:
-        repeated["pixel_values"] = batch["pixel_values"][order]
+    sequences, rec = generate(model, batch, "predicting", do_sample=True, num_return_sequences=3)
+    assert rec.mass.shape[1] == 3
+    repeated = {name: torch.cat([value] * 3) for name, value in batch.items()}
     expected = over_the_whole(model, family, repeated, sequences[:, prompt:], "predicting")
     assert_close(rec.mass, expected.mass)
     assert_close(rec.columns, expected.columns)
 
 
-def test_assisted_decoding_forgets_refused_tokens(model: Any, family: str) -> None:
-    if family == "gemma3":
-        pytest.skip("its sliding cache cannot be cropped")
-    batch = tiny_vlms.make_batch(family)
+def test_assisted_decoding_forgets_refused_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = []
+    real = _sequence.Sequence._truncate
+
+    def spy(self: Any, length: int) -> None:
+        refused.append(self.tokens.length - length)
+        real(self, length)
+
+    monkeypatch.setattr(_sequence.Sequence, "_truncate", spy)
+    family = "internvl"
+    model, batch = tiny_vlms.make(family), tiny_vlms.make_batch(family)
+    model.set_attn_implementation("vgpo")
     row = {name: value[:1] for name, value in batch.items()}
-    row["pixel_values"], row["image_grid_thw"] = batch["pixel_values"][:32], batch["image_grid_thw"][:2]
-    # Words said again, so that some candidates are looked up.
+    row["pixel_values"] = batch["pixel_values"][:2]
+    # Words said again, so that candidates for what follows are looked up.
     row["input_ids"][0, -4:] = row["input_ids"][0, -8:-4]
     prompt = row["input_ids"].shape[1]
+    options = {**GREEDY, "max_new_tokens": 20, "prompt_lookup_num_tokens": 3}
     with record_visual_attention(model, "all", queries="predicting") as rec:
-        sequences = model.generate(**row, **GREEDY, prompt_lookup_num_tokens=3)
+        sequences = model.generate(**row, **options)
+    assert any(count > 0 for count in refused)
     expected = over_the_whole(model, family, row, sequences[:, prompt:], "predicting")
     assert_close(rec.mass, expected.mass[..., :1].mean(2))
+    with (
+        pytest.raises(
+            ValueError, match=r"columns: expected tokens that stay, but some were refused \(assisted decoding\)"
+        ),
+        record_visual_attention(model, columns=True),
+    ):
+        model.generate(**row, **options)
 
 
 # The Qwen families leave positions after a prompt to generate.
