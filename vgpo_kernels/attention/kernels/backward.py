@@ -4,12 +4,14 @@ With m_i = sum_j P_ij vis_j, a gradient g of the mass is dP_ij = dO_i.v_j + g_i 
 delta_i = dO_i.O_i + g_i m_i - dlse_i, so that dS_ij = P_ij (dP_ij - delta_i).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.attention.kernels import backward_keys, backward_queries
-from vgpo_kernels.attention.kernels.keys import find_keys, load_tile
+from vgpo_kernels.attention.kernels.keys import find_keys, load_tile, row_intervals
 from vgpo_kernels.attention.kernels.shared import (
     padded_head,
     score_scales,
@@ -19,21 +21,45 @@ from vgpo_kernels.attention.kernels.shared import (
 )
 
 # A few rows a warp: nothing is used twice, and loads of D 128 in half precision are 256 bytes a row.
-DELTA = {"BLOCK_M": 16, "num_warps": 4}
+CONSTANTS = {"BLOCK_M": 16, "num_warps": 4}
+PADDED_TILE = backward_keys.PADDED_TILE.value
 
 
-@triton.jit(do_not_specialize=["H", "L", "stride_gb_units", "stride_gh_units", "stride_gl_units"])
-def delta_kernel(
+class Constants(NamedTuple):
+    """What the gradients need of each query, padded with queries that see nothing to whole tiles.
+
+    Args:
+        start, end: (B, L_padded) int32.
+        lse2: (B, Hq, L_padded) fp32, the LSE in powers of two, inf for a query that sees nothing.
+        delta: (B, Hq, L_padded) fp32.
+        grad_mass: (B, Hq, L_padded) fp32, or None.
+    """
+
+    start: Tensor
+    end: Tensor
+    lse2: Tensor
+    delta: Tensor
+    grad_mass: Tensor | None
+
+
+@triton.jit(do_not_specialize=["H", "L", "L_padded", "stride_gb_units", "stride_gh_units", "stride_gl_units"])
+def constants_kernel(
+    start_ptr,  # (B, L) int32
+    end_ptr,  # (B, L) int32
     out_ptr,  # (B, H, L, D) contiguous
     grad_out_ptr,  # (B, H, L, D)
     mass_ptr,  # (B, H, L) fp32 contiguous, or None
     grad_mass_ptr,  # (B, H, L) fp32 contiguous, or None
     grad_lse_ptr,  # (B, H, L) fp32 contiguous, or None
     lse_ptr,  # (B, H, L) fp32 contiguous
-    delta_ptr,  # (B, H, L) fp32 contiguous
-    lse2_ptr,  # (B, H, L) fp32 contiguous
+    padded_start_ptr,
+    padded_end_ptr,
+    lse2_ptr,
+    delta_ptr,
+    padded_grad_mass_ptr,  # or None
     H,
     L,
+    L_padded,
     stride_gb_units,
     stride_gh_units,
     stride_gl_units,
@@ -42,17 +68,20 @@ def delta_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program makes the constants of a block of queries: delta, and the LSE in powers of two."""
-    n_blocks = tl.cdiv(L, BLOCK_M)
+    """A program makes the constants of a block of queries of one head."""
+    n_blocks = L_padded // BLOCK_M
     row_head = (tl.program_id(0) // n_blocks).to(tl.int64)
+    row = row_head // H
+    head = row_head % H
     o_m = (tl.program_id(0) % n_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     o_d = tl.arange(0, BLOCK_D)  # [BD]
     m_m = o_m < L
     o_row = row_head * L + o_m
+    o_padded = row_head * L_padded + o_m
     b_lse = tl.load(lse_ptr + o_row, mask=m_m, other=-float("inf"))  # [BM]
-    # A query that sees nothing may hold anything: its probabilities and its constant are 0.
+    # A query that sees nothing may hold anything: its probabilities and its constants are 0.
     m_seen = b_lse != -float("inf")
-    p_grad = grad_out_ptr + (row_head // H * stride_gb_units + row_head % H * stride_gh_units) * UNIT
+    p_grad = grad_out_ptr + (row * stride_gb_units + head * stride_gh_units) * UNIT
     p_grad += (o_m.to(tl.int64) * stride_gl_units)[:, None] * UNIT + o_d[None, :]
     b_grad = load_tile(p_grad, m_seen, o_d < HEAD, True, HEAD < BLOCK_D).to(tl.float32)  # [BM, BD]
     p_out = out_ptr + o_row[:, None] * HEAD + o_d[None, :]
@@ -61,10 +90,15 @@ def delta_kernel(
     if grad_mass_ptr is not None:
         b_grad_mass = tl.load(grad_mass_ptr + o_row, mask=m_seen, other=0.0)
         b_delta += b_grad_mass * tl.load(mass_ptr + o_row, mask=m_seen, other=0.0)
+        tl.store(padded_grad_mass_ptr + o_padded, b_grad_mass)
     if grad_lse_ptr is not None:
         b_delta -= tl.load(grad_lse_ptr + o_row, mask=m_seen, other=0.0)
-    tl.store(delta_ptr + o_row, b_delta, mask=m_m)
-    tl.store(lse2_ptr + o_row, tl.where(m_seen, b_lse * 1.4426950408889634, float("inf")), mask=m_m)
+    tl.store(delta_ptr + o_padded, b_delta)
+    tl.store(lse2_ptr + o_padded, tl.where(m_seen, b_lse * 1.4426950408889634, float("inf")))
+    if head == 0:
+        b_start, b_end = row_intervals(start_ptr + row * L, end_ptr + row * L, o_m, L)
+        tl.store(padded_start_ptr + row * L_padded + o_m, b_start)
+        tl.store(padded_end_ptr + row * L_padded + o_m, b_end)
 
 
 def visual_attention_backward(
@@ -88,8 +122,7 @@ def visual_attention_backward(
     Hkv, Lk = k.shape[1:3]
     target, head, itemsize = target_of(q), padded_head(D), q.element_size()
     q, k, v, grad_out = (with_unit_columns(x) for x in (q, k, v, grad_out.to(q.dtype)))
-    grad_mass = None if grad_mass is None else grad_mass.contiguous()
-    delta, lse2 = _deltas(grad_out, grad_mass, grad_lse, out, mass, lse)
+    constants = _constants(grad_out, grad_mass, grad_lse, key_start, key_end, out, mass, lse)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     key_tiles = backward_keys.keys_tiles(target, itemsize, head)
     query_tiles = backward_queries.queries_tiles(target, itemsize, head)
@@ -99,15 +132,15 @@ def visual_attention_backward(
         "k_ptr": k,
         "v_ptr": v,
         "grad_out_ptr": grad_out,
-        "grad_mass_ptr": grad_mass,
-        "delta_ptr": delta,
-        "lse2_ptr": lse2,
+        "grad_mass_ptr": constants.grad_mass,
+        "lse2_ptr": constants.lse2,
+        "delta_ptr": constants.delta,
         "weight_ptr": keys.weight,
-        "start_ptr": key_start.contiguous(),
-        "end_ptr": key_end.contiguous(),
+        "start_ptr": constants.start,
+        "end_ptr": constants.end,
         "group": Hq // Hkv,
-        "Lq": Lq,
         "Lk": Lk,
+        "padded_tiles": constants.start.shape[1] // PADDED_TILE,
         "scale": scale,
         "HEAD": D,
         "BLOCK_D": head,
@@ -118,48 +151,64 @@ def visual_attention_backward(
         queries_ptr=keys.queries, dk_ptr=dk, dv_ptr=dv, Hkv=Hkv, **shared, **key_tiles
     )
     backward_queries.queries_gradient_kernel[(len(q) * Hq * triton.cdiv(Lq, query_tiles["BLOCK_M"]),)](
-        kind_ptr=keys.kind, dq_ptr=dq, Hq=Hq, KEYS_BLOCK=keys.block, **shared, **query_tiles
+        kind_ptr=keys.kind, dq_ptr=dq, Hq=Hq, Lq=Lq, KEYS_BLOCK=keys.block, **shared, **query_tiles
     )
     return dq, dk, dv
 
 
-def _deltas(
-    grad_out: Tensor, grad_mass: Tensor | None, grad_lse: Tensor | None, out: Tensor, mass: Tensor | None, lse: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns delta and the LSE in powers of two, both (B, Hq, Lq) fp32; 0 and inf for queries that see nothing."""
+def _constants(
+    grad_out: Tensor,
+    grad_mass: Tensor | None,
+    grad_lse: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    out: Tensor,
+    mass: Tensor | None,
+    lse: Tensor,
+) -> Constants:
     B, H, L, D = out.shape
-    delta = lse.new_empty((B, H, L))
-    lse2 = torch.empty_like(delta)
-    delta_kernel[(B * H * triton.cdiv(L, DELTA["BLOCK_M"]),)](
+    L_padded = triton.cdiv(L, PADDED_TILE) * PADDED_TILE
+    lse2 = lse.new_empty((B, H, L_padded))
+    start = key_start.new_empty((B, L_padded))
+    padded = None if grad_mass is None else torch.empty_like(lse2)
+    constants = Constants(start, torch.empty_like(start), lse2, torch.empty_like(lse2), padded)
+    constants_kernel[(B * H * (L_padded // CONSTANTS["BLOCK_M"]),)](
+        start_ptr=key_start.contiguous(),
+        end_ptr=key_end.contiguous(),
         out_ptr=out.contiguous(),
         grad_out_ptr=grad_out,
         mass_ptr=None if grad_mass is None or mass is None else mass.contiguous(),
-        grad_mass_ptr=grad_mass,
+        grad_mass_ptr=None if grad_mass is None else grad_mass.contiguous(),
         grad_lse_ptr=None if grad_lse is None else grad_lse.contiguous(),
         lse_ptr=lse.contiguous(),
-        delta_ptr=delta,
-        lse2_ptr=lse2,
+        padded_start_ptr=constants.start,
+        padded_end_ptr=constants.end,
+        lse2_ptr=constants.lse2,
+        delta_ptr=constants.delta,
+        padded_grad_mass_ptr=constants.grad_mass,
         H=H,
         L=L,
+        L_padded=L_padded,
         HEAD=D,
         BLOCK_D=padded_head(D),
         **strides_in_units(g=grad_out),
-        **DELTA,
+        **CONSTANTS,
     )
-    return delta, lse2
+    return constants
 
 
 def compile_cases() -> list[CompileCase]:
     """Returns the cases of the three kernels."""
-    deltas = [_compile_delta("bf16", 128, 8), _compile_delta("fp32", 80, 1)]
-    return [*deltas, *backward_keys.compile_cases(), *backward_queries.compile_cases()]
+    constants = [_compile_constants("bf16", 128, 8), _compile_constants("fp32", 80, 1)]
+    return [*constants, *backward_keys.compile_cases(), *backward_queries.compile_cases()]
 
 
-def _compile_delta(dtype: str, D: int, unit: int) -> CompileCase:
+def _compile_constants(dtype: str, D: int, unit: int) -> CompileCase:
     signature = dict.fromkeys(("out_ptr", "grad_out_ptr"), f"*{dtype}")
-    floats = ("mass_ptr", "grad_mass_ptr", "grad_lse_ptr", "lse_ptr", "delta_ptr", "lse2_ptr")
+    signature |= dict.fromkeys(("start_ptr", "end_ptr", "padded_start_ptr", "padded_end_ptr"), "*i32")
+    floats = ("mass_ptr", "grad_mass_ptr", "grad_lse_ptr", "lse_ptr", "lse2_ptr", "delta_ptr", "padded_grad_mass_ptr")
     signature |= dict.fromkeys(floats, "*fp32")
-    signature |= dict.fromkeys(("H", "L", "stride_gb_units", "stride_gh_units", "stride_gl_units"), "i32")
-    constexprs = {"HEAD": D, "UNIT": unit, "BLOCK_D": padded_head(D), "BLOCK_M": DELTA["BLOCK_M"]}
-    options = {"num_warps": DELTA["num_warps"]}
-    return CompileCase(f"attention backward delta {dtype} D {D}", delta_kernel, signature, constexprs, options)
+    signature |= dict.fromkeys(("H", "L", "L_padded", "stride_gb_units", "stride_gh_units", "stride_gl_units"), "i32")
+    constexprs = {"HEAD": D, "UNIT": unit, "BLOCK_D": padded_head(D), "BLOCK_M": CONSTANTS["BLOCK_M"]}
+    name, options = f"attention backward constants {dtype} D {D}", {"num_warps": CONSTANTS["num_warps"]}
+    return CompileCase(name, constants_kernel, signature, constexprs, options)

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from vgpo_kernels._triton import CompileCase, tl, triton
-from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, load_tile, tile_ranges
+from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, load_tile, tile_ranges, whole_tile
 from vgpo_kernels.attention.kernels.shared import padded_head, tanh
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkvg" for axis in "bhl")
+# Constants of queries are padded to a multiple of this, which tiles of queries divide: loading them takes no mask.
+PADDED_TILE = tl.constexpr(128)
 
 
 def keys_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
@@ -18,7 +20,7 @@ def keys_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     """
     if itemsize == 4:
         return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    keys, queries, stages = (128, 64, 2) if head <= 128 else (64, 32, 2)
+    keys, queries, stages = (128, 32, 2) if head <= 128 else (64, 32, 2)
     if target in ("sm_120", "gfx942"):
         keys, queries = (64, 32) if head <= 128 else (32, 16)
     if target == "gfx942":
@@ -56,7 +58,6 @@ def _keys_gradient(
     whole_begin,
     whole_end,
     end,
-    Lq,
     inner,
     outer,
     CUT: tl.constexpr,
@@ -68,60 +69,59 @@ def _keys_gradient(
     """Walks the tiles of queries that all see the whole block of keys, or the others, of one head."""
     o_d = tl.arange(0, BLOCK_D)  # [BD]
     m_d = o_d < HEAD
-    o_tile = tl.arange(0, BLOCK_M)  # [BM]
-    o_q = o_tile.to(tl.int64)[:, None] * stride_ql + o_d[None, :]  # [BM, BD]
-    o_g = o_tile.to(tl.int64)[:, None] * stride_gl + o_d[None, :]  # [BM, BD]
+    o_m = tl.arange(0, BLOCK_M)  # [BM]
+    o_q = o_m.to(tl.int64)[:, None] * stride_ql + o_d[None, :]  # [BM, BD]
+    o_g = o_m.to(tl.int64)[:, None] * stride_gl + o_d[None, :]  # [BM, BD]
     steps = (whole_end - whole_begin) // BLOCK_M
     if CUT:
         steps = cut_steps(begin, whole_begin, whole_end, end, BLOCK_M)
     for step in range(0, steps):
-        first = whole_begin + step * BLOCK_M
+        first = whole_tile(step, whole_begin, BLOCK_M)
         if CUT:
             first = cut_tile(step, begin, whole_begin, whole_end, BLOCK_M)
-        o_m = first + o_tile  # [BM]
-        m_m = o_m < Lq
-        b_lse2 = tl.load(p_lse2 + o_m, mask=m_m, other=float("inf"))  # [BM]
-        b_delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)  # [BM]
+        b_lse2 = tl.load(p_lse2 + first + o_m)  # [BM]
+        b_delta = tl.load(p_delta + first + o_m)  # [BM]
         m_m = b_lse2 != float("inf")
         b_q = load_tile(p_q + first.to(tl.int64) * stride_ql + o_q, m_m, m_d, CUT, HEAD < BLOCK_D)  # [BM, BD]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+        b_grad = load_tile(p_grad + first.to(tl.int64) * stride_gl + o_g, m_m, m_d, CUT, HEAD < BLOCK_D)  # [BM, BD]
+        # What dP is less by is where its product begins: the mass costs no instruction more.
+        b_dp = tl.broadcast_to(-b_delta[None, :], b_s.shape)  # [BN, BM]
+        if p_grad_mass is not None:
+            b_grad_mass = tl.load(p_grad_mass + first + o_m)  # [BM]
+            b_dp = b_weight[:, None] * b_grad_mass[None, :] - b_delta[None, :]
+        b_dp = tl.dot(b_v, tl.trans(b_grad), b_dp, input_precision="ieee")
         b_p, b_slope = probabilities(b_s, b_lse2[None, :], inner, outer, SOFTCAP)  # [BN, BM]
         if CUT:
-            b_start = tl.load(p_start + o_m, mask=m_m, other=0)  # [BM]
-            b_end = tl.load(p_end + o_m, mask=m_m, other=0)  # [BM]
+            b_start = tl.load(p_start + first + o_m)  # [BM]
+            b_end = tl.load(p_end + first + o_m)  # [BM]
             m_visible = (b_start[None, :] <= o_n[:, None]) & (o_n[:, None] < b_end[None, :])  # [BN, BM]
             b_p = tl.where(m_visible, b_p, 0.0)
-        p_tile = p_grad + first.to(tl.int64) * stride_gl + o_g
-        b_grad = load_tile(p_tile, m_m, m_d, CUT, HEAD < BLOCK_D)  # [BM, BD]
-        b_dp = tl.dot(b_v, tl.trans(b_grad), input_precision="ieee")  # [BN, BM]
         b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision="ieee")
-        if p_grad_mass is not None:
-            b_grad_mass = tl.load(p_grad_mass + o_m, mask=m_m, other=0.0)  # [BM]
-            b_dp += b_weight[:, None] * b_grad_mass[None, :]
-        b_ds = b_p * (b_dp - b_delta[None, :]) * b_slope  # [BN, BM]
+        b_ds = b_p * b_dp * b_slope  # [BN, BM]
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["Hkv", "group", "Lq", "Lk", *STRIDES, "inner", "outer", "scale"])
+@triton.jit(do_not_specialize=["Hkv", "group", "Lk", "padded_tiles", *STRIDES, "inner", "outer", "scale"])
 def keys_gradient_kernel(
     q_ptr,  # (B, Hq, Lq, D)
     k_ptr,  # (B, Hkv, Lk, D)
     v_ptr,  # (B, Hkv, Lk, D)
     grad_out_ptr,  # (B, Hq, Lq, D)
-    grad_mass_ptr,  # (B, Hq, Lq) fp32 contiguous, or None
-    delta_ptr,  # (B, Hq, Lq) fp32 contiguous
-    lse2_ptr,  # (B, Hq, Lq) fp32 contiguous
-    weight_ptr,  # (B, Lk) fp32
+    grad_mass_ptr,  # (B, Hq, L_padded) fp32, or None
+    lse2_ptr,  # (B, Hq, L_padded) fp32
+    delta_ptr,  # (B, Hq, L_padded) fp32
+    weight_ptr,  # (B, blocks * BLOCK_N) fp32
     queries_ptr,  # (B, blocks, 4) int32
-    start_ptr,  # (B, Lq) int32
-    end_ptr,  # (B, Lq) int32
+    start_ptr,  # (B, L_padded) int32
+    end_ptr,  # (B, L_padded) int32
     dk_ptr,  # (B, Hkv, Lk, D) contiguous
     dv_ptr,  # (B, Hkv, Lk, D) contiguous
     Hkv,
     group,
-    Lq,
     Lk,
+    padded_tiles,
     stride_qb_units,
     stride_qh_units,
     stride_ql_units,
@@ -146,6 +146,7 @@ def keys_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A program owns a block of keys of one kv head and walks the queries of its heads that see one of them."""
+    L_padded = padded_tiles * PADDED_TILE
     n_blocks = tl.cdiv(Lk, BLOCK_N)
     # The first keys first: under a causal mask the most queries see them.
     block = tl.program_id(0) % n_blocks
@@ -155,8 +156,7 @@ def keys_gradient_kernel(
     o_n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
     o_d = tl.arange(0, BLOCK_D)  # [BD]
     m_d = o_d < HEAD
-    m_n = o_n < Lk
-    b_weight = tl.load(weight_ptr + row * Lk + o_n, mask=m_n, other=-1.0)  # [BN]
+    b_weight = tl.load(weight_ptr + row * n_blocks * BLOCK_N + o_n)  # [BN]
     m_seen = b_weight >= 0
     stride_ql = stride_ql_units.to(tl.int64) * UNIT
     stride_gl = stride_gl_units.to(tl.int64) * UNIT
@@ -172,13 +172,14 @@ def keys_gradient_kernel(
     )
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(0, group):
-        head = kv_head * group + member
-        first = (row * Hkv * group + head) * Lq
-        p_grad_mass = None
-        if grad_mass_ptr is not None:
-            p_grad_mass = grad_mass_ptr + first
-        for CUT in tl.static_range(2):
+    # One walk after the other, through all heads, so that what both hoist is not held at once.
+    for CUT in tl.static_range(2):
+        for member in range(0, group):
+            head = kv_head * group + member
+            first = (row * Hkv * group + head) * L_padded
+            p_grad_mass = None
+            if grad_mass_ptr is not None:
+                p_grad_mass = grad_mass_ptr + first
             b_dk, b_dv = _keys_gradient(
                 b_dk,
                 b_dv,
@@ -191,15 +192,14 @@ def keys_gradient_kernel(
                 delta_ptr + first,
                 lse2_ptr + first,
                 p_grad_mass,
-                start_ptr + row * Lq,
-                end_ptr + row * Lq,
+                start_ptr + row * L_padded,
+                end_ptr + row * L_padded,
                 stride_ql,
                 stride_gl,
                 begin,
                 whole_begin,
                 whole_end,
                 end,
-                Lq,
                 inner,
                 outer,
                 CUT == 1,
@@ -208,11 +208,13 @@ def keys_gradient_kernel(
                 CUT_M if CUT == 1 else BLOCK_M,
                 BLOCK_D,
             )
-    o_out = (row_head.to(tl.int64) * Lk + o_n)[:, None] * HEAD + o_d[None, :]
-    m_out = m_n[:, None] & m_d[None, :]
+    first_key = block * BLOCK_N
+    o_tile = tl.arange(0, BLOCK_N)[:, None] * HEAD + o_d[None, :]  # [BN, BD]
+    o_out = (row_head.to(tl.int64) * Lk + first_key) * HEAD
+    m_out = (tl.arange(0, BLOCK_N) < Lk - first_key)[:, None] & m_d[None, :]
     dtype = dk_ptr.dtype.element_ty
-    tl.store(dk_ptr + o_out, tl.where(m_seen[:, None], b_dk * scale, 0.0).to(dtype), mask=m_out)
-    tl.store(dv_ptr + o_out, tl.where(m_seen[:, None], b_dv, 0.0).to(dtype), mask=m_out)
+    tl.store(dk_ptr + o_out + o_tile, tl.where(m_seen[:, None], b_dk * scale, 0.0).to(dtype), mask=m_out)
+    tl.store(dv_ptr + o_out + o_tile, tl.where(m_seen[:, None], b_dv, 0.0).to(dtype), mask=m_out)
 
 
 def compile_case(
@@ -232,7 +234,7 @@ def compile_case(
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "grad_out_ptr"), f"*{dtype}")
     signature |= dict.fromkeys(("delta_ptr", "lse2_ptr", "weight_ptr"), "*fp32")
     signature |= dict.fromkeys(("start_ptr", "end_ptr"), "*i32")
-    signature |= dict.fromkeys(("group", "Lq", "Lk", *STRIDES), "i32")
+    signature |= dict.fromkeys(("group", "Lk", "padded_tiles", *STRIDES), "i32")
     signature |= dict.fromkeys(("inner", "outer", "scale"), "fp32") | arguments
     constexprs |= {"SOFTCAP": softcap, "HEAD": D, "UNIT": unit, "BLOCK_D": head}
     if mass:

@@ -3,8 +3,8 @@
 from typing import Any
 
 from vgpo_kernels._triton import CompileCase, tl, triton
-from vgpo_kernels.attention.kernels.backward_keys import STRIDES, compile_case, probabilities
-from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, key_ranges, load_tile, row_intervals
+from vgpo_kernels.attention.kernels.backward_keys import PADDED_TILE, STRIDES, compile_case, probabilities
+from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, key_ranges, load_tile, whole_tile
 
 
 def queries_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
@@ -38,7 +38,6 @@ def _queries_gradient(
     whole_begin,
     whole_end,
     end,
-    Lk,
     inner,
     outer,
     CUT: tl.constexpr,
@@ -58,47 +57,50 @@ def _queries_gradient(
     if CUT:
         steps = cut_steps(begin, whole_begin, whole_end, end, BLOCK_N)
     for step in range(0, steps):
-        first = whole_begin + step * BLOCK_N
+        first = whole_tile(step, whole_begin, BLOCK_N)
         if CUT:
             first = cut_tile(step, begin, whole_begin, whole_end, BLOCK_N)
-        m_n = first + o_n < Lk
+        m_n = None
         if CUT or WITH_MASS:
-            b_weight = tl.load(p_weight + first + o_n, mask=m_n, other=-1.0)  # [BN]
+            b_weight = tl.load(p_weight + first + o_n)  # [BN]
             m_n = b_weight >= 0
         b_k = load_tile(p_k + first.to(tl.int64) * stride_kl + o_k, m_n, m_d, CUT, HEAD < BLOCK_D)  # [BN, BD]
         b_v = load_tile(p_v + first.to(tl.int64) * stride_vl + o_v, m_n, m_d, CUT, HEAD < BLOCK_D)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
-        b_dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")  # [BM, BN]
+        # What dP is less by is where its product begins: the mass costs no instruction more.
+        b_dp = tl.broadcast_to(-b_delta[:, None], b_s.shape)  # [BM, BN]
+        if WITH_MASS:
+            b_dp = b_grad_mass[:, None] * b_weight[None, :] - b_delta[:, None]
+        b_dp = tl.dot(b_grad, tl.trans(b_v), b_dp, input_precision="ieee")
         b_p, b_slope = probabilities(b_s, b_lse2[:, None], inner, outer, SOFTCAP)  # [BM, BN]
         if CUT:
             o_key = first + o_n[None, :]  # [1, BN]
             m_visible = (b_start[:, None] <= o_key) & (o_key < b_end[:, None]) & m_n[None, :]
             b_p = tl.where(m_visible, b_p, 0.0)
-        if WITH_MASS:
-            b_dp += b_grad_mass[:, None] * b_weight[None, :]
-        b_ds = b_p * (b_dp - b_delta[:, None]) * b_slope  # [BM, BN]
+        b_ds = b_p * b_dp * b_slope  # [BM, BN]
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
     return b_dq
 
 
-@triton.jit(do_not_specialize=["Hq", "group", "Lq", "Lk", *STRIDES, "inner", "outer", "scale"])
+@triton.jit(do_not_specialize=["Hq", "group", "Lq", "Lk", "padded_tiles", *STRIDES, "inner", "outer", "scale"])
 def queries_gradient_kernel(
     q_ptr,  # (B, Hq, Lq, D)
     k_ptr,  # (B, Hkv, Lk, D)
     v_ptr,  # (B, Hkv, Lk, D)
     grad_out_ptr,  # (B, Hq, Lq, D)
-    grad_mass_ptr,  # (B, Hq, Lq) fp32 contiguous, or None
-    delta_ptr,  # (B, Hq, Lq) fp32 contiguous
-    lse2_ptr,  # (B, Hq, Lq) fp32 contiguous
-    weight_ptr,  # (B, Lk) fp32
+    grad_mass_ptr,  # (B, Hq, L_padded) fp32, or None
+    lse2_ptr,  # (B, Hq, L_padded) fp32
+    delta_ptr,  # (B, Hq, L_padded) fp32
+    weight_ptr,  # (B, blocks * KEYS_BLOCK) fp32
     kind_ptr,  # (B, blocks) int8
-    start_ptr,  # (B, Lq) int32
-    end_ptr,  # (B, Lq) int32
+    start_ptr,  # (B, L_padded) int32
+    end_ptr,  # (B, L_padded) int32
     dq_ptr,  # (B, Hq, Lq, D) contiguous
     Hq,
     group,
     Lq,
     Lk,
+    padded_tiles,
     stride_qb_units,
     stride_qh_units,
     stride_ql_units,
@@ -124,6 +126,7 @@ def queries_gradient_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A program owns a block of queries of one head and walks the keys that they see."""
+    L_padded = padded_tiles * PADDED_TILE
     n_blocks = tl.cdiv(Lq, BLOCK_M)
     # The last queries first: under a causal mask they see the most keys.
     block = n_blocks - 1 - tl.program_id(0) % n_blocks
@@ -133,16 +136,16 @@ def queries_gradient_kernel(
     o_m = block * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
     o_d = tl.arange(0, BLOCK_D)  # [BD]
     m_d = o_d < HEAD
-    m_m = o_m < Lq
-    b_start, b_end = row_intervals(start_ptr + row * Lq, end_ptr + row * Lq, o_m, Lq)
-    o_row = row_head.to(tl.int64) * Lq + o_m  # [BM]
-    b_lse2 = tl.load(lse2_ptr + o_row, mask=m_m, other=float("inf"))  # [BM]
-    b_delta = tl.load(delta_ptr + o_row, mask=m_m, other=0.0)  # [BM]
+    b_start = tl.load(start_ptr + row * L_padded + o_m)  # [BM]
+    b_end = tl.load(end_ptr + row * L_padded + o_m)  # [BM]
+    o_row = row_head.to(tl.int64) * L_padded + o_m  # [BM]
+    b_lse2 = tl.load(lse2_ptr + o_row)  # [BM]
+    b_delta = tl.load(delta_ptr + o_row)  # [BM]
     m_seen = b_lse2 != float("inf")
     WITH_MASS: tl.constexpr = grad_mass_ptr is not None
     b_grad_mass = b_delta
     if WITH_MASS:
-        b_grad_mass = tl.load(grad_mass_ptr + o_row, mask=m_seen, other=0.0)  # [BM]
+        b_grad_mass = tl.load(grad_mass_ptr + o_row)  # [BM]
     p_q = q_ptr + (row * stride_qb_units + head * stride_qh_units) * UNIT
     p_grad = grad_out_ptr + (row * stride_gb_units + head * stride_gh_units) * UNIT
     p_q += (o_m.to(tl.int64) * stride_ql_units)[:, None] * UNIT + o_d[None, :]
@@ -164,14 +167,13 @@ def queries_gradient_kernel(
             b_end,
             k_ptr + (row * stride_kb_units + (head // group) * stride_kh_units) * UNIT,
             v_ptr + (row * stride_vb_units + (head // group) * stride_vh_units) * UNIT,
-            weight_ptr + row * Lk,
+            weight_ptr + row * tl.cdiv(Lk, KEYS_BLOCK) * KEYS_BLOCK,
             stride_kl_units.to(tl.int64) * UNIT,
             stride_vl_units.to(tl.int64) * UNIT,
             begin,
             whole_begin,
             whole_end,
             end,
-            Lk,
             inner,
             outer,
             CUT == 1,
@@ -182,7 +184,10 @@ def queries_gradient_kernel(
             BLOCK_D,
         )
     b_dq = tl.where(m_seen[:, None], b_dq * scale, 0.0).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + o_row[:, None] * HEAD + o_d[None, :], b_dq, mask=m_m[:, None] & m_d[None, :])
+    first_query = block * BLOCK_M
+    o_tile = tl.arange(0, BLOCK_M)[:, None] * HEAD + o_d[None, :]  # [BM, BD]
+    m_out = (tl.arange(0, BLOCK_M) < Lq - first_query)[:, None] & m_d[None, :]
+    tl.store(dq_ptr + (row_head.to(tl.int64) * Lq + first_query) * HEAD + o_tile, b_dq, mask=m_out)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -201,7 +206,7 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _compile_case(dtype: str, D: int, **options: Any) -> CompileCase:
-    arguments = {"dq_ptr": f"*{dtype}", "kind_ptr": "*i8", "Hq": "i32"}
+    arguments = {"dq_ptr": f"*{dtype}", "kind_ptr": "*i8", "Hq": "i32", "Lq": "i32"}
     return compile_case(
         "backward queries", queries_gradient_kernel, queries_tiles, arguments, dtype, D, KEYS_BLOCK=128, **options
     )

@@ -16,6 +16,7 @@ from vgpo_kernels.attention.kernels.keys import (
     key_ranges,
     load_tile,
     row_intervals,
+    whole_tile,
 )
 from vgpo_kernels.attention.kernels.shared import (
     log2_scores,
@@ -66,7 +67,6 @@ def _attend(
     whole_begin,
     whole_end,
     end,
-    Lk,
     inner,
     outer,
     CUT: tl.constexpr,
@@ -86,13 +86,13 @@ def _attend(
     if CUT:
         steps = cut_steps(begin, whole_begin, whole_end, end, BLOCK_N)
     for step in range(0, steps):
-        first = whole_begin + step * BLOCK_N
+        m_n = None
         if CUT:
             first = cut_tile(step, begin, whole_begin, whole_end, BLOCK_N)
-        m_n = first + o_n < Lk
-        if CUT:
-            b_weight = tl.load(p_weight + first + o_n, mask=m_n, other=-1.0)  # [BN]
+            b_weight = tl.load(p_weight + first + o_n)  # [BN]
             m_n = b_weight >= 0
+        else:
+            first = whole_tile(step, whole_begin, BLOCK_N)
         b_k = load_tile(p_k + first.to(tl.int64) * stride_kl + o_k, m_n, m_d, CUT, HEAD < BLOCK_D)  # [BN, BD]
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
         if CUT or SOFTCAP:
@@ -136,7 +136,7 @@ def forward_kernel(
     q_ptr,  # (B, Hq, Lq, D)
     k_ptr,  # (B, Hkv, Lk, D)
     v_ptr,  # (B, Hkv, Lk, D)
-    weight_ptr,  # (B, Lk) fp32
+    weight_ptr,  # (B, blocks * BLOCK_N) fp32
     kind_ptr,  # (B, blocks) int8
     start_ptr,  # (B, Lq) int32
     end_ptr,  # (B, Lq) int32
@@ -185,8 +185,8 @@ def forward_kernel(
     p_q = q_ptr + (row * stride_qb_units + head * stride_qh_units) * UNIT
     p_k = k_ptr + (row * stride_kb_units + (head // group) * stride_kh_units) * UNIT
     p_v = v_ptr + (row * stride_vb_units + (head // group) * stride_vh_units) * UNIT
-    p_weight = weight_ptr + row * Lk
     p_kind = kind_ptr + row * tl.cdiv(Lk, BLOCK_N)
+    p_weight = weight_ptr + row * tl.cdiv(Lk, BLOCK_N) * BLOCK_N
     p_q += o_m.to(tl.int64)[:, None] * stride_ql + o_d[None, :]
     b_q = load_tile(p_q, m_seen, o_d < HEAD, True, HEAD < BLOCK_D)  # [BM, BD]
 
@@ -214,7 +214,6 @@ def forward_kernel(
             whole_begin,
             whole_end,
             end,
-            Lk,
             inner,
             outer,
             CUT == 1,
@@ -228,13 +227,15 @@ def forward_kernel(
     m_seen = m_seen & (b_max != -float("inf"))
     b_inverse = 1.0 / tl.where(m_seen, b_sum, 1.0)
     b_lse = (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * 0.6931471805599453
-    m_m = o_m < Lq
-    o_row = row_head.to(tl.int64) * Lq + o_m  # [BM]
-    tl.store(lse_ptr + o_row, tl.where(m_seen, b_lse, -float("inf")), mask=m_m)
+    first_query = block * BLOCK_M
+    o_tile = tl.arange(0, BLOCK_M)  # [BM]
+    m_m = o_tile < Lq - first_query
+    o_row = row_head.to(tl.int64) * Lq + first_query
+    tl.store(lse_ptr + o_row + o_tile, tl.where(m_seen, b_lse, -float("inf")), mask=m_m)
     if WITH_MASS:
-        tl.store(mass_ptr + o_row, tl.where(m_seen, b_mass * b_inverse, 0.0), mask=m_m)
+        tl.store(mass_ptr + o_row + o_tile, tl.where(m_seen, b_mass * b_inverse, 0.0), mask=m_m)
     b_out = tl.where(m_seen[:, None], b_acc * b_inverse[:, None], 0.0).to(out_ptr.dtype.element_ty)
-    p_out = out_ptr + o_row[:, None] * HEAD + o_d[None, :]
+    p_out = out_ptr + o_row * HEAD + o_tile[:, None] * HEAD + o_d[None, :]
     tl.store(p_out, b_out, mask=m_m[:, None] & (o_d < HEAD)[None, :])
 
 

@@ -20,7 +20,7 @@ class Keys(NamedTuple):
     """Keys of a batch, in blocks of `block`.
 
     Args:
-        weight: (B, Lk) fp32, 1 for a visual key, 0 for an ordinary one, -1 for one that no query sees.
+        weight: (B, blocks * block) fp32, 1 for a visual key, 0 for an ordinary one, -1 for one that no query sees.
         kind: (B, blocks) int8, what a block holds.
         queries: (B, blocks, 4) int32: the smallest range of queries that holds all that see a key of the block, then
             a range of queries that see the block whole; empty ranges have start >= end.
@@ -38,7 +38,7 @@ def keys_kernel(
     kinds_ptr,  # (B, Lk) int8
     start_ptr,  # (B, Lq) int32
     end_ptr,  # (B, Lq) int32
-    weight_ptr,  # (B, Lk) fp32
+    weight_ptr,  # (B, blocks * BLOCK_N) fp32
     kind_ptr,  # (B, blocks) int8
     queries_ptr,  # (B, blocks, 4) int32
     Lq,
@@ -87,7 +87,8 @@ def keys_kernel(
     b_kind = tl.load(kinds_ptr + row * Lk + o_n, mask=m_n, other=0)  # [BN]
     b_weight = tl.where(b_kind == _VISUAL, 1.0, 0.0)
     m_hole = (b_seen != 0) & (b_kind == _HIDDEN)
-    tl.store(weight_ptr + row * Lk + o_n, tl.where((b_seen == 0) | m_hole, -1.0, b_weight), mask=m_n)
+    p_weight = weight_ptr + row * n_blocks * BLOCK_N + o_n
+    tl.store(p_weight, tl.where((b_seen == 0) | m_hole, -1.0, b_weight))
     visual = tl.sum(b_weight.to(tl.int32), axis=0)
     kind = tl.where(visual == 0, ORDINARY_BLOCK, tl.where(visual == BLOCK_N, VISUAL_BLOCK, MIXED_BLOCK))
     kind = tl.where(tl.max(m_hole.to(tl.int32), axis=0) != 0, HOLE_BLOCK, kind)
@@ -104,7 +105,7 @@ def find_keys(key_kinds: Tensor, key_start: Tensor, key_end: Tensor, block: int)
     B, Lk = key_kinds.shape
     blocks = triton.cdiv(Lk, block)
     keys = Keys(
-        weight=key_kinds.new_empty((B, Lk), dtype=torch.float32),
+        weight=key_kinds.new_empty((B, blocks * block), dtype=torch.float32),
         kind=key_kinds.new_empty((B, blocks)),
         queries=key_kinds.new_empty((B, blocks, 4), dtype=torch.int32),
         block=block,
@@ -166,6 +167,12 @@ def key_ranges(b_start, b_end, p_kind, KEYS_BLOCK: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
+def whole_tile(step, whole_begin, BLOCK: tl.constexpr):
+    """Where the tile of a step through the whole ones begins."""
+    return tl.multiple_of(whole_begin + step * BLOCK, BLOCK)
+
+
+@triton.jit
 def cut_steps(begin, whole_begin, whole_end, end, CUT_BLOCK: tl.constexpr):
     """How many tiles of CUT_BLOCK lie before and after the whole ones."""
     return (end - begin - (whole_end - whole_begin)) // CUT_BLOCK
@@ -175,7 +182,7 @@ def cut_steps(begin, whole_begin, whole_end, end, CUT_BLOCK: tl.constexpr):
 def cut_tile(step, begin, whole_begin, whole_end, CUT_BLOCK: tl.constexpr):
     """Where the tile of a step through those before and after the whole ones begins."""
     first = begin + step * CUT_BLOCK
-    return tl.where(first < whole_begin, first, first + (whole_end - whole_begin))
+    return tl.multiple_of(tl.where(first < whole_begin, first, first + (whole_end - whole_begin)), CUT_BLOCK)
 
 
 @triton.jit
