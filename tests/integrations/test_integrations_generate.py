@@ -84,6 +84,31 @@ def test_prompt_in_pieces(queries: str) -> None:
     assert rec.columns.shape == expected.columns.shape == (3, 3, 4, 0)
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_layers_that_drop_all_queries_but_the_last(cache: str | None) -> None:
+    model = tiny_vlms.make_shared_keys()
+    ids = torch.randint(1, 90, (2, 9))
+    ids[0, 1:5] = tiny_vlms.IMAGE
+    options = {**GREEDY, "cache_implementation": cache, "output_logits": True, "return_dict_in_generate": True}
+    results = {}
+    for attention in ("eager", "vgpo"):
+        model.set_attn_implementation(attention)
+        results[attention] = model.generate(ids, **options)
+    assert_close(results["vgpo"].logits, results["eager"].logits)
+    with record_visual_attention(model, "all", heads="all", queries="predicting") as rec:
+        recorded = model.generate(ids, **options)
+    assert_close(recorded.logits, results["eager"].logits)
+    with record_visual_attention(model, "last", queries="predicting") as last:
+        model.generate(ids, **options)
+    whole = recorded.sequences
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = torch.stack(model(whole, output_attentions=True).attentions)[..., 8:-1, :]
+    expected = (maps * (whole == tiny_vlms.IMAGE)[:, None, None]).sum(-1, keepdim=True)
+    assert_close(rec.mass, expected)
+    assert_close(last.mass, expected[-1:].mean(2))
+
+
 def test_rows_that_end_early(model: Any, family: str) -> None:
     """Columns of a row do not depend on how long others go on."""
     batch = tiny_vlms.make_batch(family)

@@ -190,6 +190,38 @@ def test_mask_prepared_by_the_caller(model: Any, batch: dict[str, Any]) -> None:
     assert_close(got * real[..., None], expected * real[..., None])
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_mask_that_was_copied_on_the_way(model: Any, batch: dict[str, Any], holes: bool) -> None:
+    """As by layers on devices of their own; layer 0 is not recorded and attends with sdpa."""
+
+    def copy(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "attention_mask": kwargs["attention_mask"].clone()}
+
+    if holes:
+        batch["attention_mask"][0, 18] = 0
+    expected = recorded(model, batch, [1, 2], columns=True)
+    layers = model.model.language_model.layers
+    handles = [layer.register_forward_pre_hook(copy, with_kwargs=True) for layer in layers]
+    got = recorded(model, batch, [1, 2], columns=True)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(got, expected)
+
+
+def test_compiled_layer(model: Any, batch: dict[str, Any]) -> None:
+    """One graph while nobody records; a recorder that comes later is heard."""
+    attention = model.model.language_model.layers[2].self_attn
+    with torch.no_grad():
+        plain, mass = model(**batch).logits, recorded(model, batch)
+        attention.compile(backend="eager", fullgraph=True)
+        assert torch.equal(model(**batch).logits, plain)
+        attention.compile(backend="eager")
+        assert torch.equal(model(**batch).logits, plain)
+        assert torch.equal(recorded(model, batch), mass)
+        assert torch.equal(model(**batch).logits, plain)
+    torch._dynamo.reset()
+
+
 def test_packed_rows(model: Any, batch: dict[str, Any]) -> None:
     """Two sequences in one row, told apart by their positions alone, attend within themselves."""
     model = tiny_vlms.make("internvl")

@@ -150,6 +150,11 @@ def call(softcap: float | None = None, lengths: tuple[int, int] = (4, 4), **opti
     ("options", "message"),
     [
         ({"s_aux": torch.zeros(2)}, r"Attention of layer 3: .* cannot take attention sinks \(s_aux\)"),
+        ({"indices": torch.zeros(2)}, r"Attention of layer 3: .* cannot take chosen keys \(indices\)"),
+        (
+            {"block_indices": torch.zeros(2)},
+            r"cannot take chosen keys \(block_indices\); use attn_implementation='eager'",
+        ),
         ({"softcap": 5.0, "dropout": 0.1}, r"Attention of layer 3: .* cannot take attention dropout 0\.1; set"),
         ({"softcap": 5.0, "position_bias": torch.zeros(1)}, r"cannot take a bias on the scores \(position_bias\)"),
         ({"softcap": 5.0, "cache": object()}, "cannot take a paged cache"),

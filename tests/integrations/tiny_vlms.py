@@ -14,6 +14,8 @@ from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlavaOnevisionConfig,
@@ -235,10 +237,30 @@ FAMILIES = {
 }
 
 
+def make_shared_keys() -> Any:
+    """Returns a Gemma 4 whose upper layers share keys and run only the queries asked for; pictures are plain tokens."""
+    config = Gemma4TextConfig(
+        **{**TEXT, "num_hidden_layers": 4},
+        head_dim=8,
+        global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=6,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+    )
+    config.image_token_id = IMAGE
+    return _with_large_weights(Gemma4ForCausalLM(config))
+
+
 def make(name: str, *, seed: int = 0) -> Any:
     """Returns a model with weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
-    model = FAMILIES[name].make().eval()
+    return _with_large_weights(FAMILIES[name].make())
+
+
+def _with_large_weights(model: Any) -> Any:
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

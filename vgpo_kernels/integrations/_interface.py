@@ -60,6 +60,9 @@ def vgpo_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     config = kwargs.get("config")
     listeners = [listener for listener in LISTENERS if listener.makes_mask_for(config)]
     if not listeners and getattr(config, "attn_logit_softcapping", None) is None:
+        if getattr(config, "num_kv_shared_layers", 0):
+            # Such models drop queries on the way and cut the mask along; for "sdpa", by name, they mind a missing one.
+            kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(*args, **kwargs)
     return _encoded(listeners, *args, **kwargs)
 
@@ -126,8 +129,7 @@ def vgpo_attention(
     listeners = [listener for listener in LISTENERS if listener.hears(module)]
     softcap = kwargs.get("softcap")
     encoded = _masks.is_encoded(attention_mask)
-    if kwargs.get("s_aux") is not None:
-        _refuse(module, "attention sinks (s_aux)", "use attn_implementation='eager'")
+    _check_known(module, kwargs)
     if not listeners and softcap is None and not encoded:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
@@ -140,7 +142,7 @@ def vgpo_attention(
     if not (ours or recorded):
         for listener in listeners:
             listener.observe(layer, query, key, None, None, {})
-        plain = attention_mask if mask is None else mask.dense()
+        plain = attention_mask if mask is None else mask.last_queries(query.shape[2]).dense()
         return sdpa_attention_forward(module, query, key, value, plain, dropout, scaling, is_causal=is_causal, **kwargs)
     _check_plain_attention(module, dropout, kwargs)
     if mask is None:
@@ -179,6 +181,13 @@ def _mask_from_outside(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     shape = MaskShape(query.shape[0], query.shape[2], key.shape[2], kv_offset=first_key)
     return _masks.without_mask(shape, causal=causal, device=query.device)
+
+
+def _check_known(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raises for what sdpa would leave out without a word."""
+    for name, what in (("s_aux", "attention sinks"), ("indices", "chosen keys"), ("block_indices", "chosen keys")):
+        if kwargs.get(name) is not None:
+            _refuse(module, f"{what} ({name})", "use attn_implementation='eager'")
 
 
 def _check_plain_attention(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
