@@ -7,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-_LAUNCH_OPTIONS = ("num_warps", "num_stages")
+_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass(frozen=True)

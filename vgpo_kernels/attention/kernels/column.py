@@ -9,6 +9,10 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.attention.kernels.shared import (
+    CHUNK,
+    VECTOR,
+    chunked_products,
+    load_rows,
     lse_to_subtract,
     padded_head,
     probabilities,
@@ -29,11 +33,18 @@ _RUN_TIME = ["heads", "group", "n_positions", "Lq", "splits", "stride_lb", "stri
 _STRIDES = [f"stride_{name}{axis}_units" for name in "qk" for axis in "bhl"]
 
 
-def column_tiles(D_PAD: int, itemsize: int, target: str) -> dict[str, int]:
-    """Returns tiles."""
+def column_tiles(D_PAD: int, itemsize: int, target: str, *, unit: int, softcap: bool) -> dict[str, int]:
+    """Returns the tiles of a target: BLOCK_N positions stay, blocks of BLOCK_M queries pass by."""
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    if unit == 1:  # an address an element
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    if target == "gfx942":
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    small = softcap or D_PAD > 128
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 64 if small else 128, "num_warps": 8, "num_stages": 3}
+    # 128 registers a thread let two programs share a multiprocessor: one's exp hides behind the other's product.
+    return tiles | {"maxnreg": 128} if target == "sm_90" and D_PAD <= 128 else tiles
 
 
 @triton.jit(do_not_specialize=["Lq"])
@@ -110,11 +121,14 @@ def _nan_maximum(a, b):
 
 
 @triton.jit
-def _reduced(b_column, b_p, MAX: tl.constexpr):
-    """A column [BN] with the probabilities [BN, BM] of one more block of queries."""
-    if MAX:
-        return _nan_maximum(b_column, tl.reduce(b_p, 1, _nan_maximum))
-    return b_column + tl.sum(b_p, axis=1)
+def _products(p_q, m_q, b_k, p_k, m_k, D: tl.constexpr, D_PAD: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr):
+    """Products [BM, BN] of the queries at pointers [BM], all of them there where `m_q` is None, with the keys."""
+    if EXACT:
+        m_queries = tl.full(p_q.shape, 1, tl.int1) if m_q is None else m_q
+        b_s = chunked_products(p_q, m_queries, p_k, m_k, D, CHUNK)
+    else:
+        b_s = tl.dot(load_rows(p_q, m_q, D, D_PAD), b_k)
+    return b_s
 
 
 @triton.jit(do_not_specialize=[*_RUN_TIME, *_STRIDES])
@@ -149,6 +163,7 @@ def column_kernel(
     MAX: tl.constexpr,
     SOFTCAP: tl.constexpr,
     EXACT: tl.constexpr,
+    CHUNK: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -168,19 +183,21 @@ def column_kernel(
     n_full = tl.load(counts_ptr + of_list * 2 + 1)
 
     o_d = tl.arange(0, D_PAD)  # [D]
-    m_d = o_d < D
     b_position = tl.load(positions_ptr + row * n_positions + o_slot, mask=o_slot < n_positions, other=-1)  # [BN]
     m_position = b_position >= 0
     p_k = k_ptr + (row * stride_kb_units + head // group * stride_kh_units) * UNIT
-    p_k += (b_position.to(tl.int64) * stride_kl_units * UNIT)[:, None] + o_d[None, :]  # [BN, D]
-    b_k = tl.load(p_k, mask=m_position[:, None] & m_d[None, :], other=0.0)  # [BN, D]
+    p_k += b_position.to(tl.int64) * stride_kl_units * UNIT  # [BN]
+    b_k = None
+    if not EXACT:
+        m_k = m_position[None, :] & (o_d < D)[:, None]
+        b_k = tl.load(p_k[None, :] + o_d[:, None], mask=m_k, other=0.0)  # [D, BN]
 
     o_m = tl.arange(0, BLOCK_M)  # [BM]
     stride_ql = stride_ql_units.to(tl.int64) * UNIT
-    p_q = q_ptr + (row * stride_qb_units + head * stride_qh_units) * UNIT
-    p_q += o_m[:, None] * stride_ql + o_d[None, :]  # [BM, D]
+    p_q = q_ptr + (row * stride_qb_units + head * stride_qh_units) * UNIT + o_m * stride_ql  # [BM]
     p_lse = lse_ptr + row * stride_lb + head * stride_lh
-    b_column = tl.zeros([BLOCK_N], tl.float32)  # [BN]
+    # Reduced over the queries of a block at the very end: across threads that is dear.
+    b_received = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # [BM, BN]
 
     p_entries = entries_ptr + of_list * 2 * n_blocks
     last = n_cut * (split + 1) // splits
@@ -191,15 +208,16 @@ def column_kernel(
         o_query = entry * BLOCK_M + o_m  # [BM]
         b_start = tl.load(start_ptr + row * Lq + o_query, mask=o_query < Lq, other=0)  # [BM]
         b_end = tl.load(end_ptr + row * Lq + o_query, mask=o_query < Lq, other=0)  # [BM]
-        m_q = (o_query < Lq)[:, None] & m_d[None, :]
-        b_q = tl.load(p_q + (entry * BLOCK_M).to(tl.int64) * stride_ql, mask=m_q, other=0.0)  # [BM, D]
         b_lse = tl.load(p_lse + o_query.to(tl.int64) * stride_ll, mask=o_query < Lq, other=0.0)  # [BM]
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+        p_tile = p_q + (entry * BLOCK_M).to(tl.int64) * stride_ql
+        b_s = _products(p_tile, o_query < Lq, b_k, p_k, m_position, D, D_PAD, EXACT, CHUNK)  # [BM, BN]
         b_lse = lse_to_subtract(b_lse, EXACT)
-        b_p = probabilities(b_s, b_lse[None, :], inner, outer, SOFTCAP, EXACT)  # [BN, BM]
-        # An empty slot stands before every interval.
-        m_p = (b_position[:, None] >= b_start[None, :]) & (b_position[:, None] < b_end[None, :])  # [BN, BM]
-        b_column = _reduced(b_column, tl.where(m_p, b_p, 0.0), MAX)
+        b_p = probabilities(b_s, b_lse[:, None], inner, outer, SOFTCAP, EXACT)  # [BM, BN]
+        # One comparison: unsigned, what lies before the start, as empty slots do, is beyond every length.
+        b_inside = (b_position[None, :] - b_start[:, None]).to(tl.uint32, bitcast=True)  # [BM, BN]
+        b_length = tl.maximum(b_end - b_start, 0).to(tl.uint32, bitcast=True)  # [BM]
+        b_p = tl.where(b_inside < b_length[:, None], b_p, 0.0)
+        b_received = _nan_maximum(b_received, b_p) if MAX else b_received + b_p
         entry = next_entry
 
     p_entries += n_blocks
@@ -208,17 +226,19 @@ def column_kernel(
     for index in range(n_full * split // splits, last):
         next_entry = tl.load(p_entries + index + 1, mask=index + 1 < last, other=0)
         p_tile = p_q + (entry * BLOCK_M).to(tl.int64) * stride_ql
-        if D == D_PAD:
-            b_q = tl.load(p_tile)  # [BM, D]
-        else:
-            b_q = tl.load(p_tile, mask=m_d[None, :], other=0.0)
         b_lse = tl.load(p_lse + (entry * BLOCK_M + o_m).to(tl.int64) * stride_ll)  # [BM]
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+        b_s = _products(p_tile, None, b_k, p_k, m_position, D, D_PAD, EXACT, CHUNK)  # [BM, BN]
         b_lse = lse_to_subtract(b_lse, EXACT)
-        b_p = probabilities(b_s, b_lse[None, :], inner, outer, SOFTCAP, EXACT)  # [BN, BM]
-        b_column = _reduced(b_column, b_p, MAX)
+        b_p = probabilities(b_s, b_lse[:, None], inner, outer, SOFTCAP, EXACT)  # [BM, BN]
+        b_received = _nan_maximum(b_received, b_p) if MAX else b_received + b_p
         entry = next_entry
 
+    if MAX:
+        # The largest of a column ignores NaN; the sum of NaN alone brings it back.
+        b_nan = tl.where(b_received != b_received, b_received, 0.0)  # [BM, BN]
+        b_column = tl.max(b_received, axis=0) + tl.sum(b_nan, axis=0)  # [BN]
+    else:
+        b_column = tl.sum(b_received, axis=0)
     tl.store(p_column + o_slot, tl.where(m_position, b_column, 0.0), mask=o_slot < n_positions)
 
 
@@ -239,7 +259,10 @@ def attention_column_sum(
     if B * Hq * n == 0 or Lq == 0:
         return torch.zeros((B, Hq, n), dtype=torch.float32, device=q.device)
     q, k, positions = with_unit_columns(q), with_unit_columns(k), positions.contiguous()
-    tiles = column_tiles(padded_head(D), q.element_size(), target_of(q))
+    strides = strides_in_units(q=q, k=k)
+    tiles = column_tiles(
+        padded_head(D), q.element_size(), target_of(q), unit=strides["UNIT"], softcap=softcap is not None
+    )
     entries, counts = _block_lists(positions, key_start, key_end, tiles["BLOCK_M"], tiles["BLOCK_N"])
     blocks = B * Hq * triton.cdiv(n, tiles["BLOCK_N"])
     splits = _splits(blocks, triton.cdiv(Lq, tiles["BLOCK_M"]))
@@ -264,15 +287,13 @@ def attention_column_sum(
         stride_ll=lse.stride(2),
         D=D,
         D_PAD=padded_head(D),
+        CHUNK=CHUNK,
         MAX=reduction == "max",
         **probability_scales(scale, softcap, q.dtype),
-        **strides_in_units(q=q, k=k),
+        **strides,
         **tiles,
     )
-    if splits == 1:
-        received = columns[:, :, 0]
-    else:
-        received = columns.amax(2) if reduction == "max" else columns.sum(2)
+    received = columns.amax(2) if reduction == "max" else columns.sum(2)
     if reduction == "mean":
         received /= (key_start < key_end).sum(1).clamp(min=1)[:, None, None]
     return received
@@ -318,4 +339,39 @@ def _splits(programs: int, blocks: int) -> int:
 
 
 def compile_cases() -> list[CompileCase]:
-    return []
+    """Returns the kernels: the column one at every dtype and kind of head size, reduction, softcap and stride."""
+    bounds = dict.fromkeys(("start_ptr", "end_ptr", "bounds_ptr"), "*i32") | {"Lq": "i32"}
+    lists = dict.fromkeys(("positions_ptr", "bounds_ptr", "entries_ptr", "counts_ptr"), "*i32")
+    lists |= {"n_positions": "i32", "n_blocks": "i32"}
+    options = {"num_warps": 4}
+    return [
+        CompileCase("attention column bounds", bounds_kernel, bounds, {"BLOCK_M": 64, "BOUNDS": BOUNDS}, options),
+        CompileCase("attention column lists", block_list_kernel, lists, {"BLOCK_N": 128, "LISTED": LISTED}, options),
+        *(_compile_case("bf16", D) for D in (64, 80, 128, 256)),
+        _compile_case("bf16", 128, largest=True),
+        _compile_case("bf16", 256, softcap=True),
+        _compile_case("bf16", 80, largest=True, unit=1),
+        _compile_case("fp16", 128),
+        _compile_case("fp32", 128),
+        _compile_case("fp32", 256, largest=True, softcap=True),
+    ]
+
+
+def _compile_case(
+    dtype: str, D: int, *, largest: bool = False, softcap: bool = False, unit: int = VECTOR
+) -> CompileCase:
+    signature = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}"}
+    signature |= dict.fromkeys(("lse_ptr", "column_ptr"), "*fp32") | dict.fromkeys(("inner", "outer"), "fp32")
+    signature |= dict.fromkeys(("positions_ptr", "start_ptr", "end_ptr", "entries_ptr", "counts_ptr"), "*i32")
+    signature |= dict.fromkeys([*_RUN_TIME, *_STRIDES], "i32")
+    constexprs = {"D": D, "D_PAD": padded_head(D), "MAX": largest, "CHUNK": CHUNK, "UNIT": unit}
+    constexprs |= {"SOFTCAP": softcap, "EXACT": dtype == "fp32"}
+    itemsize = 4 if dtype == "fp32" else 2
+    variant = f"{' max' if largest else ''}{'' if unit == VECTOR else ' strided'}{' softcap' if softcap else ''}"
+    return CompileCase(
+        f"attention column {dtype} D {D}{variant}",
+        column_kernel,
+        signature,
+        constexprs,
+        tiles=lambda target: column_tiles(padded_head(D), itemsize, target, unit=unit, softcap=softcap),
+    )

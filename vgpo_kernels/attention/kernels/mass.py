@@ -10,6 +10,10 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.attention.kernels.shared import (
+    CHUNK,
+    VECTOR,
+    chunked_products,
+    load_rows,
     lse_to_subtract,
     padded_head,
     probabilities,
@@ -24,38 +28,27 @@ _RUN_TIME = ["kv_heads", "group", "Lq", "Lk", "num_segments", "capacity", "strid
 _STRIDES = [f"stride_{name}{axis}_units" for name in "qk" for axis in "bhl"]
 
 
-def mass_tiles(D_PAD: int, itemsize: int, target: str) -> dict[str, int]:
-    """Returns tiles."""
+def mass_tiles(D_PAD: int, itemsize: int, target: str, *, unit: int, softcap: bool) -> dict[str, int]:
+    """Returns the tiles of a target: BLOCK_M rows stay, tiles of BLOCK_N keys pass by."""
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    if unit == 1:  # an address an element
+        return {"BLOCK_M": 32 if target == "gfx942" else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    # On sm_90 these leave room for two programs on a multiprocessor: one's exp hides behind the other's product.
+    small = softcap or (D_PAD > 128 and target != "sm_90")
+    stages = 2 if target == "gfx942" else 3
+    return {"BLOCK_M": 64 if small else 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": stages}
 
 
 @triton.jit
-def _row_sums(
-    b_q,
-    p_k,
-    m_k,
-    b_lse,
-    o_n,
-    b_start,
-    b_end,
-    inner,
-    outer,
-    CUT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Sums [BM] of the probabilities of one key tile; where `CUT`, of its keys `o_n` [BN] in the rows' intervals."""
-    if m_k is None:
-        b_k = tl.load(p_k)  # [BN, D]
+def _products(b_q, p_q, m_q, p_k, m_k, D: tl.constexpr, D_PAD: tl.constexpr, EXACT: tl.constexpr, CHUNK: tl.constexpr):
+    """Products [BM, BN] of the rows with the keys at pointers [BN], all of them wanted where `m_k` is None."""
+    if EXACT:
+        m_keys = tl.full(p_k.shape, 1, tl.int1) if m_k is None else m_k
+        b_s = chunked_products(p_q, m_q, p_k, m_keys, D, CHUNK)
     else:
-        b_k = tl.load(p_k, mask=m_k, other=0.0)
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
-    b_p = probabilities(b_s, b_lse[:, None], inner, outer, SOFTCAP, EXACT)  # [BM, BN]
-    if CUT:
-        b_p = tl.where((o_n[None, :] >= b_start[:, None]) & (o_n[None, :] < b_end[:, None]), b_p, 0.0)
-    return tl.sum(b_p, axis=1)
+        b_s = tl.dot(b_q, tl.trans(load_rows(p_k, m_k, D, D_PAD)))
+    return b_s
 
 
 @triton.jit
@@ -100,6 +93,7 @@ def mass_kernel(
     SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr,
     EXACT: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -141,17 +135,15 @@ def mass_kernel(
     n_cut = n_left + tl.load(p_whole + last) - right
     p_entries = entries_ptr + of_lists.to(tl.int64) * (capacity + n_tiles)
 
-    o_d = tl.arange(0, D_PAD)  # [D]
-    m_d = o_d < D
     stride_kl = stride_kl_units.to(tl.int64) * UNIT
     p_k = k_ptr + (row * stride_kb_units + kv_head.to(tl.int64) * stride_kh_units) * UNIT
-    p_k += tl.arange(0, BLOCK_N)[:, None] * stride_kl + o_d[None, :]  # [BN, D]
-    p_q = q_ptr + row * stride_qb_units * UNIT
-    p_q += (o_head * stride_qh_units * UNIT + o_query * stride_ql_units * UNIT)[:, None] + o_d[None, :]  # [BM, D]
+    p_k += tl.arange(0, BLOCK_N) * stride_kl  # [BN]
+    p_q = q_ptr + (row * stride_qb_units + o_head * stride_qh_units + o_query * stride_ql_units) * UNIT  # [BM]
     p_lse = lse_ptr + row * stride_lb + o_head * stride_lh + o_query * stride_ll  # [BM]
     # A row that sees nothing has probability exp(0 - inf) everywhere, whatever it holds.
-    b_q = tl.load(p_q, mask=m_seen[:, None] & m_d[None, :], other=0.0)  # [BM, D]
+    b_q = None if EXACT else load_rows(p_q, m_seen, D, D_PAD)  # [BM, D]
     b_lse = lse_to_subtract(tl.load(p_lse, mask=m_seen, other=float("inf")), EXACT)  # [BM]
+    b_length = tl.maximum(b_end - b_start, 0).to(tl.uint32, bitcast=True)  # [BM]
     b_mass = tl.zeros([BLOCK_M, S_BLOCK], tl.float32)  # [BM, S]
 
     entry = tl.load(p_entries + _cut_entry(0, n_mixed, n_left, mixed, left, right, capacity), mask=n_cut > 0, other=0)
@@ -166,19 +158,22 @@ def mass_kernel(
         p_tile = p_k + (entry // S_BLOCK * BLOCK_N).to(tl.int64) * stride_kl
         # A key of another segment stands before every interval.
         o_n = tl.where(b_ids == segment + first_segment, o_n, -1)
-        m_k = m_n[:, None] & m_d[None, :]
-        b_sums = _row_sums(b_q, p_tile, m_k, b_lse, o_n, b_start, b_end, inner, outer, True, SOFTCAP, EXACT)
-        b_mass = _add(b_mass, b_sums, segment, S_BLOCK)
+        b_s = _products(b_q, p_q, m_seen, p_tile, m_n, D, D_PAD, EXACT, CHUNK)  # [BM, BN]
+        b_p = probabilities(b_s, b_lse[:, None], inner, outer, SOFTCAP, EXACT)  # [BM, BN]
+        # One comparison: unsigned, what lies before the start is beyond every length.
+        b_inside = (o_n[None, :] - b_start[:, None]).to(tl.uint32, bitcast=True)  # [BM, BN]
+        b_p = tl.where(b_inside < b_length[:, None], b_p, 0.0)
+        b_mass = _add(b_mass, tl.sum(b_p, axis=1), segment, S_BLOCK)
         entry = next_entry
 
     p_entries += capacity
-    m_k = None if D == D_PAD else m_d[None, :]
     entry = tl.load(p_entries + full, mask=full < right, other=0)
     for index in range(full, right):
         next_entry = tl.load(p_entries + index + 1, mask=index + 1 < right, other=0)
         p_tile = p_k + (entry // S_BLOCK * BLOCK_N).to(tl.int64) * stride_kl
-        b_sums = _row_sums(b_q, p_tile, m_k, b_lse, None, None, None, inner, outer, False, SOFTCAP, EXACT)
-        b_mass = _add(b_mass, b_sums, entry % S_BLOCK, S_BLOCK)
+        b_s = _products(b_q, p_q, m_seen, p_tile, None, D, D_PAD, EXACT, CHUNK)  # [BM, BN]
+        b_p = probabilities(b_s, b_lse[:, None], inner, outer, SOFTCAP, EXACT)  # [BM, BN]
+        b_mass = _add(b_mass, tl.sum(b_p, axis=1), entry % S_BLOCK, S_BLOCK)
         entry = next_entry
 
     o_s = first_segment + tl.arange(0, S_BLOCK)  # [S]
@@ -212,7 +207,10 @@ def attention_mass(
     if mass.numel() == 0 or Lk == 0:
         return mass.zero_()
     q, k = with_unit_columns(q), with_unit_columns(k)
-    tiles = mass_tiles(padded_head(D), q.element_size(), target_of(q))
+    strides = strides_in_units(q=q, k=k)
+    tiles = mass_tiles(
+        padded_head(D), q.element_size(), target_of(q), unit=strides["UNIT"], softcap=softcap is not None
+    )
     s_block = segment_block(num_segments)
     lists = tile_lists(segment_ids.contiguous(), num_segments, s_block, tiles["BLOCK_N"])
     blocks = triton.cdiv(Lq * (Hq // kv_heads), tiles["BLOCK_M"])
@@ -238,17 +236,45 @@ def attention_mass(
         D=D,
         D_PAD=padded_head(D),
         S_BLOCK=s_block,
+        CHUNK=CHUNK,
         **probability_scales(scale, softcap, q.dtype),
-        **strides_in_units(q=q, k=k),
+        **strides,
         **tiles,
     )
     return mass
 
 
 def segment_block(num_segments: int) -> int:
-    """Returns how many segments a program sums: few sizes, so few compilations; more than 16 go to more programs."""
-    return 1 if num_segments == 1 else 4 if num_segments <= 4 else 16
+    """Returns how many segments a program sums: few sizes, so few compilations; more than 8 go to more programs."""
+    return 1 if num_segments == 1 else 4 if num_segments <= 4 else 8
 
 
 def compile_cases() -> list[CompileCase]:
-    return []
+    """Returns the kernel at every dtype and kind of head size, number of segments, softcap and stride."""
+    return [
+        *(_compile_case("bf16", D, 4) for D in (64, 80, 128, 256)),
+        *(_compile_case("bf16", 128, segments) for segments in (1, 8)),
+        _compile_case("bf16", 256, 8, softcap=True),
+        _compile_case("bf16", 80, 8, unit=1),
+        _compile_case("fp16", 128, 4),
+        _compile_case("fp32", 128, 4),
+        _compile_case("fp32", 256, 8, softcap=True),
+    ]
+
+
+def _compile_case(dtype: str, D: int, segments: int, *, softcap: bool = False, unit: int = VECTOR) -> CompileCase:
+    signature = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}"}
+    signature |= dict.fromkeys(("lse_ptr", "mass_ptr"), "*fp32") | dict.fromkeys(("inner", "outer"), "fp32")
+    signature |= dict.fromkeys(("ids_ptr", "start_ptr", "end_ptr", "entries_ptr", "offsets_ptr"), "*i32")
+    signature |= dict.fromkeys([*_RUN_TIME, *_STRIDES], "i32")
+    constexprs = {"D": D, "D_PAD": padded_head(D), "S_BLOCK": segments, "CHUNK": CHUNK, "UNIT": unit}
+    constexprs |= {"SOFTCAP": softcap, "EXACT": dtype == "fp32"}
+    itemsize = 4 if dtype == "fp32" else 2
+    variant = f"{'' if unit == VECTOR else ' strided'}{' softcap' if softcap else ''}"
+    return CompileCase(
+        f"attention mass {dtype} D {D}, {segments} segments{variant}",
+        mass_kernel,
+        signature,
+        constexprs,
+        tiles=lambda target: mass_tiles(padded_head(D), itemsize, target, unit=unit, softcap=softcap),
+    )

@@ -10,6 +10,8 @@ from vgpo_kernels._triton import tl, triton
 
 # Elements in the widest load, 16 bytes at two bytes an element.
 VECTOR = 8
+# Columns of an fp32 product at a time.
+CHUNK = 32
 LOG2E = math.log2(math.e)
 
 
@@ -52,6 +54,33 @@ def probabilities(b_products, b_lse, inner, outer, SOFTCAP: tl.constexpr, EXACT:
     """
     b_difference = log2_scores(b_products, inner, outer, SOFTCAP) - b_lse
     return tl.exp2(b_difference * 1.4426950408889634 if EXACT else b_difference)
+
+
+@triton.jit
+def load_rows(p_rows, m_rows, D: tl.constexpr, D_PAD: tl.constexpr):
+    """Rows [N, D_PAD] at pointers [N]: those in `m_rows`, or all of them where that is None; 0 elsewhere."""
+    o_d = tl.arange(0, D_PAD)  # [D]
+    p_tile = p_rows[:, None] + o_d[None, :]  # [N, D]
+    if m_rows is not None:
+        return tl.load(p_tile, mask=m_rows[:, None] & (o_d < D)[None, :], other=0.0)
+    if D == D_PAD:
+        return tl.load(p_tile)
+    return tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def chunked_products(p_a, m_a, p_b, m_b, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Products [M, N] of rows at pointers [M] and [N], a few columns at a time: fp32 rows would fill the registers."""
+    M: tl.constexpr = p_a.shape[0]
+    N: tl.constexpr = p_b.shape[0]
+    b_s = tl.zeros([M, N], tl.float32)  # [M, N]
+    for start in range(0, D, CHUNK):
+        o_d = start + tl.arange(0, CHUNK)  # [C]
+        m_d = (o_d < D)[None, :]
+        b_a = tl.load(p_a[:, None] + o_d[None, :], mask=m_a[:, None] & m_d, other=0.0)  # [M, C]
+        b_b = tl.load(p_b[:, None] + o_d[None, :], mask=m_b[:, None] & m_d, other=0.0)  # [N, C]
+        b_s = tl.dot(b_a, tl.trans(b_b), b_s, input_precision="ieee")
+    return b_s
 
 
 def score_scales(scale: float, softcap: float | None) -> dict[str, float | bool]:
