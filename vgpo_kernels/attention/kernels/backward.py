@@ -11,13 +11,13 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.attention.kernels import backward_keys, backward_queries
+from vgpo_kernels.attention.kernels.forward import with_whole_rows
 from vgpo_kernels.attention.kernels.keys import find_keys, load_tile, row_intervals
 from vgpo_kernels.attention.kernels.shared import (
     padded_head,
     score_scales,
     strides_in_units,
     target_of,
-    with_unit_columns,
 )
 
 # A few rows a warp: nothing is used twice, and loads of D 128 in half precision are 256 bytes a row.
@@ -121,7 +121,7 @@ def visual_attention_backward(
     Hq, Lq, D = q.shape[1:]
     Hkv, Lk = k.shape[1:3]
     target, head, itemsize = target_of(q), padded_head(D), q.element_size()
-    q, k, v, grad_out = (with_unit_columns(x) for x in (q, k, v, grad_out.to(q.dtype)))
+    q, k, v, grad_out = (with_whole_rows(x) for x in (q, k, v, grad_out.to(q.dtype)))
     constants = _constants(grad_out, grad_mass, grad_lse, key_start, key_end, out, mass, lse)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     key_tiles = backward_keys.keys_tiles(target, itemsize, head)
@@ -147,9 +147,10 @@ def visual_attention_backward(
         **strides_in_units(q=q, k=k, v=v, g=grad_out),
         **score_scales(scale, softcap),
     }
-    backward_keys.keys_gradient_kernel[(len(k) * Hkv * triton.cdiv(Lk, keys.block),)](
-        queries_ptr=keys.queries, dk_ptr=dk, dv_ptr=dv, Hkv=Hkv, **shared, **key_tiles
-    )
+    for wanted in ((dk, None), (None, dv)) if backward_keys.apart(head) else ((dk, dv),):
+        backward_keys.keys_gradient_kernel[(len(k) * Hkv * triton.cdiv(Lk, keys.block),)](
+            queries_ptr=keys.queries, dk_ptr=wanted[0], dv_ptr=wanted[1], Hkv=Hkv, **shared, **key_tiles
+        )
     backward_queries.queries_gradient_kernel[(len(q) * Hq * triton.cdiv(Lq, query_tiles["BLOCK_M"]),)](
         kind_ptr=keys.kind, dq_ptr=dq, Hq=Hq, Lq=Lq, KEYS_BLOCK=keys.block, **shared, **query_tiles
     )

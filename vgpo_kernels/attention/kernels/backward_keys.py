@@ -5,22 +5,27 @@ from typing import Any
 
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, load_tile, tile_ranges, whole_tile
-from vgpo_kernels.attention.kernels.shared import padded_head, tanh
+from vgpo_kernels.attention.kernels.shared import VECTOR, padded_head, tanh
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkvg" for axis in "bhl")
 # Constants of queries are padded to a multiple of this, which tiles of queries divide: loading them takes no mask.
 PADDED_TILE = tl.constexpr(128)
 
 
+def apart(head: int) -> bool:
+    """Whether dK and dV are made one after the other: registers hold a single accumulator of the largest heads."""
+    return head > 128
+
+
 def keys_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     """Returns the tiles of the kernel of dK and dV for heads padded to `head`.
 
-    Two accumulators of a block of keys stay in registers, which bounds the block; products with 64 rows a warp group
-    take what they sum over from there. Single precision unrolls its products, so its tiles are small.
+    A block of 64 keys a warp group; its accumulators stay in registers, which bounds the tile of queries beside them.
+    Single precision unrolls its products, so its tiles are small.
     """
     if itemsize == 4:
         return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-    keys, queries, stages = (128, 32, 2) if head <= 128 else (64, 32, 2)
+    keys, queries, stages = 128, 64 if head <= 64 else 32, 2
     if target in ("sm_120", "gfx942"):
         keys, queries = (64, 32) if head <= 128 else (32, 16)
     if target == "gfx942":
@@ -31,10 +36,13 @@ def keys_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
 @triton.jit
 def probabilities(b_s, b_lse2, inner, outer, SOFTCAP: tl.constexpr):
     """Probabilities of products of q and k, and the derivative of the soft-cap there (1 without one)."""
+    b_slope = 1.0
+    b_s *= inner
     if SOFTCAP:
-        b_tanh = tanh(b_s * inner)
-        return tl.exp2(b_tanh * outer - b_lse2), 1.0 - b_tanh * b_tanh
-    return tl.exp2(b_s * inner - b_lse2), 1.0
+        b_tanh = tanh(b_s)
+        b_slope = 1.0 - b_tanh * b_tanh
+        b_s = b_tanh * outer
+    return tl.exp2(b_s - b_lse2), b_slope
 
 
 @triton.jit
@@ -61,6 +69,8 @@ def _keys_gradient(
     inner,
     outer,
     CUT: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,26 +90,29 @@ def _keys_gradient(
         if CUT:
             first = cut_tile(step, begin, whole_begin, whole_end, BLOCK_M)
         b_lse2 = tl.load(p_lse2 + first + o_m)  # [BM]
-        b_delta = tl.load(p_delta + first + o_m)  # [BM]
         m_m = b_lse2 != float("inf")
         b_q = load_tile(p_q + first.to(tl.int64) * stride_ql + o_q, m_m, m_d, CUT, HEAD < BLOCK_D)  # [BM, BD]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
         b_grad = load_tile(p_grad + first.to(tl.int64) * stride_gl + o_g, m_m, m_d, CUT, HEAD < BLOCK_D)  # [BM, BD]
-        # What dP is less by is where its product begins: the mass costs no instruction more.
-        b_dp = tl.broadcast_to(-b_delta[None, :], b_s.shape)  # [BN, BM]
-        if p_grad_mass is not None:
-            b_grad_mass = tl.load(p_grad_mass + first + o_m)  # [BM]
-            b_dp = b_weight[:, None] * b_grad_mass[None, :] - b_delta[None, :]
-        b_dp = tl.dot(b_v, tl.trans(b_grad), b_dp, input_precision="ieee")
+        if WITH_DK:
+            # What dP is less by is where its product begins: the mass costs no instruction more.
+            b_delta = tl.load(p_delta + first + o_m)  # [BM]
+            b_dp = tl.broadcast_to(-b_delta[None, :], b_s.shape)  # [BN, BM]
+            if p_grad_mass is not None:
+                b_grad_mass = tl.load(p_grad_mass + first + o_m)  # [BM]
+                b_dp = b_weight[:, None] * b_grad_mass[None, :] - b_delta[None, :]
+            b_dp = tl.dot(b_v, tl.trans(b_grad), b_dp, input_precision="ieee")
         b_p, b_slope = probabilities(b_s, b_lse2[None, :], inner, outer, SOFTCAP)  # [BN, BM]
         if CUT:
             b_start = tl.load(p_start + first + o_m)  # [BM]
             b_end = tl.load(p_end + first + o_m)  # [BM]
             m_visible = (b_start[None, :] <= o_n[:, None]) & (o_n[:, None] < b_end[None, :])  # [BN, BM]
             b_p = tl.where(m_visible, b_p, 0.0)
-        b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision="ieee")
-        b_ds = b_p * b_dp * b_slope  # [BN, BM]
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
+        if WITH_DV:
+            b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision="ieee")
+        if WITH_DK:
+            b_ds = b_p * b_dp * b_slope  # [BN, BM]
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
 
 
@@ -116,8 +129,8 @@ def keys_gradient_kernel(
     queries_ptr,  # (B, blocks, 4) int32
     start_ptr,  # (B, L_padded) int32
     end_ptr,  # (B, L_padded) int32
-    dk_ptr,  # (B, Hkv, Lk, D) contiguous
-    dv_ptr,  # (B, Hkv, Lk, D) contiguous
+    dk_ptr,  # (B, Hkv, Lk, D) contiguous, or None
+    dv_ptr,  # (B, Hkv, Lk, D) contiguous, or None
     Hkv,
     group,
     Lk,
@@ -165,7 +178,9 @@ def keys_gradient_kernel(
     p_k += (o_n.to(tl.int64) * stride_kl_units)[:, None] * UNIT + o_d[None, :]
     p_v += (o_n.to(tl.int64) * stride_vl_units)[:, None] * UNIT + o_d[None, :]
     b_k = load_tile(p_k, m_seen, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
-    b_v = load_tile(p_v, m_seen, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
+    b_v = b_k
+    if dk_ptr is not None:
+        b_v = load_tile(p_v, m_seen, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
     p_queries = queries_ptr + (row * n_blocks + block) * 4
     begin, whole_begin, whole_end, end = tile_ranges(
         tl.load(p_queries), tl.load(p_queries + 1), tl.load(p_queries + 2), tl.load(p_queries + 3), BLOCK_M, CUT_M
@@ -203,6 +218,8 @@ def keys_gradient_kernel(
                 inner,
                 outer,
                 CUT == 1,
+                dk_ptr is not None,
+                dv_ptr is not None,
                 SOFTCAP,
                 HEAD,
                 CUT_M if CUT == 1 else BLOCK_M,
@@ -212,9 +229,12 @@ def keys_gradient_kernel(
     o_tile = tl.arange(0, BLOCK_N)[:, None] * HEAD + o_d[None, :]  # [BN, BD]
     o_out = (row_head.to(tl.int64) * Lk + first_key) * HEAD
     m_out = (tl.arange(0, BLOCK_N) < Lk - first_key)[:, None] & m_d[None, :]
-    dtype = dk_ptr.dtype.element_ty
-    tl.store(dk_ptr + o_out + o_tile, tl.where(m_seen[:, None], b_dk * scale, 0.0).to(dtype), mask=m_out)
-    tl.store(dv_ptr + o_out + o_tile, tl.where(m_seen[:, None], b_dv, 0.0).to(dtype), mask=m_out)
+    if dk_ptr is not None:
+        b_dk = tl.where(m_seen[:, None], b_dk * scale, 0.0).to(dk_ptr.dtype.element_ty)
+        tl.store(dk_ptr + o_out + o_tile, b_dk, mask=m_out)
+    if dv_ptr is not None:
+        b_dv = tl.where(m_seen[:, None], b_dv, 0.0).to(dv_ptr.dtype.element_ty)
+        tl.store(dv_ptr + o_out + o_tile, b_dv, mask=m_out)
 
 
 def compile_case(
@@ -226,7 +246,6 @@ def compile_case(
     D: int,
     softcap: bool = False,
     mass: bool = True,
-    unit: int = 8,
     **constexprs: Any,
 ) -> CompileCase:
     """Returns the case of a kernel with `arguments` beside those that both kernels have."""
@@ -236,12 +255,12 @@ def compile_case(
     signature |= dict.fromkeys(("start_ptr", "end_ptr"), "*i32")
     signature |= dict.fromkeys(("group", "Lk", "padded_tiles", *STRIDES), "i32")
     signature |= dict.fromkeys(("inner", "outer", "scale"), "fp32") | arguments
-    constexprs |= {"SOFTCAP": softcap, "HEAD": D, "UNIT": unit, "BLOCK_D": head}
+    constexprs |= {"SOFTCAP": softcap, "HEAD": D, "UNIT": VECTOR, "BLOCK_D": head}
     if mass:
         signature["grad_mass_ptr"] = "*fp32"
     else:
         constexprs["grad_mass_ptr"] = None
-    variant = f"{dtype} D {D}{' softcap' * softcap}{' any strides' * (unit == 1)}{'' if mass else ' no mass'}"
+    variant = f"{dtype} D {D}{' softcap' * softcap}{'' if mass else ' no mass'}"
     return CompileCase(
         f"attention {name} {variant}",
         kernel,
@@ -252,20 +271,26 @@ def compile_case(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Returns the kernel at the head sizes and types in use, with soft-cap, odd strides and without mass once each."""
+    """Returns the kernel at the head sizes and types in use, with soft-cap and without mass once each."""
     return [
         _compile_case("bf16", 64),
         _compile_case("bf16", 128),
-        _compile_case("bf16", 256),
+        _compile_case("bf16", 256, wanted="dk"),
+        _compile_case("bf16", 256, wanted="dv"),
         _compile_case("fp16", 80),
         _compile_case("fp32", 64),
-        _compile_case("fp32", 256),
-        _compile_case("bf16", 256, softcap=True),
-        _compile_case("bf16", 128, unit=1),
+        _compile_case("fp32", 256, wanted="dk"),
+        _compile_case("bf16", 256, wanted="dk", softcap=True),
         _compile_case("bf16", 128, mass=False),
     ]
 
 
-def _compile_case(dtype: str, D: int, **options: Any) -> CompileCase:
-    arguments = dict.fromkeys(("dk_ptr", "dv_ptr"), f"*{dtype}") | {"queries_ptr": "*i32", "Hkv": "i32"}
-    return compile_case("backward keys", keys_gradient_kernel, keys_tiles, arguments, dtype, D, **options)
+def _compile_case(dtype: str, D: int, wanted: str = "", **options: Any) -> CompileCase:
+    arguments = {"queries_ptr": "*i32", "Hkv": "i32"}
+    for name in ("dk", "dv"):
+        if wanted in name:
+            arguments[f"{name}_ptr"] = f"*{dtype}"
+        else:
+            options[f"{name}_ptr"] = None
+    name = f"backward {wanted or 'keys'}"
+    return compile_case(name, keys_gradient_kernel, keys_tiles, arguments, dtype, D, **options)

@@ -19,6 +19,7 @@ from vgpo_kernels.attention.kernels.keys import (
     whole_tile,
 )
 from vgpo_kernels.attention.kernels.shared import (
+    VECTOR,
     log2_scores,
     padded_head,
     score_scales,
@@ -239,6 +240,16 @@ def forward_kernel(
     tl.store(p_out, b_out, mask=m_m[:, None] & (o_d < HEAD)[None, :])
 
 
+def with_whole_rows(x: Tensor) -> Tensor:
+    """Returns `x` with rows that begin at 16 bytes, copied only if they do not: each is read many times."""
+    strides = x.stride()
+    if strides[3] == 1 and all(stride % VECTOR == 0 for stride in strides[:3]) and x.data_ptr() % 16 == 0:
+        return x
+    B, H, L, D = x.shape
+    rows = x.new_empty((B, H, L, triton.cdiv(D, VECTOR) * VECTOR))[..., :D]
+    return rows.copy_(x)
+
+
 def visual_attention(
     q: Tensor,
     k: Tensor,
@@ -260,9 +271,10 @@ def visual_attention(
     if scale < 0:
         # The largest score is found from the largest product.
         q, scale = -q, -scale
-    q, k, v = with_unit_columns(q), with_unit_columns(k), with_unit_columns(v)
     if decode.takes(Lq, Hq // Hkv):
+        q, k, v = with_unit_columns(q), with_unit_columns(k), with_unit_columns(v)
         return decode.split_attention(q, k, v, key_kinds, key_start, key_end, scale, softcap, with_mass)
+    q, k, v = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v)
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
     mass = torch.empty_like(lse) if with_mass else None
@@ -294,7 +306,7 @@ def visual_attention(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Returns the kernel at the head sizes and types in use, with soft-cap, odd strides and without mass once each."""
+    """Returns the kernel at the head sizes and types in use, with soft-cap and without mass once each."""
     return [
         _compile_case("bf16", 64),
         _compile_case("bf16", 128),
@@ -304,23 +316,22 @@ def compile_cases() -> list[CompileCase]:
         _compile_case("fp32", 64),
         _compile_case("fp32", 256),
         _compile_case("bf16", 256, softcap=True),
-        _compile_case("bf16", 128, unit=1),
         _compile_case("bf16", 128, mass=False),
     ]
 
 
-def _compile_case(dtype: str, D: int, softcap: bool = False, unit: int = 8, mass: bool = True) -> CompileCase:
+def _compile_case(dtype: str, D: int, softcap: bool = False, mass: bool = True) -> CompileCase:
     head, itemsize = padded_head(D), 4 if dtype == "fp32" else 2
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), f"*{dtype}")
     signature |= dict.fromkeys(("weight_ptr", "lse_ptr"), "*fp32") | dict.fromkeys(("start_ptr", "end_ptr"), "*i32")
     signature |= dict.fromkeys(("Hq", "group", "Lq", "Lk", *STRIDES), "i32") | {"kind_ptr": "*i8"}
     signature |= {"inner": "fp32", "outer": "fp32"}
-    constexprs: dict[str, Any] = {"SOFTCAP": softcap, "HEAD": D, "UNIT": unit, "BLOCK_D": head}
+    constexprs: dict[str, Any] = {"SOFTCAP": softcap, "HEAD": D, "UNIT": VECTOR, "BLOCK_D": head}
     if mass:
         signature["mass_ptr"] = "*fp32"
     else:
         constexprs["mass_ptr"] = None
-    variant = f"{dtype} D {D}{' softcap' * softcap}{' any strides' * (unit == 1)}{'' if mass else ' no mass'}"
+    variant = f"{dtype} D {D}{' softcap' * softcap}{'' if mass else ' no mass'}"
     return CompileCase(
         f"attention forward {variant}",
         forward_kernel,
