@@ -145,6 +145,14 @@ def test_encoded_mask_needs_nothing_but_its_numbers(holes: bool) -> None:
     assert torch.equal(read.dense()[:, 0], whole(mask))
 
 
+def test_encoded_mask_that_a_model_cut() -> None:
+    packed = _masks.encode(_masks.evaluate(FUNCTIONS["causal"], MaskShape(BATCH, LENGTH, LENGTH), name=""))
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected all 32 numbers of .*, got 13: the model cuts its masks"
+    ):
+        _masks.decode(packed[:, :, :, :LENGTH])
+
+
 def test_no_mask_of_transformers_is_taken_for_an_encoded_one() -> None:
     for mask in (None, torch.ones(1, 1, 1, 9, dtype=torch.bool), torch.zeros(1, 1, 1, 9), torch.ones(1, 9).int()):
         assert not _masks.is_encoded(mask)

@@ -107,6 +107,19 @@ def test_exception_in_a_forward_or_the_body_leaves_nothing(model: Any, batch: di
     assert torch.equal(model(**batch).logits, before)
 
 
+def test_interrupted_forward_is_not_taken_for_the_outermost_one(model: Any, batch: dict[str, Any]) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.model.language_model.layers[1].mlp.register_forward_hook(interrupt)
+    with torch.no_grad(), record_visual_attention(model) as rec:
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        handle.remove()
+        model(**batch)
+    assert torch.equal(rec.mass, recorded(model, batch))
+
+
 class Wrapper(nn.Module):
     """Calls the model within, as DistributedDataParallel and DeepSpeed's engine do."""
 

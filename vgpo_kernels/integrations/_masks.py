@@ -222,13 +222,23 @@ def is_encoded(mask: Any) -> bool:
 
 
 def decode(packed: Tensor) -> KeyIntervals:
-    """Returns the mask that `encode` packed."""
+    """Returns the mask that `encode` packed.
+
+    Raises:
+        ValueError: a model cut the tensor as if it were a map.
+    """
     known = getattr(packed, "_vgpo_intervals", None)
     if known is not None:
         return known
     row = packed[:, 0, 0]
     Lq, Lk, kv_offset, holes, causal, count = row[0, : len(HEADER)].tolist()
-    layers, start, end, usable = row[:, len(HEADER) :].split([count, Lq, Lq, Lk if holes else 0], dim=1)
+    sizes = [count, Lq, Lq, Lk if holes else 0]
+    if row.shape[1] != len(HEADER) + sum(sizes):
+        raise ValueError(
+            f"attention_mask: expected all {len(HEADER) + sum(sizes)} numbers of a mask of attn_implementation='vgpo', "
+            f"got {row.shape[1]}: the model cuts its masks itself, so its attention cannot be recorded"
+        )
+    layers, start, end, usable = row[:, len(HEADER) :].split(sizes, dim=1)
     return KeyIntervals(
         start.contiguous(),
         end.contiguous(),

@@ -141,7 +141,8 @@ class Recorder:
     # Forwards.
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._outermost is not None:
+        # The same module again: its last forward was interrupted, not even an exception was caught.
+        if self._outermost is not None and self._outermost is not module:
             return
         ids = kwargs.get("input_ids", args[0] if args else None)
         if not isinstance(ids, Tensor):
@@ -149,6 +150,7 @@ class Recorder:
                 f"{type(module).__name__} was called without input_ids, which say where the pictures are; "
                 "call it with input_ids while recording"
             )
+        self._outermost = None
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         sequence = self._sequence_for(ids, past, kwargs)

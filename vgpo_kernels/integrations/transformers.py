@@ -48,8 +48,9 @@ def record_visual_attention(
     without a `prompt_length` there is none: every token of the forward is recorded. Each outermost forward that does
     not continue the one before starts over, so that what is read is always of the last forward or `generate`.
 
-    Recorded numbers are constants: no gradient flows into them, and none is changed by recording. A layer that gradient
-    checkpointing runs again is not recorded again.
+    Recorded numbers are constants: no gradient flows into them. Recording changes the model's own results by rounding
+    at most, in the recorded layers, whose kernel is another. A layer that gradient checkpointing runs again is not
+    recorded again.
 
     Args:
         model: a vision-language model of transformers set to "vgpo", bare or wrapped (DeepSpeed, DDP, PEFT).
