@@ -87,3 +87,12 @@ def test_frames_are_added_up() -> None:
 def test_grids_that_do_not_add_up() -> None:
     with pytest.raises(ValueError, match="image_grid_thw: expected grids of 3 tokens in row 0, got 4"):
         _grids.image_spans([[1, 2, 3]], 0, torch.tensor([[1, 2, 2]]), Config())
+
+
+def test_videos_are_visual_but_no_pictures() -> None:
+    """Without pixels their embeddings stand for them."""
+    ids = torch.tensor([[5, *[tiny_vlms.VIDEO] * 3, 6, *[tiny_vlms.IMAGE] * 4, 7]])
+    rec = record("llava_onevision", {"input_ids": ids})
+    assert rec.visual_positions.tolist() == [[1, 2, 3, 5, 6, 7, 8]]
+    assert_close(rec.heatmap(0), rec.columns[:, 0, 3:].mean(0).view(2, 2))
+    assert bool((rec.mass[:, 0, 1:4] > 0).all())

@@ -77,10 +77,18 @@ def record_visual_attention(
         RuntimeError: the model does not run "vgpo", or bypasses transformers' attention interface.
 
     Example:
-        >>> with record_visual_attention(model, layers=[-1], prompt_length=120) as rec:  # doctest: +SKIP
-        ...     loss = model(**batch).loss
-        >>> rec.mass.shape  # doctest: +SKIP
-        torch.Size([1, 8, 256, 1])
+        >>> import torch
+        >>> from transformers import LlavaConfig, LlavaForConditionalGeneration
+        >>> size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> vision = {"model_type": "clip_vision_model", "image_size": 4, "patch_size": 2, **size}
+        >>> text = {"model_type": "llama", "vocab_size": 9, **size}
+        >>> config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=8)
+        >>> model = LlavaForConditionalGeneration(config)
+        >>> model.set_attn_implementation({"text_config": "vgpo"})
+        >>> with record_visual_attention(model, layers="all", prompt_length=3) as rec:
+        ...     output = model(input_ids=torch.tensor([[8, 8, 1, 2, 3]]))
+        >>> rec.mass.shape  # two layers, one row, two tokens of completion
+        torch.Size([2, 1, 2, 1])
 
     Source: the masses are those of `vgpo_kernels.attention_mass`, from the LSE of the very forward that is recorded.
     """
@@ -119,8 +127,11 @@ def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
         ValueError: the record does not cover the mask's tokens.
 
     Example:
-        >>> focus = focus_from_attention(rec, completion_mask)  # doctest: +SKIP
-        >>> weights = vgpo_weights(focus, completion_mask, group_ids=group_ids, source="attention")  # doctest: +SKIP
+        >>> import torch
+        >>> class Record:  # as `record_visual_attention` gives: two layers, one row, two tokens, one segment
+        ...     mass = torch.tensor([[[[0.25], [0.5]]], [[[0.75], [0.5]]]])
+        >>> focus_from_attention(Record(), torch.tensor([[1, 1]]))
+        tensor([[0.5000, 0.5000]])
 
     Source: rho of VGPO (arXiv 2604.09349), with attention in place of similarity.
     """
