@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vgpo_kernels._triton import CompileCase, tl, triton
-from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, load_tile, tile_ranges, whole_tile
+from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, load_tile, products, tile_ranges, whole_tile
 from vgpo_kernels.attention.kernels.shared import VECTOR, padded_head, tanh
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkvg" for axis in "bhl")
@@ -24,7 +24,7 @@ def keys_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     Single precision unrolls its products, so its tiles are small.
     """
     if itemsize == 4:
-        return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     keys, queries, stages = 128, 64 if head <= 64 else 32, 2
     if target in ("sm_120", "gfx942"):
         keys, queries = (64, 32) if head <= 128 else (32, 16)
@@ -51,6 +51,9 @@ def _keys_gradient(
     b_dv,  # [BN, BD] fp32
     b_k,  # [BN, BD]
     b_v,  # [BN, BD]
+    p_keys,  # [BN] pointers to the rows of b_k
+    p_values,  # [BN] pointers to the rows of b_v
+    m_keys,  # [BN] which of them are read
     b_weight,  # [BN] fp32
     o_n,  # [BN]
     p_q,
@@ -92,7 +95,9 @@ def _keys_gradient(
         b_lse2 = tl.load(p_lse2 + first + o_m)  # [BM]
         m_m = b_lse2 != float("inf")
         b_q = load_tile(p_q + first.to(tl.int64) * stride_ql + o_q, m_m, m_d, CUT, HEAD < BLOCK_D)  # [BM, BD]
-        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")  # [BN, BM]
+        o_row = (first + o_m).to(tl.int64)  # [BM]
+        b_s = tl.zeros([b_k.shape[0], BLOCK_M], tl.float32)  # [BN, BM]
+        b_s = products(b_k, p_keys, m_keys, b_q, p_q + o_row * stride_ql, m_m, b_s, HEAD)
         b_grad = load_tile(p_grad + first.to(tl.int64) * stride_gl + o_g, m_m, m_d, CUT, HEAD < BLOCK_D)  # [BM, BD]
         if WITH_DK:
             # What dP is less by is where its product begins: the mass costs no instruction more.
@@ -101,7 +106,7 @@ def _keys_gradient(
             if p_grad_mass is not None:
                 b_grad_mass = tl.load(p_grad_mass + first + o_m)  # [BM]
                 b_dp = b_weight[:, None] * b_grad_mass[None, :] - b_delta[None, :]
-            b_dp = tl.dot(b_v, tl.trans(b_grad), b_dp, input_precision="ieee")
+            b_dp = products(b_v, p_values, m_keys, b_grad, p_grad + o_row * stride_gl, m_m, b_dp, HEAD)
         b_p, b_slope = probabilities(b_s, b_lse2[None, :], inner, outer, SOFTCAP)  # [BN, BM]
         if CUT:
             b_start = tl.load(p_start + first + o_m)  # [BM]
@@ -175,12 +180,12 @@ def keys_gradient_kernel(
     stride_gl = stride_gl_units.to(tl.int64) * UNIT
     p_k = k_ptr + (row * stride_kb_units + kv_head * stride_kh_units) * UNIT
     p_v = v_ptr + (row * stride_vb_units + kv_head * stride_vh_units) * UNIT
-    p_k += (o_n.to(tl.int64) * stride_kl_units)[:, None] * UNIT + o_d[None, :]
-    p_v += (o_n.to(tl.int64) * stride_vl_units)[:, None] * UNIT + o_d[None, :]
-    b_k = load_tile(p_k, m_seen, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
+    p_keys = p_k + o_n.to(tl.int64) * stride_kl_units * UNIT  # [BN]
+    p_values = p_v + o_n.to(tl.int64) * stride_vl_units * UNIT  # [BN]
+    b_k = load_tile(p_keys[:, None] + o_d[None, :], m_seen, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
     b_v = b_k
     if dk_ptr is not None:
-        b_v = load_tile(p_v, m_seen, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
+        b_v = load_tile(p_values[:, None] + o_d[None, :], m_seen, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
     p_queries = queries_ptr + (row * n_blocks + block) * 4
     begin, whole_begin, whole_end, end = tile_ranges(
         tl.load(p_queries), tl.load(p_queries + 1), tl.load(p_queries + 2), tl.load(p_queries + 3), BLOCK_M, CUT_M
@@ -200,6 +205,9 @@ def keys_gradient_kernel(
                 b_dv,
                 b_k,
                 b_v,
+                p_keys,
+                p_values,
+                m_seen,
                 b_weight,
                 o_n,
                 q_ptr + (row * stride_qb_units + head * stride_qh_units) * UNIT,

@@ -4,13 +4,13 @@ from typing import Any
 
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.attention.kernels.backward_keys import PADDED_TILE, STRIDES, compile_case, probabilities
-from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, key_ranges, load_tile, whole_tile
+from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, key_ranges, load_tile, products, whole_tile
 
 
 def queries_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     """Returns the tiles of the kernel of dQ: as forward, with narrower tiles of keys for its two maps of scores."""
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 64 else 8, "num_stages": 1}
     queries, keys, stages = (128, 64, 2) if head <= 128 else (64, 32, 2)
     if target in ("sm_120", "gfx942"):
         queries, keys = (64, 32) if head <= 128 else (32, 32)
@@ -24,6 +24,9 @@ def _queries_gradient(
     b_dq,  # [BM, BD] fp32
     b_q,  # [BM, BD]
     b_grad,  # [BM, BD]
+    p_rows,  # [BM] pointers to the rows of b_q
+    p_grad_rows,  # [BM] pointers to the rows of b_grad
+    m_rows,  # [BM] which of them are read
     b_delta,  # [BM] fp32
     b_lse2,  # [BM] fp32
     b_grad_mass,  # [BM] fp32
@@ -60,18 +63,20 @@ def _queries_gradient(
         first = whole_tile(step, whole_begin, BLOCK_N)
         if CUT:
             first = cut_tile(step, begin, whole_begin, whole_end, BLOCK_N)
-        m_n = None
+        m_n = o_n >= 0
         if CUT or WITH_MASS:
             b_weight = tl.load(p_weight + first + o_n)  # [BN]
             m_n = b_weight >= 0
         b_k = load_tile(p_k + first.to(tl.int64) * stride_kl + o_k, m_n, m_d, CUT, HEAD < BLOCK_D)  # [BN, BD]
         b_v = load_tile(p_v + first.to(tl.int64) * stride_vl + o_v, m_n, m_d, CUT, HEAD < BLOCK_D)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
+        o_row = (first + o_n).to(tl.int64)  # [BN]
+        b_s = tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)  # [BM, BN]
+        b_s = products(b_q, p_rows, m_rows, b_k, p_k + o_row * stride_kl, m_n, b_s, HEAD)
         # What dP is less by is where its product begins: the mass costs no instruction more.
         b_dp = tl.broadcast_to(-b_delta[:, None], b_s.shape)  # [BM, BN]
         if WITH_MASS:
             b_dp = b_grad_mass[:, None] * b_weight[None, :] - b_delta[:, None]
-        b_dp = tl.dot(b_grad, tl.trans(b_v), b_dp, input_precision="ieee")
+        b_dp = products(b_grad, p_grad_rows, m_rows, b_v, p_v + o_row * stride_vl, m_n, b_dp, HEAD)
         b_p, b_slope = probabilities(b_s, b_lse2[:, None], inner, outer, SOFTCAP)  # [BM, BN]
         if CUT:
             o_key = first + o_n[None, :]  # [1, BN]
@@ -148,10 +153,10 @@ def queries_gradient_kernel(
         b_grad_mass = tl.load(grad_mass_ptr + o_row)  # [BM]
     p_q = q_ptr + (row * stride_qb_units + head * stride_qh_units) * UNIT
     p_grad = grad_out_ptr + (row * stride_gb_units + head * stride_gh_units) * UNIT
-    p_q += (o_m.to(tl.int64) * stride_ql_units)[:, None] * UNIT + o_d[None, :]
-    p_grad += (o_m.to(tl.int64) * stride_gl_units)[:, None] * UNIT + o_d[None, :]
-    b_q = load_tile(p_q, m_seen, m_d, True, HEAD < BLOCK_D)  # [BM, BD]
-    b_grad = load_tile(p_grad, m_seen, m_d, True, HEAD < BLOCK_D)  # [BM, BD]
+    p_rows = p_q + o_m.to(tl.int64) * stride_ql_units * UNIT  # [BM]
+    p_grad_rows = p_grad + o_m.to(tl.int64) * stride_gl_units * UNIT  # [BM]
+    b_q = load_tile(p_rows[:, None] + o_d[None, :], m_seen, m_d, True, HEAD < BLOCK_D)  # [BM, BD]
+    b_grad = load_tile(p_grad_rows[:, None] + o_d[None, :], m_seen, m_d, True, HEAD < BLOCK_D)  # [BM, BD]
     p_kind = kind_ptr + row * tl.cdiv(Lk, KEYS_BLOCK)
     begin, whole_begin, whole_end, end = key_ranges(b_start, b_end, p_kind, KEYS_BLOCK, BLOCK_N, CUT_N)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -160,6 +165,9 @@ def queries_gradient_kernel(
             b_dq,
             b_q,
             b_grad,
+            p_rows,
+            p_grad_rows,
+            m_seen,
             b_delta,
             b_lse2,
             b_grad_mass,

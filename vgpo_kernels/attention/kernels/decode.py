@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.attention.intervals import VISUAL
-from vgpo_kernels.attention.kernels.keys import load_tile
+from vgpo_kernels.attention.kernels.keys import load_tile, products
 from vgpo_kernels.attention.kernels.shared import (
     log2_scores,
     padded_head,
@@ -29,18 +29,20 @@ def takes(Lq: int, group: int) -> bool:
     return Lq * group <= MOST_ROWS
 
 
-def split_tiles(target: str, itemsize: int, head: int, rows: int) -> dict[str, int]:
+def split_tiles(target: str, itemsize: int, head: int, rows: int, unit: int) -> dict[str, int]:
     """Returns the tiles for `rows` queries of heads padded to `head`.
 
     The keys stream once, so what counts is bytes in flight: three tiles of 64 keys where they fit. Single precision
-    unrolls its products, so its tiles are small.
+    unrolls its products, and rows off 16 bytes have an address for each element, so their tiles are small.
     """
     block = max(16, int(triton.next_power_of_2(rows)))
     if itemsize == 4:
-        return {"BLOCK_R": block, "BLOCK_N": 32 if head <= 128 else 16, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_R": block, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    if unit == 1:
+        return {"BLOCK_R": block, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
     small = target in ("sm_120", "gfx942")
     stages = 1 if target == "gfx942" else (2 if small else 3)
-    return {"BLOCK_R": block, "BLOCK_N": 32 if small and head > 128 else 64, "num_warps": 4, "num_stages": stages}
+    return {"BLOCK_R": block, "BLOCK_N": 32 if small and head > 128 else 64, "num_warps": 8, "num_stages": stages}
 
 
 @triton.jit(do_not_specialize=["Hkv", "group", "Lq", "Lk", "n_splits", *STRIDES, "inner", "outer"])
@@ -103,7 +105,8 @@ def split_kernel(
     stride_vl = stride_vl_units.to(tl.int64) * UNIT
     p_q = q_ptr + (row * stride_qb_units + head * group * stride_qh_units) * UNIT
     o_q = o_query.to(tl.int64) * stride_ql_units + (o_r % group).to(tl.int64) * stride_qh_units  # [BR]
-    b_q = load_tile(p_q + o_q[:, None] * UNIT + o_d[None, :], m_seen, m_d, True, HEAD < BLOCK_D)  # [BR, BD]
+    p_rows = p_q + o_q * UNIT  # [BR]
+    b_q = load_tile(p_rows[:, None] + o_d[None, :], m_seen, m_d, True, HEAD < BLOCK_D)  # [BR, BD]
     p_k = k_ptr + (row * stride_kb_units + head * stride_kh_units) * UNIT
     p_v = v_ptr + (row * stride_vb_units + head * stride_vh_units) * UNIT
     o_k = o_n.to(tl.int64)[:, None] * stride_kl + o_d[None, :]  # [BN, BD]
@@ -121,7 +124,9 @@ def split_kernel(
         m_n = tl.max(m_visible.to(tl.int32), axis=0) != 0  # [BN]
         b_k = load_tile(p_k + first.to(tl.int64) * stride_kl + o_k, m_n, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
         b_v = load_tile(p_v + first.to(tl.int64) * stride_vl + o_v, m_n, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
-        b_s = log2_scores(tl.dot(b_q, tl.trans(b_k), input_precision="ieee"), inner, outer, SOFTCAP)  # [BR, BN]
+        p_keys = p_k + (first + o_n).to(tl.int64) * stride_kl  # [BN]
+        b_s = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)  # [BR, BN]
+        b_s = log2_scores(products(b_q, p_rows, m_seen, b_k, p_keys, m_n, b_s, HEAD), inner, outer, SOFTCAP)
         b_s = tl.where(m_visible, b_s, -float("inf"))
         b_larger = tl.maximum(b_max, tl.max(b_s, axis=1))  # [BR]
         # Queries that have seen no key yet subtract 0: two infinities would make NaN.
@@ -214,7 +219,8 @@ def split_attention(
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
     mass = torch.empty_like(lse) if with_mass else None
-    tiles = split_tiles(target_of(q), q.element_size(), head, rows)
+    strides = strides_in_units(q=q, k=k, v=v)
+    tiles = split_tiles(target_of(q), q.element_size(), head, rows, strides["UNIT"])
     n_splits = splits(B * Hkv, Lk, tiles["BLOCK_N"], _processors(q.device))
     acc = q.new_empty((B * Hkv, n_splits, rows, D), dtype=torch.float32)
     stats = q.new_empty((B * Hkv, n_splits, 3, rows), dtype=torch.float32)
@@ -234,7 +240,7 @@ def split_attention(
         n_splits=n_splits,
         HEAD=D,
         BLOCK_D=head,
-        **strides_in_units(q=q, k=k, v=v),
+        **strides,
         **score_scales(scale, softcap),
         **tiles,
     )
@@ -293,7 +299,7 @@ def _compile_split(dtype: str, D: int, rows: int, softcap: bool = False, unit: i
         split_kernel,
         signature,
         constexprs,
-        tiles=lambda target: split_tiles(target, itemsize, head, rows),
+        tiles=lambda target: split_tiles(target, itemsize, head, rows, unit),
     )
 
 

@@ -15,6 +15,7 @@ from vgpo_kernels.attention.kernels.keys import (
     find_keys,
     key_ranges,
     load_tile,
+    products,
     row_intervals,
     whole_tile,
 )
@@ -38,7 +39,7 @@ def forward_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     in shared memory. Single precision has no tensor cores: a product is unrolled, so its tiles are small.
     """
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "CUT_N": 32, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 64 else 8, "num_stages": 1}
     queries, keys, stages = 128, {64: 128, 128: 128}.get(max(head, 64), 64), 2
     if target in ("sm_80", "sm_120", "gfx942"):
         keys = 64 if head <= 128 else 32
@@ -56,6 +57,8 @@ def _attend(
     b_sum,  # [BM] fp32
     b_mass,  # [BM] fp32
     b_q,  # [BM, BD]
+    p_rows,  # [BM] pointers to the rows of b_q
+    m_rows,  # [BM] which of them are read
     b_start,  # [BM] int32
     b_end,  # [BM] int32
     p_k,
@@ -87,7 +90,7 @@ def _attend(
     if CUT:
         steps = cut_steps(begin, whole_begin, whole_end, end, BLOCK_N)
     for step in range(0, steps):
-        m_n = None
+        m_n = o_n >= 0
         if CUT:
             first = cut_tile(step, begin, whole_begin, whole_end, BLOCK_N)
             b_weight = tl.load(p_weight + first + o_n)  # [BN]
@@ -95,7 +98,9 @@ def _attend(
         else:
             first = whole_tile(step, whole_begin, BLOCK_N)
         b_k = load_tile(p_k + first.to(tl.int64) * stride_kl + o_k, m_n, m_d, CUT, HEAD < BLOCK_D)  # [BN, BD]
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BM, BN]
+        p_keys = p_k + (first + o_n).to(tl.int64) * stride_kl  # [BN]
+        b_s = tl.zeros([b_q.shape[0], BLOCK_N], tl.float32)  # [BM, BN]
+        b_s = products(b_q, p_rows, m_rows, b_k, p_keys, m_n, b_s, HEAD)
         if CUT or SOFTCAP:
             b_s = log2_scores(b_s, inner, outer, SOFTCAP)
             if CUT:
@@ -188,8 +193,8 @@ def forward_kernel(
     p_v = v_ptr + (row * stride_vb_units + (head // group) * stride_vh_units) * UNIT
     p_kind = kind_ptr + row * tl.cdiv(Lk, BLOCK_N)
     p_weight = weight_ptr + row * tl.cdiv(Lk, BLOCK_N) * BLOCK_N
-    p_q += o_m.to(tl.int64)[:, None] * stride_ql + o_d[None, :]
-    b_q = load_tile(p_q, m_seen, o_d < HEAD, True, HEAD < BLOCK_D)  # [BM, BD]
+    p_rows = p_q + o_m.to(tl.int64) * stride_ql  # [BM]
+    b_q = load_tile(p_rows[:, None] + o_d[None, :], m_seen, o_d < HEAD, True, HEAD < BLOCK_D)  # [BM, BD]
 
     begin, whole_begin, whole_end, end = key_ranges(b_start, b_end, p_kind, BLOCK_N, BLOCK_N, CUT_N)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -203,6 +208,8 @@ def forward_kernel(
             b_sum,
             b_mass,
             b_q,
+            p_rows,
+            m_seen,
             b_start,
             b_end,
             p_k,

@@ -197,6 +197,24 @@ def load_tile(p_tile, m_rows, m_columns, CUT_ROWS: tl.constexpr, CUT_COLUMNS: tl
     return tl.load(p_tile)
 
 
+@triton.jit
+def products(b_a, p_a, m_a, b_b, p_b, m_b, b_start, HEAD: tl.constexpr):
+    """Products [M, N] of rows, onto `b_start`; rows of single precision are read anew from [M] and [N] pointers.
+
+    Without tensor cores a product holds what it sums over in registers, so it is summed a few columns at a time.
+    """
+    CHUNK: tl.constexpr = 16
+    if b_a.dtype != tl.float32:
+        return tl.dot(b_a, tl.trans(b_b), b_start)
+    for first in range(0, HEAD, CHUNK):
+        o_d = first + tl.arange(0, CHUNK)  # [C]
+        m_d = o_d < HEAD
+        b_left = load_tile(p_a[:, None] + o_d[None, :], m_a, m_d, True, True)  # [M, C]
+        b_right = load_tile(p_b[:, None] + o_d[None, :], m_b, m_d, True, True)  # [N, C]
+        b_start = tl.dot(b_left, tl.trans(b_right), b_start, input_precision="ieee")
+    return b_start
+
+
 def compile_cases() -> list[CompileCase]:
     """Returns the kernel at both sizes of a block."""
     signature = dict.fromkeys(("start_ptr", "end_ptr", "queries_ptr"), "*i32")
