@@ -177,7 +177,8 @@ class Recorder:
         if used != _interface.NAME:
             return (
                 f"{name} ran with attn_implementation={used!r}, of which nothing can be recorded; call "
-                "model.set_attn_implementation({'text_config': 'vgpo'}) before recording"
+                "model.set_attn_implementation({'text_config': 'vgpo'}) before recording; a family that will not take "
+                "it bypasses transformers' attention interface"
             )
         if self._called:
             return f"layers {missing} of {name} have no attention to record; those that have: {sorted(self._called)}"
