@@ -66,7 +66,7 @@ def _save_nothing(ctx: Any, inputs: tuple, output: tuple) -> None:
     pass
 
 
-def _refuse(_: Any, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _refuse(ctx: Any, *grads: Any) -> Any:  # noqa: ARG001
     raise RuntimeError("visual attention is differentiable once: its gradient has none")
 
 
