@@ -62,13 +62,14 @@ def draw_forgetting(path: Path, lines: list[dict[str, Any]]) -> bool:
     lines = [line for line in lines if line.get("attention_image") is not None]
     if not any(value is not None for line in lines for value in line["attention_image"]):
         return False
-    figure, (curves, ratios) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (curves, ratios) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     _draw_curves(curves, lines)
     _draw_ratios(ratios, lines)
     for axes in (curves, ratios):
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend(fontsize="small")
+            # Below, where it hides no curve.
+            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     figure.savefig(path, dpi=150, format="png")
     plt.close(figure)
     return True
