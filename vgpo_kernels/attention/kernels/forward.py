@@ -35,19 +35,21 @@ STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkv" for axis in "bhl"
 def forward_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     """Returns the tiles for heads padded to `head`.
 
-    Two warp groups of 64 queries each, as many keys as registers hold beside the accumulator, and two tiles of K and V
-    in shared memory. Single precision has no tensor cores: a product is unrolled, so its tiles are small.
+    Two warp groups of 64 queries each, as many keys as registers hold beside the accumulator and shared memory twice;
+    tiles that an interval cuts are narrower, since their masks take registers, too. Single precision has no tensor
+    cores: a product is unrolled, so its tiles are small.
     """
     if itemsize == 4:
         return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 64 else 8, "num_stages": 1}
-    queries, keys, stages = 128, {64: 128, 128: 128}.get(max(head, 64), 64), 2
-    if target in ("sm_80", "sm_120", "gfx942"):
-        keys = 64 if head <= 128 else 32
-    if target == "sm_120" and head > 128:
-        queries = 64
-    if target == "gfx942":
-        stages = 1
-    return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": keys // 2, "num_warps": 8, "num_stages": stages}
+    queries, keys, cut = 128, 128, 64
+    if target == "gfx942":  # masks live in scalar registers, of which there are few
+        queries, keys, cut = (128, 64, 16) if head <= 128 else (64, 16, 16)
+    elif head > 128:
+        queries, keys, cut = {"sm_80": (64, 64, 32), "sm_120": (64, 32, 32)}.get(target, (128, 64, 32))
+    elif target in ("sm_80", "sm_120"):
+        keys, cut = 64, 32
+    stages = 1 if target == "gfx942" else 2
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
 
 
 @triton.jit
