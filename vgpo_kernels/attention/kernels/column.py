@@ -35,16 +35,23 @@ _STRIDES = [f"stride_{name}{axis}_units" for name in "qk" for axis in "bhl"]
 
 def column_tiles(D_PAD: int, itemsize: int, target: str, *, unit: int, softcap: bool) -> dict[str, int]:
     """Returns the tiles of a target: BLOCK_N positions stay, blocks of BLOCK_M queries pass by."""
-    if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    if unit == 1:  # an address an element
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    if target == "gfx942":
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    amd = target == "gfx942"
     small = softcap or D_PAD > 128
-    tiles = {"BLOCK_M": 64, "BLOCK_N": 64 if small else 128, "num_warps": 8, "num_stages": 3}
-    # 128 registers a thread let two programs share a multiprocessor: one's exp hides behind the other's product.
-    return tiles | {"maxnreg": 128} if target == "sm_90" and D_PAD <= 128 else tiles
+    if amd and softcap and D_PAD > 128:
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+    elif itemsize == 4:
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    elif unit == 1:  # an address an element
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    elif amd:
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    else:
+        tiles = {"BLOCK_M": 64, "BLOCK_N": 64 if small else 128, "num_warps": 8, "num_stages": 3}
+        if target == "sm_90" and D_PAD <= 128:
+            # Two programs share a multiprocessor: one's exp hides behind the other's product.
+            tiles["maxnreg"] = 128
+    # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
+    return tiles | {"maxnreg": 255 if itemsize == 4 else 168} if target == "sm_100" else tiles
 
 
 @triton.jit(do_not_specialize=["Lq"])

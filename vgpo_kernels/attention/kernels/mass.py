@@ -30,14 +30,19 @@ _STRIDES = [f"stride_{name}{axis}_units" for name in "qk" for axis in "bhl"]
 
 def mass_tiles(D_PAD: int, itemsize: int, target: str, *, unit: int, softcap: bool) -> dict[str, int]:
     """Returns the tiles of a target: BLOCK_M rows stay, tiles of BLOCK_N keys pass by."""
+    amd = target == "gfx942"
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    if unit == 1:  # an address an element
-        return {"BLOCK_M": 32 if target == "gfx942" else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    # On sm_90 these leave room for two programs on a multiprocessor: one's exp hides behind the other's product.
-    small = softcap or (D_PAD > 128 and target != "sm_90")
-    stages = 2 if target == "gfx942" else 3
-    return {"BLOCK_M": 64 if small else 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": stages}
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8 if target == "sm_100" else 4, "num_stages": 2}
+    elif unit == 1:  # an address an element
+        tiles = {"BLOCK_M": 32 if amd else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+    else:
+        # On sm_90 these leave room for two programs on a multiprocessor: one's exp hides behind the other's product.
+        small = softcap or (D_PAD > 128 and target != "sm_90")
+        keys = 32 if amd and softcap and D_PAD > 128 else 64
+        stages = 2 if amd else 3
+        tiles = {"BLOCK_M": 64 if small else 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
+    # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
+    return tiles | {"maxnreg": 255 if itemsize == 4 else 168} if target == "sm_100" else tiles
 
 
 @triton.jit
@@ -176,6 +181,8 @@ def mass_kernel(
         b_mass = _add(b_mass, tl.sum(b_p, axis=1), entry % S_BLOCK, S_BLOCK)
         entry = next_entry
 
+    # A NaN among the keys that others see is none of a blind row's business.
+    b_mass = tl.where((b_lse == float("inf"))[:, None], 0.0, b_mass)
     o_s = first_segment + tl.arange(0, S_BLOCK)  # [S]
     o_row = (row * kv_heads * group + o_head) * Lq + o_query  # [BM]
     p_mass = mass_ptr + o_row[:, None] * num_segments + o_s[None, :]  # [BM, S]
