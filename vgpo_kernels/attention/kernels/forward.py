@@ -88,6 +88,7 @@ def _attend(
     m_d = o_d < HEAD
     o_k = o_n.to(tl.int64)[:, None] * stride_kl + o_d[None, :]  # [BN, BD]
     o_v = o_n.to(tl.int64)[:, None] * stride_vl + o_d[None, :]  # [BN, BD]
+    p_whole_kind = p_kind + whole_begin // BLOCK_N
     steps = (whole_end - whole_begin) // BLOCK_N
     if CUT:
         steps = cut_steps(begin, whole_begin, whole_end, end, BLOCK_N)
@@ -126,12 +127,12 @@ def _attend(
                 b_part = tl.sum(b_p * b_weight[None, :], axis=1)
             else:
                 # Most tiles are in an image or out of it, and their mass is the sum at hand or nothing.
-                kind = tl.load(p_kind + first // BLOCK_N)
+                kind = tl.load(p_whole_kind + step)
                 if kind == MIXED_BLOCK:
                     b_weight = tl.load(p_weight + first + o_n)  # [BN]
                     b_part = tl.sum(b_p * b_weight[None, :], axis=1)
                 else:
-                    b_part = b_part * (kind == VISUAL_BLOCK).to(tl.float32)
+                    b_part = tl.where(kind == VISUAL_BLOCK, b_part, 0.0)
             b_mass = b_mass * b_rescale + b_part
         b_v = load_tile(p_v + first.to(tl.int64) * stride_vl + o_v, m_n, m_d, CUT, HEAD < BLOCK_D)  # [BN, BD]
         b_acc = b_acc * b_rescale[:, None]
