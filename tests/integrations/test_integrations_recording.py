@@ -278,6 +278,21 @@ def test_focus_is_the_mean_of_layers_and_heads(model: Any, batch: dict[str, Any]
         focus_from_attention(rec, torch.ones(2, 5))
 
 
+def test_focus_of_a_broken_record(model: Any, batch: dict[str, Any]) -> None:
+    """Numbers that are NaN only where nobody asks do no harm."""
+    with torch.no_grad(), record_visual_attention(model, "all", prompt_length=20) as rec:
+        model(**batch)
+    mask = torch.ones(3, 5)
+    mask[1, 2:] = 0
+    good = focus_from_attention(rec, mask)
+    step = rec._sequence.steps[0]
+    step.masses[1][1, 3] = torch.nan
+    assert torch.equal(focus_from_attention(rec, mask), good)
+    step.masses[1][2, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"rec\.mass: expected numbers .* got NaN in row 2, token 4"):
+        focus_from_attention(rec, mask)
+
+
 class TestErrors:
     def test_model_set_to_another_attention(self, model: Any, batch: dict[str, Any]) -> None:
         model.set_attn_implementation("sdpa")
@@ -360,6 +375,7 @@ class TestErrors:
             ({"heads": "each"}, ValueError, "heads: expected one of 'mean', 'all', got 'each'"),
             ({"queries": "next"}, ValueError, "queries: expected one of 'token', 'predicting', got 'next'"),
             ({"prompt_length": 1.5}, TypeError, "prompt_length: expected an int or None, got 1.5"),
+            ({"columns": "no"}, TypeError, "columns: expected a bool, got 'no'"),
             ({"prompt_length": 0}, ValueError, "prompt_length: expected at least 1, got 0"),
         ],
     )

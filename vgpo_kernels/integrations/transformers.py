@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vgpo_kernels._dispatch import checks_values
 from vgpo_kernels._validate import MASK, check_choice, check_tensor
 from vgpo_kernels.integrations import _interface
 from vgpo_kernels.integrations._modules import chosen_layers, find_parts
@@ -95,6 +96,8 @@ def record_visual_attention(
     check_choice("segments", segments, tuple(SEGMENTS))
     check_choice("heads", heads, ("mean", "all"))
     check_choice("queries", queries, ("token", "predicting"))
+    if not isinstance(columns, bool):
+        raise TypeError(f"columns: expected a bool, got {columns!r}")
     if prompt_length is not None and (isinstance(prompt_length, bool) or not isinstance(prompt_length, int)):
         raise TypeError(f"prompt_length: expected an int or None, got {prompt_length!r}")
     if prompt_length is not None and prompt_length < 1:
@@ -104,7 +107,7 @@ def record_visual_attention(
         layers=chosen_layers(layers, parts.layers),
         segments=segments,
         all_heads=heads == "all",
-        columns=bool(columns),
+        columns=columns,
         prompt_length=prompt_length,
         predicting=queries == "predicting",
     )
@@ -124,7 +127,7 @@ def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
 
     Raises:
         TypeError: `completion_mask` is no mask.
-        ValueError: the record does not cover the mask's tokens.
+        ValueError: the record does not cover the mask's tokens, or is NaN there (read on a GPU only where VGPO_DEBUG=1).
 
     Example:
         >>> import torch
@@ -144,4 +147,10 @@ def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
             "generate record with queries='predicting', or record a forward over the whole sequence with prompt_length"
         )
     focus = mass.transpose(0, 1).flatten(1, -2).mean(1)
-    return torch.where(completion_mask.to(focus.device) != 0, focus, 0.0)
+    asked_for = completion_mask.to(focus.device) != 0
+    if checks_values(None, mass) and bool((focus.isnan() & asked_for).any()):
+        row, token = (focus.isnan() & asked_for).nonzero()[0].tolist()
+        raise ValueError(
+            f"rec.mass: expected numbers where completion_mask is set, got NaN in row {row}, token {token}"
+        )
+    return torch.where(asked_for, focus, 0.0)
