@@ -116,6 +116,14 @@ def test_family_that_bypasses_the_interface() -> None:
         model(**make_batch())
 
 
+def test_text_model_is_told_to_set_the_whole() -> None:
+    model = ready(gpt2)
+    model.set_attn_implementation("sdpa")
+    message = r"ran with attn_implementation='sdpa'.*call model\.set_attn_implementation\('vgpo'\)"
+    with torch.no_grad(), pytest.raises(RuntimeError, match=message), record_visual_attention(model):
+        model(**make_batch())
+
+
 def test_family_with_attention_sinks() -> None:
     model = ready(gpt_oss)
     model.set_attn_implementation("vgpo")

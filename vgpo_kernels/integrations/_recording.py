@@ -175,10 +175,13 @@ class Recorder:
         name = self._parts.name
         used = getattr(self._parts.config.get_text_config(), "_attn_implementation", None)
         if used != _interface.NAME:
+            wanted: Any = _interface.NAME
+            if "text_config" in self._parts.config.sub_configs:
+                wanted = {"text_config": wanted}
             return (
                 f"{name} ran with attn_implementation={used!r}, of which nothing can be recorded; call "
-                "model.set_attn_implementation({'text_config': 'vgpo'}) before recording; a family that will not take "
-                "it bypasses transformers' attention interface"
+                f"model.set_attn_implementation({wanted!r}) before recording; a family that will not take it bypasses "
+                "transformers' attention interface"
             )
         if self._called:
             return f"layers {missing} of {name} have no attention to record; those that have: {sorted(self._called)}"
