@@ -69,12 +69,12 @@ def segment_masses(probabilities: Tensor, segment_ids: Tensor, num_segments: int
     return probabilities @ members.to(probabilities.dtype)
 
 
-def column_sums(probabilities: Tensor, positions: Tensor, reduction: str, key_start: Tensor, key_end: Tensor) -> Tensor:
+def column_sums(probabilities: Tensor, positions: Tensor, reduction: str) -> Tensor:
     """Returns (B, Hq, n): the sum, mean or max over queries at each position, 0 where it is -1."""
     index = positions.clamp(min=0).long()[:, None].expand(-1, probabilities.shape[1], -1)
     columns = probabilities.amax(2) if reduction == "max" else probabilities.sum(2)
     if reduction == "mean":
-        columns = columns / (key_start < key_end).sum(1).clamp(min=1)[:, None, None]
+        columns = columns / (probabilities.sum(3) > 0).sum(2).clamp(min=1)[..., None]
     return columns.gather(2, index).masked_fill((positions < 0)[:, None], 0)
 
 

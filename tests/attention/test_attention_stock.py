@@ -1,5 +1,6 @@
 """Which stock kernel runs, and what it is asked; the kernels themselves where there is a GPU."""
 
+import importlib.machinery
 import math
 import sys
 import types
@@ -31,7 +32,7 @@ PLAIN = stock.Request(
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with an sm_90 GPU and both flash-attn packages, as far as the choice looks."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
-    monkeypatch.setattr(stock, "_installed", lambda _module: True)
+    monkeypatch.setattr(stock, "_package_obstacle", lambda _module: None)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_the_fastest_that_can_is_taken(change: dict, expected: str) -> None:
 )
 @pytest.mark.usefixtures("hopper")
 def test_without_flash_attn_torchs_own_are_taken(change: dict, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stock, "_installed", lambda _module: False)
+    monkeypatch.setattr(stock, "_package_obstacle", lambda module: f"{module} is not installed")
     name, why = stock.choose(PLAIN._replace(**change))
     assert name == expected
     assert "flash_attn_3: flash_attn_interface is not installed" in why
@@ -125,7 +126,10 @@ class FlashAttention(types.ModuleType):
 
     def flash_attn_varlen_func(self, q: Tensor, _k: Tensor, _v: Tensor, *bounds, **options):
         self.bounds, self.options = bounds, options
-        return torch.zeros_like(q), torch.zeros(q.shape[1], q.shape[0]), None
+        out, lse = torch.ones_like(q), torch.ones(q.shape[1], q.shape[0])
+        # Memory that it does not write holds anything.
+        out[bounds[0][-1] :], lse[:, bounds[0][-1] :] = torch.nan, torch.nan
+        return out, lse, None
 
     @staticmethod
     def _intervals(Lq: int, Lk: int) -> tuple[Tensor, Tensor]:
@@ -177,13 +181,16 @@ def test_packed_rows_go_to_flash_attn_without_a_batch(
     longest: int | None, expected: int, flash_attn: FlashAttention
 ) -> None:
     q, k, v = inputs(1, (4, 2), (9, 9), 16)
-    mask = stock_mask(9, 9, cu_seqlens=torch.tensor([0, 4, 9]), max_seqlen=longest)
+    mask = stock_mask(9, 9, cu_seqlens=torch.tensor([0, 4, 7]), max_seqlen=longest)
+    mask = mask._replace(key_end=torch.where(torch.arange(9) < 7, mask.key_end, 0))
     out, lse = stock.run("flash_attn_2", q, k, v, mask, 0.3, None)
-    assert out.shape == q.shape
-    assert lse.shape == q.shape[:3]
+    assert out[:, :, :7].eq(1).all()
+    assert not out[:, :, 7:].any()
+    assert lse[:, :, :7].eq(1).all()
+    assert lse[:, :, 7:].isneginf().all()
     assert [x.tolist() if isinstance(x, Tensor) else x for x in flash_attn.bounds] == [
-        [0, 4, 9],
-        [0, 4, 9],
+        [0, 4, 7],
+        [0, 4, 7],
         expected,
         expected,
     ]
@@ -191,15 +198,30 @@ def test_packed_rows_go_to_flash_attn_without_a_batch(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "D", "Lq"), [((4, 4), 64, 70), ((4, 2), 128, 70), ((4, 2), 72, 33)])
 @pytest.mark.parametrize("backend", list(stock.BACKENDS))
-def test_every_backend_of_the_machine_is_dense_attention(backend: str, causal: bool) -> None:
-    q, k, v = inputs(2, (4, 4), (70, 70), 64, torch.bfloat16, "cuda")
+def test_every_backend_of_the_machine_is_dense_attention(
+    backend: str, heads: tuple[int, int], D: int, Lq: int, causal: bool
+) -> None:
+    q, k, v = inputs(2, heads, (Lq, 70), D, torch.bfloat16, "cuda")
     try:
         vgpo.attention_backend(q, k, causal=causal, backend=backend)
     except RuntimeError as obstacle:
         pytest.skip(str(obstacle))
-    bounds = [x.cuda() for x in intervals("causal" if causal else "full", 2, 70, 70)]
+    bounds = [x.cuda() for x in intervals("causal" if causal else "full", 2, Lq, 70)]
     out, lse = vgpo.attention_with_lse(q, k, v, causal=causal, backend=backend)
     dense = dense_attention(q.double(), k.double(), v.double(), *bounds)
     torch.testing.assert_close(out.double(), dense.out, rtol=0, atol=2e-2)
     torch.testing.assert_close(lse.double(), dense.lse, rtol=0, atol=1e-3)
+
+
+def test_an_old_flash_attn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("flash_attn")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
+    module.flash_attn_func = lambda q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1): None  # noqa: ARG005
+    monkeypatch.setitem(sys.modules, "flash_attn", module)
+    stock._package_obstacle.cache_clear()
+    expected = "flash_attn is too old: its flash_attn_func has no softcap, return_attn_probs"
+    assert stock._package_obstacle("flash_attn") == expected
+    stock._package_obstacle.cache_clear()
+    assert stock._package_obstacle("flash_attn_of_nobody") == "flash_attn_of_nobody is not installed"

@@ -15,6 +15,8 @@ from vgpo_kernels._validate import BOOL, INTEGER, check_choice, check_tensor
 from vgpo_kernels.attention import autograd, ops, stock
 from vgpo_kernels.attention import intervals as masks
 from vgpo_kernels.attention.arguments import (
+    as_autocast,
+    check_cache_lengths,
     check_count,
     check_max_seqlen,
     check_qk,
@@ -106,12 +108,13 @@ def attention_mass(
 
     Source: the attention that VGPO (arXiv 2604.09349) finds fading; exp(score - LSE) is the softmax itself.
     """
+    q, k = as_autocast(q, k)
     scale = check_qk(q, k, scale, softcap)
     check_tensor("segment_ids", segment_ids, shape=(q.shape[0], k.shape[2]), dtypes=INTEGER, device=q.device)
     check_count("num_segments", num_segments)
     mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
     q, lse, mask = within(q, lse, mask, query_range)
-    segment_ids = segment_ids.int() if key_mask is None else torch.where(key_mask, segment_ids, -1).int()
+    segment_ids = segment_ids if key_mask is None else torch.where(key_mask, segment_ids, -1)
     mass: Tensor = ops.attention_mass(
         q.detach(), k.detach(), lse.detach(), segment_ids, *mask, num_segments, scale, softcap, impl
     )
@@ -163,6 +166,7 @@ def attention_column_sum(
         >>> attention_column_sum(q, k, lse, torch.tensor([[0, 3, -1]]), causal=False)
         tensor([[[1., 1., 0.]]])
     """
+    q, k = as_autocast(q, k)
     scale = check_qk(q, k, scale, softcap)
     check_choice("reduction", reduction, REDUCTIONS)
     B, Lk = q.shape[0], k.shape[2]
@@ -177,7 +181,7 @@ def attention_column_sum(
         hidden = ~key_mask.gather(1, positions.long().clamp(0, Lk - 1))
         positions = positions.masked_fill(hidden & (positions >= 0) & (positions < Lk), -1)
     received: Tensor = ops.attention_column_sum(
-        q.detach(), k.detach(), lse.detach(), positions.int(), *mask, reduction, scale, softcap, impl
+        q.detach(), k.detach(), lse.detach(), positions, *mask, reduction, scale, softcap, impl
     )
     if as_mask:
         places = torch.where(positions < 0, Lk, positions).long()[:, None].expand_as(received)
@@ -228,6 +232,7 @@ def visual_attention(
 
     Source: FlashAttention-2 (arXiv 2307.08691) with one more accumulator; backward as in `docs/attention.md`.
     """
+    q, k, v = as_autocast(q, k, v)
     scale = check_qk(q, k, scale, softcap)
     check_values(q, k, v)
     check_max_seqlen(max_seqlen, cu_seqlens)
@@ -259,7 +264,7 @@ def visual_attention_decode(
         visual_mask: (B, Lk), which entries of the cache are visual; bool, or numbers 0 and 1.
         cache_lengths: (B,) integers, how many entries are filled, those of q's tokens included.
         key_mask, scale, window, softcap, impl: as in `attention_mass`; queries see the entries up to their own.
-        intervals: as in `attention_mass`; they may not reach past a row's length.
+        intervals: as in `attention_mass`, in place of that; what reaches past a row's length is cut off.
 
     Returns:
         VisualAttention(out, visual_mass, lse), differentiable as that of `visual_attention`.
@@ -274,9 +279,10 @@ def visual_attention_decode(
         >>> visual_attention_decode(q, cache, cache, visual, torch.tensor([5])).visual_mass
         tensor([[[0.4000]]])
     """
+    q, k_cache, v_cache = as_autocast(q, k_cache, v_cache)
     scale = check_qk(q, k_cache, scale, softcap, k_name="k_cache")
     check_values(q, k_cache, v_cache, name="v_cache")
-    check_tensor("cache_lengths", cache_lengths, shape=q.shape[:1], dtypes=INTEGER, device=q.device)
+    check_cache_lengths(cache_lengths, q, k_cache)
     kinds = key_kinds(q, k_cache, visual_mask, key_mask)
     lengths = (q.shape[2], k_cache.shape[2])
     if intervals is None:
@@ -330,6 +336,7 @@ def attention_with_lse(
         >>> lse.exp()
         tensor([[[1., 2., 3., 4.]]])
     """
+    q, k, v = as_autocast(q, k, v)
     scale = check_qk(q, k, scale, softcap)
     check_values(q, k, v)
     check_max_seqlen(max_seqlen, cu_seqlens)
@@ -373,6 +380,8 @@ def attention_backend(
         >>> attention_backend(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
         ('cpu', 'the fastest')
     """
+    q, k = as_autocast(q, k)
+    check_qk(q, k, None, softcap)
     request = stock.Request(
         device=q.device,
         dtype=q.dtype,

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vgpo_kernels._dispatch import checks_values
 from vgpo_kernels._validate import (
     BOOL,
     FLOATING,
@@ -13,11 +14,21 @@ from vgpo_kernels._validate import (
     check_not_empty,
     check_number,
     check_tensor,
+    forbid,
 )
 from vgpo_kernels.attention import intervals as masks
 
 LSE = (torch.float32, torch.float64)
 HEAD_DIM = 256  # the largest
+_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast converts
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns the tensors in autocast's dtype where it is on, as torch's own attention takes them."""
+    if not isinstance(tensors[0], Tensor) or not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in tensors)
 
 
 def check_qk(q: Tensor, k: Tensor, scale: float | None, softcap: float | None, *, k_name: str = "k") -> float:
@@ -55,10 +66,34 @@ def check_window(window: int | None) -> None:
 
 
 def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
-    if max_seqlen is not None:
-        check_count("max_seqlen", max_seqlen)
-        if cu_seqlens is None:
-            raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}")
+    if max_seqlen is None:
+        return
+    check_count("max_seqlen", max_seqlen)
+    if cu_seqlens is None:
+        raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}")
+    if _reads(cu_seqlens) and (longest := int(cu_seqlens.diff().max())) > max_seqlen:
+        raise ValueError(f"max_seqlen: expected at least {longest}, the longest sequence, got {max_seqlen}")
+
+
+def check_cache_lengths(cache_lengths: Tensor, q: Tensor, k: Tensor) -> None:
+    Lq, Lk = q.shape[2], k.shape[2]
+    check_tensor("cache_lengths", cache_lengths, shape=q.shape[:1], dtypes=INTEGER, device=q.device)
+    if _reads(cache_lengths):
+        wrong = (cache_lengths < Lq) | (cache_lengths > Lk)
+        forbid(wrong, "cache_lengths", f"from {Lq}, the number of queries, to {Lk}, the cache's length", cache_lengths)
+
+
+def _check_bounds(cu_seqlens: Tensor, Lk: int) -> None:
+    if not _reads(cu_seqlens):
+        return
+    forbid((cu_seqlens < 0) | (cu_seqlens > Lk), "cu_seqlens", f"bounds from 0 to {Lk}", cu_seqlens)
+    if (cu_seqlens.diff() < 0).any():
+        raise ValueError(f"cu_seqlens: expected bounds that do not fall, got {cu_seqlens.tolist()}")
+
+
+def _reads(x: Tensor) -> bool:
+    """Whether the values of an argument are looked at: not while a graph is made, else as operators do."""
+    return not torch.compiler.is_compiling() and checks_values(None, x)
 
 
 def key_kinds(q: Tensor, k: Tensor, visual_mask: Tensor, key_mask: Tensor | None) -> Tensor:
@@ -78,6 +113,8 @@ def intervals_of(
     window: int | None,
     intervals: tuple[Tensor, Tensor] | None,
 ) -> masks.Intervals:
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal: expected a bool, got {causal!r}")
     check_window(window)
     B, lengths = q.shape[0], (q.shape[2], k.shape[2])
     if cu_seqlens is not None:
@@ -87,6 +124,7 @@ def intervals_of(
                 f"cu_seqlens: expected at least 2 bounds of one packed row with Lq = Lk, got {cu_seqlens.shape[0]} "
                 f"bounds, q {tuple(q.shape)}, k {tuple(k.shape)}"
             )
+        _check_bounds(cu_seqlens, lengths[1])
     return masks.build(
         B, lengths, q.device, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens, window=window,
         intervals=intervals,
@@ -100,7 +138,11 @@ def within(
     check_tensor("lse", lse, shape=q.shape[:3], dtypes=LSE, device=q.device)
     if query_range is None:
         return q, lse, mask
+    if not isinstance(query_range, tuple | list) or len(query_range) != 2:
+        raise TypeError(f"query_range: expected a pair (start, stop), got {query_range!r}")
     start, stop = query_range
+    if any(isinstance(bound, bool) or not isinstance(bound, int | torch.SymInt) for bound in query_range):
+        raise TypeError(f"query_range: expected two ints, got {query_range!r}")
     if not 0 <= start < stop <= q.shape[2]:
         raise ValueError(f"query_range: expected 0 <= start < stop <= {q.shape[2]}, got {(start, stop)}")
     return q[:, :, start:stop], lse[:, :, start:stop], masks.Intervals(*(x[:, start:stop].contiguous() for x in mask))

@@ -1,6 +1,6 @@
 """The one mask of the room: each query sees the keys of one interval.
 
-`key_start` and `key_end` are (B, Lq) int32, start inclusive, end exclusive; a query with start >= end sees nothing.
+`key_start` (inclusive) and `key_end` (exclusive) are (B, Lq), int32 in kernels; a query with start >= end sees nothing.
 Causal, padded, packed, windowed and bidirectional-block masks are all intervals; keys hidden in the middle of a row
 are told apart by `key_kinds`.
 """
@@ -16,7 +16,7 @@ HIDDEN, ORDINARY, VISUAL = 0, 1, 2  # what `key_kinds` (B, Lk) int8 says of a ke
 
 
 class Intervals(NamedTuple):
-    """The keys each query sees: (B, Lq) int32 inclusive starts and exclusive ends."""
+    """The keys each query sees: (B, Lq) integers, inclusive starts and exclusive ends."""
 
     key_start: Tensor
     key_end: Tensor
@@ -55,7 +55,7 @@ def build(
         check_tensor("key_mask", key_mask, shape=(batch, Lk), dtypes=BOOL, device=device)
         first, last = _edges(key_mask)
         start, end = torch.maximum(start, first), torch.minimum(end, last)
-    return Intervals(start.to(torch.int32).contiguous(), end.to(torch.int32).contiguous())
+    return Intervals(start, end)
 
 
 def of_cache(
@@ -85,7 +85,7 @@ def of_cache(
         key_mask=key_mask,
         cu_seqlens=None,
         window=None,
-        intervals=(start.int(), end.int()),
+        intervals=(start, end),
     )
 
 

@@ -1,5 +1,9 @@
 """The operators of the room: their schemas, and the shapes of what they return."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -8,21 +12,39 @@ from vgpo_kernels._validate import forbid
 from vgpo_kernels.attention import intervals, stock
 
 ROOM = "attention"
+T = TypeVar("T")
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _as_given(body: Callable[..., T]) -> Callable[..., T]:
+    """Keeps autocast out of an operator's body: the public functions have cast what is to be cast."""
+
+    @functools.wraps(body)
+    def run(*arguments: Any, **options: Any) -> T:
+        tensors = (x for x in (*arguments, *options.values()) if isinstance(x, Tensor))
+        with torch.autocast(next(tensors).device.type, enabled=False):
+            return body(*arguments, **options)
+
+    return run
+
+
 def _inside(key_start: Tensor, key_end: Tensor, q: Tensor, k: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
-    """Returns intervals within [0, Lk]: checked where reading is free, cut to it on a GPU."""
+    """Returns int32 intervals within [0, Lk]: checked where reading is free, cut to it on a GPU."""
     Lk = k.shape[2]
     if checks_values(impl, q):
         intervals.check_values(key_start, key_end, Lk)
-    return key_start.clamp(min=0), key_end.clamp(max=Lk)
+    return _cut(key_start, Lk), _cut(key_end, Lk)
+
+
+def _cut(bound: Tensor, Lk: int) -> Tensor:
+    return bound.clamp(min=0, max=Lk).to(torch.int32).contiguous()
 
 
 @torch.library.custom_op("vgpo::attention_mass", mutates_args=())
+@_as_given
 def attention_mass(
     q: Tensor,
     k: Tensor,
@@ -37,10 +59,11 @@ def attention_mass(
 ) -> Tensor:
     """Sums attention probabilities by segment; (B, Hq, Lq, S), arguments as in the reference."""
     if checks_values(impl, q):
-        forbid(segment_ids >= num_segments, "segment_ids", f"less than num_segments = {num_segments}", segment_ids)
+        wrong = (segment_ids < -1) | (segment_ids >= num_segments)
+        forbid(wrong, "segment_ids", f"-1 or less than num_segments = {num_segments}", segment_ids)
     key_start, key_end = _inside(key_start, key_end, q, k, impl)
     run = implementation(ROOM, impl, q).attention_mass
-    mass: Tensor = run(q, k, lse, segment_ids, key_start, key_end, num_segments, scale, softcap)
+    mass: Tensor = run(q, k, lse, segment_ids.int(), key_start, key_end, num_segments, scale, softcap)
     return mass
 
 
@@ -61,6 +84,7 @@ def _(
 
 
 @torch.library.custom_op("vgpo::attention_column_sum", mutates_args=())
+@_as_given
 def attention_column_sum(
     q: Tensor,
     k: Tensor,
@@ -79,6 +103,7 @@ def attention_column_sum(
         forbid((positions < -1) | (positions >= Lk), "keys", f"positions from 0 to {Lk - 1}, or -1", positions)
     else:
         positions = torch.where(positions < Lk, positions, -1)
+    positions = positions.int()
     key_start, key_end = _inside(key_start, key_end, q, k, impl)
     run = implementation(ROOM, impl, q).attention_column_sum
     received: Tensor = run(q, k, lse, positions, key_start, key_end, reduction, scale, softcap)
@@ -102,6 +127,7 @@ def _(
 
 
 @torch.library.custom_op("vgpo::visual_attention", mutates_args=())
+@_as_given
 def visual_attention(
     q: Tensor,
     k: Tensor,
@@ -137,6 +163,7 @@ def _(
 
 
 @torch.library.custom_op("vgpo::visual_attention_backward", mutates_args=())
+@_as_given
 def visual_attention_backward(
     grad_out: Tensor,
     grad_mass: Tensor | None,
@@ -155,7 +182,7 @@ def visual_attention_backward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; arguments as in the reference."""
-    key_start, key_end = key_start.clamp(min=0), key_end.clamp(max=k.shape[2])
+    key_start, key_end = _cut(key_start, k.shape[2]), _cut(key_end, k.shape[2])
     run = implementation(ROOM, impl, q).visual_attention_backward
     grads: tuple[Tensor, Tensor, Tensor] = run(
         grad_out, grad_mass, grad_lse, q, k, v, key_kinds, key_start, key_end, out, mass, lse, scale, softcap
@@ -186,6 +213,7 @@ def _(
 
 
 @torch.library.custom_op("vgpo::attention_with_lse", mutates_args=())
+@_as_given
 def attention_with_lse(
     q: Tensor,
     k: Tensor,

@@ -75,8 +75,8 @@ def attention_column_sum(
             else:
                 received[row].index_add_(1, slots[keys], probabilities.sum(1))
     if reduction == "mean":
-        queries = (key_start < key_end).sum(1).clamp(min=1)
-        received /= queries[:, None, None]
+        see_any_key = (key_start < key_end)[:, None] & ~lse.isneginf()  # [B, Hq, Lq]
+        received /= see_any_key.sum(2).clamp(min=1)[..., None]
     return received
 
 
@@ -134,20 +134,20 @@ def visual_attention_backward(
     """
     wide = _wide(q)
     grad_q, grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide) for x in (q, k, v))
-    delta = (grad_out.to(wide) * out.to(wide)).sum(-1)
-    if grad_mass is not None and mass is not None:
-        delta += grad_mass * mass
-    if grad_lse is not None:
-        delta -= grad_lse
     for block in _blocks(q, k, key_kinds, key_start, key_end):
         row, queries, keys = block.row, block.queries, block.keys
         b_q, b_k, b_v, b_grad = block.take(q), block.pick(k), block.pick(v), block.take(grad_out)
         scores = _scores(b_q, b_k, scale, softcap)
         probabilities = (scores - lse[row, :, queries, None]).exp_().masked_fill_(~block.visible, 0.0)  # [Hq, m, n]
+        delta = (b_grad * block.take(out)).sum(-1)  # [Hq, m]
+        if grad_mass is not None and mass is not None:
+            delta += grad_mass[row, :, queries] * mass[row, :, queries]
+        if grad_lse is not None:
+            delta -= grad_lse[row, :, queries]
         grad_p = _scores(b_grad, b_v, 1.0, None)
         if grad_mass is not None:
             grad_p += grad_mass[row, :, queries, None] * (key_kinds[row, keys] == VISUAL)
-        grad_s = probabilities * (grad_p - delta[row, :, queries, None])
+        grad_s = probabilities * (grad_p - delta[..., None])
         # A query that sees nothing may hold anything, a NaN in its gradient, too.
         grad_s.masked_fill_(~block.visible, 0.0)
         if softcap is not None:

@@ -6,6 +6,7 @@ Each backend says what it cannot do; the first that can is taken. Ours is the la
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -98,8 +99,13 @@ def run(
 
 
 @functools.cache
-def _installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def _package_obstacle(module: str) -> str | None:
+    """Returns why a flash-attn package cannot be called as `_run_flash_attn` does."""
+    if importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    parameters = inspect.signature(importlib.import_module(module).flash_attn_func).parameters
+    lacking = [name for name in ("softcap", "window_size", "return_attn_probs") if name not in parameters]
+    return f"{module} is too old: its flash_attn_func has no {', '.join(lacking)}" if lacking else None
 
 
 def _not_plain_half_on_cuda(request: Request) -> str | None:
@@ -113,16 +119,13 @@ def _not_plain_half_on_cuda(request: Request) -> str | None:
 
 
 def _flash_attn_obstacle(module: str, request: Request) -> str | None:
-    obstacle = _not_plain_half_on_cuda(request)
-    if obstacle is None and not _installed(module):
-        return f"{module} is not installed"
-    if (
-        obstacle is None
-        and module == "flash_attn_interface"
-        and torch.cuda.get_device_capability(request.device)[0] != 9
-    ):
-        return "needs an sm_90 GPU"
-    return obstacle
+    obstacle = _not_plain_half_on_cuda(request) or _package_obstacle(module)
+    if obstacle is not None:
+        return obstacle
+    capability = torch.cuda.get_device_capability(request.device)[0]
+    if module == "flash_attn_interface":
+        return None if capability == 9 else "needs an sm_90 GPU"
+    return None if capability >= 8 else "needs compute capability 8.0"
 
 
 def _torch_obstacle(request: Request, *, min_capability: int) -> str | None:
@@ -185,7 +188,10 @@ def _run_flash_attn(
     bounds = mask.cu_seqlens.int()
     longest = q.shape[1] if mask.max_seqlen is None else mask.max_seqlen
     out, lse, *_ = library.flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, longest, longest, **options)
-    return out.transpose(0, 1)[None], _minus_infinity_where_empty(lse[None])
+    # What lies in no sequence is not written.
+    empty = (mask.key_start >= mask.key_end)[:, None]  # [1, 1, total]
+    out = out.transpose(0, 1)[None].masked_fill(empty[..., None], 0.0)
+    return out, lse[None].masked_fill(empty, -math.inf)
 
 
 def _minus_infinity_where_empty(lse: Tensor) -> Tensor:

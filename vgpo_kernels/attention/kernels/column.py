@@ -302,7 +302,8 @@ def attention_column_sum(
     )
     received = columns.amax(2) if reduction == "max" else columns.sum(2)
     if reduction == "mean":
-        received /= (key_start < key_end).sum(1).clamp(min=1)[:, None, None]
+        see_any_key = (key_start < key_end)[:, None] & ~lse.isneginf()  # [B, Hq, Lq]
+        received /= see_any_key.sum(2).clamp(min=1)[..., None]
     return received
 
 
