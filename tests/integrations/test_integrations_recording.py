@@ -383,6 +383,19 @@ class TestErrors:
         with pytest.raises(error, match=message), record_visual_attention(model, **options):
             pass
 
+    @pytest.mark.parametrize("prompt_length", [25, 1000], ids=["no completion", "beyond the sequence"])
+    @pytest.mark.parametrize("queries", ["token", "predicting"])
+    def test_prompt_as_long_as_the_sequence(
+        self, model: Any, batch: dict[str, Any], prompt_length: int, queries: str
+    ) -> None:
+        options = {"columns": True, "prompt_length": prompt_length, "queries": queries}
+        with torch.no_grad(), record_visual_attention(model, **options) as rec:
+            model(**batch)
+        message = f"prompt_length: expected less than the sequence's 25 tokens, got {prompt_length}"
+        for read in (lambda: rec.mass, lambda: rec.columns, lambda: rec.visual_positions, lambda: rec.heatmap(0)):
+            with pytest.raises(ValueError, match=message):
+                read()
+
     def test_predicting_without_completion(self, model: Any, batch: dict[str, Any]) -> None:
         with pytest.raises(ValueError, match="queries='predicting': expected a completion"):
             recorded(model, batch, queries="predicting")

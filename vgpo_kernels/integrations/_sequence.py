@@ -120,6 +120,7 @@ class Sequence:
 
     def mass(self) -> Tensor:
         """Returns (layers, B, [H,] tokens, S) fp32."""
+        self._check_completion()
         if self.prompt is None and self.wishes.predicting:
             raise ValueError(
                 "queries='predicting': expected a completion, whose tokens queries produce; record inside generate or "
@@ -129,6 +130,7 @@ class Sequence:
 
     def received(self) -> Tensor:
         """Returns (layers, B, [H,] n) fp32: what each visual token received."""
+        self._check_completion()
         positions = self._visual_positions()
         heads = (self.heads,) if self.wishes.all_heads else ()
         empty = torch.zeros((positions.shape[0], *heads, positions.shape[1]), device=positions.device)
@@ -141,6 +143,13 @@ class Sequence:
     def end_at(self, length: int) -> None:
         """Forgets queries past the first `length` tokens: what was sampled and then refused."""
         self._truncate(length)
+
+    def _check_completion(self) -> None:
+        """Raises where `prompt_length` leaves no completion; forwards that continue the prompt may bring it later."""
+        if not self.sampled and self.prompt is not None and self.prompt >= self.tokens.length:
+            raise ValueError(
+                f"prompt_length: expected less than the sequence's {self.tokens.length} tokens, got {self.prompt}"
+            )
 
     def _mass_of(self, layer: int) -> Tensor:
         ids = self.tokens.ids

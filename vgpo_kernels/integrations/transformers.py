@@ -62,7 +62,8 @@ def record_visual_attention(
         columns: record also what each visual token received, summed over the completion's queries (over all queries
             where there is no completion). Padding is left out, and under `generate` so are queries from a row's end
             token on, which the model runs only for rows that are not the last to end.
-        prompt_length: tokens before the completion in a plain forward, padding included; `generate` knows by itself.
+        prompt_length: tokens before the completion in a plain forward, padding included; fewer than the sequence has
+            when the record is read. `generate` knows by itself.
         queries: which query stands for a token of the completion: "token" the one at the token itself; the last token
             that `generate` samples is never run through the model, so there it has one token less. "predicting" the
             one before it, which produced it; complete under `generate`.
@@ -127,7 +128,7 @@ def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
 
     Raises:
         TypeError: `completion_mask` is no mask.
-        ValueError: the record does not cover the mask's tokens, or is NaN there (read on a GPU only where VGPO_DEBUG=1).
+        ValueError: the record does not cover the mask's tokens, or is NaN there (on a GPU, with VGPO_DEBUG=1).
 
     Example:
         >>> import torch
