@@ -185,6 +185,36 @@ def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
     return logits[batch["attention_mask"].bool()].square().mean()
 
 
+def test_arguments_by_position(model: Any, batch: dict[str, Any]) -> None:
+    options = {"layers": "all", "segments": "image/query/generated", "columns": True}
+    rest = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
+    ids = batch["input_ids"]
+    batch["attention_mask"][0, -2:] = 0  # padding behind a picture, which its queries see
+    with torch.no_grad():
+        with record_visual_attention(model, **options) as expected:
+            model(**batch)
+        with record_visual_attention(model, **options) as rec:
+            model(ids, batch["attention_mask"], **rest)
+            assert torch.equal(rec.mass, expected.mass)
+            assert torch.equal(rec.columns, expected.columns)
+            message = r"was given pixel_values but no visual token"
+            with pytest.raises(ValueError, match=message):
+                model(
+                    ids.clamp(max=89), batch["attention_mask"], None, None, None, None, None, rest.pop("pixel_values"),
+                    **rest,
+                )  # fmt: skip
+
+
+@pytest.mark.parametrize("generic", [False, True], ids=["4-D", "dict"])
+def test_columns_want_to_know_the_padding(model: Any, batch: dict[str, Any], generic: bool) -> None:
+    mask = torch.ones(3, 1, 25, 25, dtype=torch.bool).tril() & batch["attention_mask"].bool()[:, None, None]
+    given = {"full_attention": mask, "sliding_attention": mask} if generic else mask
+    shape = "dict" if generic else r"\(3, 1, 25, 25\)"
+    message = rf"attention_mask: expected \(B, T\) with columns=True, .*, got {shape}"
+    with pytest.raises(ValueError, match=message):
+        recorded(model, {**batch, "attention_mask": given}, columns=True)
+
+
 def test_mask_prepared_by_the_caller(model: Any, batch: dict[str, Any]) -> None:
     """It never meets the mask function, so the layer finds out by itself."""
     real = batch["attention_mask"].bool()

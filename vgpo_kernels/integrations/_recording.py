@@ -7,6 +7,7 @@ recorder.mass  # (layers, B, tokens, S)
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -144,7 +145,9 @@ class Recorder:
         # The same module again: its last forward was interrupted, not even an exception was caught.
         if self._outermost is not None and self._outermost is not module:
             return
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        if args:
+            kwargs = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
+        ids = kwargs.get("input_ids")
         if not isinstance(ids, Tensor):
             raise ValueError(
                 f"{type(module).__name__} was called without input_ids, which say where the pictures are; "
@@ -155,8 +158,7 @@ class Recorder:
         past = 0 if cache is None else int(cache.get_seq_length())
         sequence = self._sequence_for(ids, past, kwargs)
         self._check_images(sequence, ids, past, kwargs)
-        mask = kwargs.get("attention_mask")
-        sequence.begin(ids, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, past)
+        sequence.begin(ids, self._padding_of(kwargs.get("attention_mask")), past)
         self._sequence, self._called, self._outermost = sequence, set(), module
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
@@ -217,6 +219,19 @@ class Recorder:
             end_tokens=self._generating["end_tokens"],
             grids=grids,
         )
+
+    def _padding_of(self, mask: Any) -> Tensor | None:
+        """Returns (B, T), 0 for padding; None where all tokens are real, or it makes no difference which are."""
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return mask
+        # The queries of a completion that is being sampled are no padding, and no query looks at any.
+        if self._wishes.columns and self._generating is None:
+            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                "attention_mask: expected (B, T) with columns=True, which leaves the queries of padding out, "
+                f"got {shape}"
+            )
+        return None
 
     def _check_images(self, sequence: Sequence, ids: Tensor, past: int, kwargs: dict[str, Any]) -> None:
         pictures = [name for name, value in kwargs.items() if name.startswith("pixel_values") and value is not None]

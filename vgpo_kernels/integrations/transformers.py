@@ -149,9 +149,8 @@ def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
         )
     focus = mass.transpose(0, 1).flatten(1, -2).mean(1)
     asked_for = completion_mask.to(focus.device) != 0
-    if checks_values(None, mass) and bool((focus.isnan() & asked_for).any()):
-        row, token = (focus.isnan() & asked_for).nonzero()[0].tolist()
-        raise ValueError(
-            f"rec.mass: expected numbers where completion_mask is set, got NaN in row {row}, token {token}"
-        )
+    broken = (focus.isnan() & asked_for).nonzero().tolist() if checks_values(None, mass) else []
+    if broken:
+        row, token = broken[0]
+        raise ValueError(f"rec.mass: expected numbers under completion_mask, got NaN in row {row}, token {token}")
     return torch.where(asked_for, focus, 0.0)
