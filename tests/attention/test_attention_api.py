@@ -179,6 +179,29 @@ def test_the_masses_are_constants() -> None:
     assert not vgpo.attention_column_sum(q, k, lse, torch.ones(1, 5, dtype=torch.bool)).requires_grad
 
 
+@pytest.mark.parametrize("Lq", [70, 3])  # whole tiles of queries, and few that are split over keys
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_and_seen_comes_out(bad: float, Lq: int, impl: str, device: str) -> None:
+    q, k, v = inputs(1, (2, 2), (Lq, 70), D, device=device)
+    visual = torch.ones(1, 70, device=device)
+    q = q.masked_fill((torch.arange(Lq, device=device) == 1)[:, None], bad)
+    for result in vgpo.visual_attention(q, k, v, visual, impl=impl):
+        assert result[:, :, 1].isnan().all()
+        assert not result[:, :, 0].isnan().any()
+        assert not result[:, :, 2].isnan().any()
+
+
+def test_an_lse_may_be_in_double_precision(impl: str, device: str) -> None:
+    q, k, v = inputs(1, (2, 2), (8, 8), D, device=device)
+    _, lse = vgpo.attention_with_lse(q, k, v)
+    ids = torch.zeros(1, 8, dtype=torch.int64, device=device)
+    for function in (
+        lambda x: vgpo.attention_mass(q, k, x, ids, 1, impl=impl),
+        lambda x: vgpo.attention_column_sum(q, k, x, ids == 0, impl=impl),
+    ):
+        torch.testing.assert_close(function(lse.double()), function(lse))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_casts_what_sdpa_casts_and_nothing_within(dtype: torch.dtype, impl: str, device: str) -> None:
     """RoPE hands over fp32 queries and keys beside bf16 values; sums stay in fp32."""

@@ -1,34 +1,18 @@
 """The operators of the room: their schemas, and the shapes of what they return."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import torch
 from torch import Tensor
 
 from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import forbid
 from vgpo_kernels.attention import intervals, stock
 
 ROOM = "attention"
-T = TypeVar("T")
 
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _as_given(body: Callable[..., T]) -> Callable[..., T]:
-    """Keeps autocast out of an operator's body: the public functions have cast what is to be cast."""
-
-    @functools.wraps(body)
-    def run(*arguments: Any, **options: Any) -> T:
-        tensors = (x for x in (*arguments, *options.values()) if isinstance(x, Tensor))
-        with torch.autocast(next(tensors).device.type, enabled=False):
-            return body(*arguments, **options)
-
-    return run
 
 
 def _inside(key_start: Tensor, key_end: Tensor, q: Tensor, k: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
@@ -44,7 +28,7 @@ def _cut(bound: Tensor, Lk: int) -> Tensor:
 
 
 @torch.library.custom_op("vgpo::attention_mass", mutates_args=())
-@_as_given
+@operator_body
 def attention_mass(
     q: Tensor,
     k: Tensor,
@@ -84,7 +68,7 @@ def _(
 
 
 @torch.library.custom_op("vgpo::attention_column_sum", mutates_args=())
-@_as_given
+@operator_body
 def attention_column_sum(
     q: Tensor,
     k: Tensor,
@@ -127,7 +111,7 @@ def _(
 
 
 @torch.library.custom_op("vgpo::visual_attention", mutates_args=())
-@_as_given
+@operator_body
 def visual_attention(
     q: Tensor,
     k: Tensor,
@@ -163,7 +147,7 @@ def _(
 
 
 @torch.library.custom_op("vgpo::visual_attention_backward", mutates_args=())
-@_as_given
+@operator_body
 def visual_attention_backward(
     grad_out: Tensor,
     grad_mass: Tensor | None,
@@ -213,7 +197,7 @@ def _(
 
 
 @torch.library.custom_op("vgpo::attention_with_lse", mutates_args=())
-@_as_given
+@operator_body
 def attention_with_lse(
     q: Tensor,
     k: Tensor,

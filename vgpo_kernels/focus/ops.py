@@ -4,10 +4,12 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._operator import operator_body
 from vgpo_kernels.focus.values import check_values
 
 
 @torch.library.custom_op("vgpo::visual_focus_score", mutates_args=())
+@operator_body
 def visual_focus_score(
     hidden_states: Tensor,
     visual_mask: Tensor,

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import check_mask_values
 from vgpo_kernels.policy_loss import terms
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 
 
 @torch.library.custom_op("vgpo::policy_loss", mutates_args=())
+@operator_body
 def policy_loss(
     logps: Tensor,
     old_logps: Tensor | None,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import check_mask_values, forbid
 from vgpo_kernels.weights.config import VGPOConfig
 
@@ -52,7 +53,7 @@ def _weights(
     )
 
 
-weights = torch.library.custom_op("vgpo::weights", _weights, mutates_args=(), schema=_schema())
+weights = torch.library.custom_op("vgpo::weights", operator_body(_weights), mutates_args=(), schema=_schema())
 
 
 @weights.register_fake

@@ -265,7 +265,7 @@ def attention_column_sum(
     n = positions.shape[1]
     if B * Hq * n == 0 or Lq == 0:
         return torch.zeros((B, Hq, n), dtype=torch.float32, device=q.device)
-    q, k, positions = with_unit_columns(q), with_unit_columns(k), positions.contiguous()
+    q, k, lse, positions = with_unit_columns(q), with_unit_columns(k), lse.float(), positions.contiguous()
     strides = strides_in_units(q=q, k=k)
     tiles = column_tiles(
         padded_head(D), q.element_size(), target_of(q), unit=strides["UNIT"], softcap=softcap is not None

@@ -235,7 +235,8 @@ def forward_kernel(
             BLOCK_D,
         )
 
-    m_seen = m_seen & (b_max != -float("inf"))
+    # Not asked of the maximum, which leaves NaN out: what a query sees of it must come out.
+    m_seen = m_seen & (b_sum != 0.0)
     b_inverse = 1.0 / tl.where(m_seen, b_sum, 1.0)
     b_lse = (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * 0.6931471805599453
     first_query = block * BLOCK_M

@@ -213,7 +213,7 @@ def attention_mass(
     mass = torch.empty((B, Hq, Lq, num_segments), dtype=torch.float32, device=q.device)
     if mass.numel() == 0 or Lk == 0:
         return mass.zero_()
-    q, k = with_unit_columns(q), with_unit_columns(k)
+    q, k, lse = with_unit_columns(q), with_unit_columns(k), lse.float()
     strides = strides_in_units(q=q, k=k)
     tiles = mass_tiles(
         padded_head(D), q.element_size(), target_of(q), unit=strides["UNIT"], softcap=softcap is not None

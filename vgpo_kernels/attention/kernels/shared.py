@@ -110,14 +110,16 @@ def with_unit_columns(x: Tensor) -> Tensor:
 def strides_in_units(**tensors: Tensor) -> dict[str, int]:
     """Returns `stride_{name}{b,h,l}_units` of (B, H, L, D) tensors, and the UNIT that multiplies all of them.
 
-    UNIT is VECTOR where that divides every stride, which the compiler then knows; a dimension of one has stride 0.
+    UNIT is VECTOR where that divides every stride and all begin at a whole vector, which the compiler then knows; a
+    dimension of one has stride 0.
     """
     strides = {
         f"stride_{name}{axis}_units": x.stride(dim) if x.shape[dim] > 1 else 0
         for name, x in tensors.items()
         for dim, axis in enumerate("bhl")
     }
-    unit = VECTOR if all(stride % VECTOR == 0 for stride in strides.values()) else 1
+    begin_whole = all(x.data_ptr() % 16 == 0 for x in tensors.values())
+    unit = VECTOR if begin_whole and all(stride % VECTOR == 0 for stride in strides.values()) else 1
     return {name: stride // unit for name, stride in strides.items()} | {"UNIT": unit}
 
 
