@@ -24,13 +24,18 @@ def keys_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     Single precision unrolls its products, so its tiles are small.
     """
     if itemsize == 4:
-        return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
-    keys, queries, stages = 128, 64 if head <= 64 else 32, 2
-    if target in ("sm_120", "gfx942"):
-        keys, queries = (64, 32) if head <= 128 else (32, 16)
-    if target == "gfx942":
-        stages = 1
-    return {"BLOCK_M": queries, "CUT_M": queries, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
+        keys, warps = 16 if head <= 64 else 32, 4 if head <= 64 and target != "sm_80" else 8
+        return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1}
+    keys, queries, cut, stages = (128, 64, 64, 2) if head <= 64 else (128, 32, 32, 2)
+    if target == "gfx942":  # masks live in scalar registers, of which there are few
+        keys, queries, cut, stages = (64, 32, 16, 1) if head <= 64 else (64 if head <= 128 else 32, 16, 16, 1)
+    elif target == "sm_120":
+        keys, queries, cut = (64, 32, 32) if head <= 128 else (32, 16, 16)
+    elif target == "sm_100" and head > 64:  # accumulators live in tensor memory, but pass through registers
+        keys, stages = 64, 2 if head <= 128 else 1
+    elif target == "sm_80" and head > 64:
+        keys, queries = 64, 64 if head <= 128 else 32
+    return {"BLOCK_M": queries, "CUT_M": cut, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
 
 
 @triton.jit

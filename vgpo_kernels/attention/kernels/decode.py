@@ -29,20 +29,22 @@ def takes(Lq: int, group: int) -> bool:
     return Lq * group <= MOST_ROWS
 
 
-def split_tiles(target: str, itemsize: int, head: int, rows: int, unit: int) -> dict[str, int]:
-    """Returns the tiles for `rows` queries of heads padded to `head`.
+def split_tiles(target: str, itemsize: int, rows: int, unit: int) -> dict[str, int]:
+    """Returns the tiles for `rows` queries.
 
     The keys stream once, so what counts is bytes in flight: three tiles of 64 keys where they fit. Single precision
-    unrolls its products, and rows off 16 bytes have an address for each element, so their tiles are small.
+    unrolls its products, rows off 16 bytes have an address for each element, and masks on AMD live in scalar registers,
+    so their tiles are small.
     """
     block = max(16, int(triton.next_power_of_2(rows)))
+    keys, warps, stages = 64, 8, 3
     if itemsize == 4:
-        return {"BLOCK_R": block, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    if unit == 1:
-        return {"BLOCK_R": block, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    small = target in ("sm_120", "gfx942")
-    stages = 1 if target == "gfx942" else (2 if small else 3)
-    return {"BLOCK_R": block, "BLOCK_N": 32 if small and head > 128 else 64, "num_warps": 8, "num_stages": stages}
+        keys, warps, stages = 16, 4 if block == 16 else 8, 1
+    elif unit == 1 or target == "gfx942":
+        keys, stages = 16, 1
+    elif target == "sm_120":
+        keys, warps, stages = 32, 4 if block == 16 else 8, 2
+    return {"BLOCK_R": block, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 @triton.jit(do_not_specialize=["Hkv", "group", "Lq", "Lk", "n_splits", *STRIDES, "inner", "outer"])
@@ -190,7 +192,8 @@ def merge_kernel(
         p_acc = acc_ptr + (part * rows + own)[:, None] * HEAD + o_d[None, :]
         b_part = load_tile(p_acc, m_p, m_d, True, HEAD < BLOCK_D)  # [BP, BD]
         b_acc = b_acc * rescale + tl.sum(b_part * b_scale[:, None], axis=0)
-    seen = largest != -float("inf")
+    # Not asked of the maximum, which leaves NaN out: what a query sees of it must come out.
+    seen = total != 0.0
     total = tl.where(seen, total, 1.0)
     b_out = tl.where(seen, b_acc / total, 0.0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + tl.program_id(0).to(tl.int64) * HEAD + o_d, b_out, mask=m_d)
@@ -220,7 +223,7 @@ def split_attention(
     lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
     mass = torch.empty_like(lse) if with_mass else None
     strides = strides_in_units(q=q, k=k, v=v)
-    tiles = split_tiles(target_of(q), q.element_size(), head, rows, strides["UNIT"])
+    tiles = split_tiles(target_of(q), q.element_size(), rows, strides["UNIT"])
     n_splits = splits(B * Hkv, Lk, tiles["BLOCK_N"], _processors(q.device))
     acc = q.new_empty((B * Hkv, n_splits, rows, D), dtype=torch.float32)
     stats = q.new_empty((B * Hkv, n_splits, 3, rows), dtype=torch.float32)
@@ -299,7 +302,7 @@ def _compile_split(dtype: str, D: int, rows: int, softcap: bool = False, unit: i
         split_kernel,
         signature,
         constexprs,
-        tiles=lambda target: split_tiles(target, itemsize, head, rows, unit),
+        tiles=lambda target: split_tiles(target, itemsize, rows, unit),
     )
 
 
