@@ -1,0 +1,34 @@
+"""The code for sm_90: matrix products of warp groups, fed by asynchronous copies of 16 bytes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).resolve().parent
+CASES = [
+    *(f"attention forward bf16 D {D}" for D in (64, 128, 256)),
+    *(f"attention backward {name}" for name in ("keys bf16 D 64", "keys bf16 D 128", "dk bf16 D 256", "dv bf16 D 256")),
+    *(f"attention backward queries bf16 D {D}" for D in (64, 128, 256)),
+]
+
+
+def test_every_matrix_loop_uses_the_tensor_cores_of_warp_groups():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(HERE.parents[1]), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    command = [sys.executable, HERE / "compiled_loops.py", *CASES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert list(report) == CASES
+    for name, (wgmma, mma, copies) in report.items():
+        assert wgmma > 0, name
+        assert mma == 0, name
+        # Two tensors, in the loop of whole tiles and in the other, before it and in it.
+        assert copies >= 8, name
