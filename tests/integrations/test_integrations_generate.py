@@ -7,6 +7,7 @@ import tiny_vlms
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import Cache, DynamicCache, StaticCache
 
 from vgpo_kernels.integrations import _sequence
 from vgpo_kernels.integrations.transformers import Recorder, focus_from_attention, record_visual_attention
@@ -214,6 +215,35 @@ def test_generate_with_a_cache_that_holds_earlier_turns(model: Any, family: str)
     expected = over_the_whole(model, family, turn, sequences[:, prompt + 4 :], "predicting")
     assert_close(rec.mass, expected.mass)
     assert_close(rec.columns, expected.columns)
+
+
+def test_cache_of_another_batch(model: Any, family: str) -> None:
+    """Its tokens are not those of the forward before, though as many."""
+    batch, other = tiny_vlms.make_batch(family), tiny_vlms.make_batch(family, seed=7)
+    token = batch["input_ids"][:, -1:]
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], dim=1)
+    message = "past_key_values: expected the cache of the forward before, got another one, of 25 tokens"
+    for options in ({"use_cache": True}, {"use_cache": False}):
+        with torch.no_grad(), record_visual_attention(model, "all"):
+            cache = model(**batch, use_cache=True).past_key_values
+            model(**other, **options)
+            with pytest.raises(ValueError, match=message):
+                model(input_ids=token, attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", ["given", "static", "returned as a tuple"])
+def test_caches_that_are_continued(kind: str) -> None:
+    model, batch = tiny_vlms.make("gemma3"), tiny_vlms.make_batch("gemma3")
+    model.set_attn_implementation("vgpo")
+    token = batch["input_ids"][:, -1:]
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(token)], dim=1)
+    text = model.config.get_text_config()
+    cache = {"given": DynamicCache(config=text), "static": StaticCache(text, max_cache_len=40)}.get(kind)
+    with torch.no_grad(), record_visual_attention(model, "all", prompt_length=25) as rec:
+        output = model(**batch, use_cache=True, past_key_values=cache, return_dict=cache is not None)
+        cache = cache or next(value for value in output if isinstance(value, Cache))
+        model(input_ids=token, attention_mask=mask, past_key_values=cache)
+        assert rec.mass.shape == (3, 3, 1, 1)
 
 
 def test_single_new_token_has_no_query_of_its_own(model: Any, family: str) -> None:

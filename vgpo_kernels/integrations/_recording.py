@@ -156,9 +156,10 @@ class Recorder:
         self._outermost = None
         cache = kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
-        sequence = self._sequence_for(ids, past, kwargs)
+        sequence = self._sequence_for(ids, past, cache, kwargs)
         self._check_images(sequence, ids, past, kwargs)
         sequence.begin(ids, self._padding_of(kwargs.get("attention_mask")), past)
+        sequence.holds(cache)
         self._sequence, self._called, self._outermost = sequence, set(), module
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ARG002
@@ -172,6 +173,9 @@ class Recorder:
         if missing:
             self._sequence = None
             raise RuntimeError(self._why_not_called(missing))
+        if self._sequence is not None:
+            for value in output.values() if isinstance(output, dict) else output:
+                self._sequence.holds(value)
 
     def _why_not_called(self, missing: list[int]) -> str:
         name = self._parts.name
@@ -192,10 +196,15 @@ class Recorder:
             "(or torch.compile hides it), and its attention cannot be recorded"
         )
 
-    def _sequence_for(self, ids: Tensor, past: int, kwargs: dict[str, Any]) -> Sequence:
+    def _sequence_for(self, ids: Tensor, past: int, cache: Any, kwargs: dict[str, Any]) -> Sequence:
         """Returns the sequence that a forward continues or begins."""
         known = self._sequence
         if past and known is not None and known.tokens.length >= past and known.tokens.rows == ids.shape[0]:
+            if not known.held(cache):
+                raise ValueError(
+                    f"past_key_values: expected the cache of the forward before, got another one, of {past} tokens; "
+                    "its sequence has not been recorded, or no longer is"
+                )
             return known
         tokens = Tokens(self._parts.image_tokens, self._parts.video_tokens, split=self._wishes.segments != "visual")
         grids = kwargs.get("image_grid_thw")

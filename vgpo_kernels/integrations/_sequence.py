@@ -8,9 +8,11 @@ sequence.mass()  # (layers, B, [heads,] tokens, S)
 
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
 from vgpo_kernels.attention import attention_column_sum, attention_mass
 from vgpo_kernels.integrations._masks import KeyIntervals
@@ -79,6 +81,7 @@ class Sequence:
         self.heads = 0
         self.columns: dict[int, Tensor] = {}
         self.visual_positions: Tensor | None = None
+        self.caches: WeakSet[Cache] = WeakSet()
 
     def begin(self, ids: Tensor, attention_mask: Tensor | None, past: int) -> None:
         """Opens a forward of tokens `ids` (B, L) after the first `past` ones."""
@@ -95,6 +98,15 @@ class Sequence:
             stop -= self.wishes.shift  # the last token produced nothing that is known
         first = min(max(first, past), stop)
         self.steps.append(Step(first, stop, past))
+
+    def holds(self, cache: Any) -> None:
+        """Remembers a KV cache, if it is one, that a forward of this sequence took or returned."""
+        if isinstance(cache, Cache):
+            self.caches.add(cache)
+
+    def held(self, cache: Any) -> bool:
+        """Tells whether the KV cache is of this sequence."""
+        return cache in self.caches
 
     def observe(
         self, layer: int, q: Tensor, k: Tensor, lse: Tensor, mask: KeyIntervals, options: dict[str, Any]
