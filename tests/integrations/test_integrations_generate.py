@@ -7,7 +7,7 @@ import tiny_vlms
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
 
 from vgpo_kernels.integrations import _sequence
 from vgpo_kernels.integrations.transformers import Recorder, focus_from_attention, record_visual_attention
@@ -246,6 +246,44 @@ def test_caches_that_are_continued(kind: str) -> None:
         assert rec.mass.shape == (3, 3, 1, 1)
 
 
+def test_exception_in_generate_leaves_nothing(model: Any, family: str) -> None:
+    batch = tiny_vlms.make_batch(family)
+
+    def fail(ids: Tensor, scores: Tensor) -> Tensor:
+        if ids.shape[1] == 28:
+            raise KeyError("in a processor")
+        return scores
+
+    with record_visual_attention(model) as rec:
+        model.generate(**batch, **GREEDY)
+        with pytest.raises(KeyError, match="in a processor"):
+            model.generate(**batch, **GREEDY, logits_processor=[fail])
+        with pytest.raises(RuntimeError, match="nothing has been recorded"):
+            _ = rec.mass
+        model.generate(**batch, **GREEDY)
+        with pytest.raises(ValueError, match="num_beams"):
+            model.generate(**batch, **GREEDY, num_beams=2)
+    with pytest.raises(RuntimeError, match="nothing has been recorded"):
+        _ = rec.mass
+
+
+def test_cache_longer_than_the_prompt(model: Any, family: str) -> None:
+    """As a model may bring one of its own."""
+    batch = tiny_vlms.make_batch(family)
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+
+    def swap(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
+        return args, {**kwargs, "past_key_values": cache}
+
+    handle = model.register_forward_pre_hook(swap, with_kwargs=True)
+    short = {name: batch[name][1:, :3] for name in ("input_ids", "attention_mask")}
+    message = "past_key_values: expected a cache of at most the prompt's 3 tokens where generate begins, got one of 25"
+    with pytest.raises(ValueError, match=message), record_visual_attention(model):
+        model.generate(**short, **GREEDY)
+    handle.remove()
+
+
 def test_single_new_token_has_no_query_of_its_own(model: Any, family: str) -> None:
     batch = tiny_vlms.make_batch(family)
     _, rec = generate(model, batch, "token", max_new_tokens=1)
@@ -261,6 +299,10 @@ def test_what_cannot_be_followed(model: Any, family: str) -> None:
     batch = tiny_vlms.make_batch(family)
     with pytest.raises(ValueError, match="num_beams: expected 1 while visual attention is recorded"):
         generate(model, batch, "token", num_beams=2)
+    for options in ({"guidance_scale": 1.5}, {"generation_config": GenerationConfig(guidance_scale=1.5)}):
+        with pytest.raises(ValueError, match=r"guidance_scale: expected 1 or None while .* is recorded .*, got 1\.5"):
+            generate(model, batch, "token", **options)
+    generate(model, batch, "token", guidance_scale=1.0)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     with pytest.raises(ValueError, match=r"generate: expected input_ids \(B, L\)"), record_visual_attention(model):
         model.generate(inputs_embeds=embeds, max_new_tokens=1)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vgpo_kernels.integrations import _grids, _interface
+from vgpo_kernels.integrations._generating import FOLLOWERS, Prompt, follow, read_prompt, unfollow
 from vgpo_kernels.integrations._masks import KeyIntervals
 from vgpo_kernels.integrations._modules import Parts
 from vgpo_kernels.integrations._segments import SEGMENTS, Tokens
@@ -33,7 +34,7 @@ class Recorder:
         self._parts = parts
         self._wishes = wishes
         self._sequence: Sequence | None = None
-        self._generating: dict[str, Any] | None = None
+        self._generating: Prompt | None = None
         self._outermost: nn.Module | None = None
         self._called: set[int] = set()
         self._undo: list[Callable[[], None]] = []
@@ -105,15 +106,22 @@ class Recorder:
             after = module.register_forward_hook(self._after_forward, always_call=True)
             self._undo += [before.remove, after.remove]
             if callable(getattr(module, "generate", None)):
-                self._undo.append(self._follow_generate(module))
+                follow(module)
+                self._undo.append(functools.partial(unfollow, module))
         _interface.LISTENERS.append(self)
+        FOLLOWERS.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
         _interface.LISTENERS.remove(self)
+        FOLLOWERS.remove(self)
         while self._undo:
             self._undo.pop()()
         self._outermost = self._generating = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recorder":
+        """Returns itself: the hooks of a model copied while recorded come here, and are not heard."""
+        return self
 
     # What the attention and the mask function ask and tell.
 
@@ -143,7 +151,7 @@ class Recorder:
 
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # The same module again: its last forward was interrupted, not even an exception was caught.
-        if self._outermost is not None and self._outermost is not module:
+        if not self.follows(module) or (self._outermost is not None and self._outermost is not module):
             return
         if args:
             kwargs = {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs}
@@ -214,9 +222,14 @@ class Recorder:
                     f"a forward continues a cache of {past} tokens that were not recorded; begin with the first forward"
                 )
             return Sequence(self._wishes, tokens, prompt=self._wishes.prompt_length, grids=grids)
-        prompt_ids = self._generating["ids"].to(ids.device)
+        prompt_ids = self._generating.ids.to(ids.device)
         prompt_ids = prompt_ids.repeat_interleave(ids.shape[0] // prompt_ids.shape[0], dim=0)
         prompt = prompt_ids.shape[1]
+        if past > prompt:
+            raise ValueError(
+                f"past_key_values: expected a cache of at most the prompt's {prompt} tokens where generate begins, got "
+                f"one of {past}"
+            )
         if past:
             tokens.append(prompt_ids[:, :past], None, prompt=prompt, sampled=True)
         return Sequence(
@@ -225,7 +238,7 @@ class Recorder:
             prompt=prompt,
             sampled=True,
             prompt_ids=prompt_ids,
-            end_tokens=self._generating["end_tokens"],
+            end_tokens=self._generating.end_tokens,
             grids=grids,
         )
 
@@ -253,55 +266,30 @@ class Recorder:
 
     # generate.
 
-    def _follow_generate(self, module: Any) -> Callable[[], None]:
-        """Lets the module's `generate` say when it begins and ends, and returns what undoes it."""
-        original = module.generate
-        before = module.__dict__.get("generate")
+    def follows(self, module: nn.Module) -> bool:
+        """Tells whether the module is one of those that are recorded, and no copy."""
+        return any(module is entry for entry in self._parts.entries)
 
-        @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            if self._generating is not None:
-                return original(*args, **kwargs)
-            self._generating = _generation(module, args, kwargs)
+    @property
+    def generating(self) -> bool:
+        """Whether a call of `generate` is being followed."""
+        return self._generating is not None
+
+    def begin_generate(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hears the arguments of a call."""
+        self._sequence = None
+        self._generating = read_prompt(module, args, kwargs)
+
+    def end_generate(self, result: Any) -> None:
+        """Hears what the call returned; None where it raised."""
+        self._generating = None
+        sequences = getattr(result, "sequences", result)
+        if result is None:
             self._sequence = None
-            try:
-                result = original(*args, **{"disable_compile": True, **kwargs})
-            finally:
-                self._generating = None
-            sequences = getattr(result, "sequences", result)
-            if self._sequence is not None and isinstance(sequences, Tensor):
-                self._sequence.end_at(sequences.shape[1] - 1)  # the last token sampled is never run
-            return result
-
-        module.generate = generate
-
-        def undo() -> None:
-            if before is None:
-                del module.generate
-            else:
-                module.generate = before
-
-        return undo
+        elif self._sequence is not None and isinstance(sequences, Tensor):
+            self._sequence.end_at(sequences.shape[1] - 1)  # the last token sampled is never run
 
     def _finished(self) -> Sequence:
         if self._sequence is None or self._sequence.tokens.ids is None:
             raise RuntimeError("nothing has been recorded: no forward or generate has ended since recording began")
         return self._sequence
-
-
-def _generation(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the prompt and the end tokens of a call of `generate`.
-
-    Raises:
-        ValueError: no input_ids, or beams.
-    """
-    ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-        raise ValueError("generate: expected input_ids (B, L) while visual attention is recorded")
-    settings = kwargs.get("generation_config") or module.generation_config
-    beams = kwargs.get("num_beams", getattr(settings, "num_beams", 1)) or 1
-    if beams > 1:
-        raise ValueError(f"num_beams: expected 1 while visual attention is recorded (beams change rows), got {beams}")
-    ends = kwargs.get("eos_token_id", getattr(settings, "eos_token_id", None))
-    ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
-    return {"ids": ids, "end_tokens": tuple(ends)}
