@@ -1,6 +1,5 @@
 """The context manager: what it leaves behind, whose calls it hears, training under checkpointing, errors."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from vgpo_kernels.integrations import _generating, _interface, _sequence
+from vgpo_kernels.integrations import _generating, _interface
 from vgpo_kernels.integrations.transformers import focus_from_attention, record_visual_attention
 
 FAMILY = "qwen2_5_vl"  # sliding and full layers
@@ -108,63 +107,6 @@ def test_exception_in_a_forward_or_the_body_leaves_nothing(model: Any, batch: di
     assert torch.equal(model(**batch).logits, before)
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)])
-def test_recorders_left_in_any_order(model: Any, batch: dict[str, Any], order: tuple[int, ...]) -> None:
-    options = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": tiny_vlms.NOT_WORDS}
-    contexts = [record_visual_attention(model, queries="predicting") for _ in order]
-    recorders = [context.__enter__() for context in contexts]
-    for index in order:
-        model.generate(**batch, **options)
-        assert recorders[index].mass.shape == (1, 3, 2, 1)
-        assert "generate" in model.__dict__
-        contexts[index].__exit__(None, None, None)
-    assert "generate" not in model.__dict__
-
-
-def test_generate_that_was_replaced_before_or_meanwhile(model: Any, batch: dict[str, Any]) -> None:
-    calls, plain = [], model.generate
-
-    def before(*args: Any, **kwargs: Any) -> Any:
-        calls.append("before")
-        return plain(*args, **kwargs)
-
-    def meanwhile(*args: Any, **kwargs: Any) -> Any:
-        calls.append("meanwhile")
-        return followed(*args, **kwargs)
-
-    model.generate = before
-    with record_visual_attention(model, queries="predicting") as rec:
-        model.generate(**batch, max_new_tokens=2)
-    assert model.generate is before
-    assert rec.mass.shape[2] == 2
-    with record_visual_attention(model):
-        followed, model.generate = model.generate, meanwhile
-    assert model.generate is meanwhile
-    model.generate(**batch, max_new_tokens=1)
-    assert calls == ["before", "meanwhile", "before"]
-    del model.generate
-
-
-def test_copy_of_a_model_made_while_recorded(model: Any, batch: dict[str, Any]) -> None:
-    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": tiny_vlms.NOT_WORDS}
-    other = tiny_vlms.make(FAMILY, seed=3)
-    expected, theirs = model.generate(**batch, **options), other.generate(**batch, **options)
-    assert not torch.equal(expected, theirs)
-    with record_visual_attention(model, queries="predicting") as rec:
-        twin = copy.deepcopy(model)
-        twin.load_state_dict(other.state_dict())
-        assert torch.equal(twin.generate(**batch, **options), theirs)
-        with pytest.raises(RuntimeError, match="nothing has been recorded"):
-            _ = rec.mass
-        assert torch.equal(model.generate(**batch, **options), expected)
-    mass = rec.mass
-    assert torch.equal(twin.generate(**batch, **options), theirs)
-    assert torch.equal(rec.mass, mass)
-    with record_visual_attention(twin, queries="predicting") as rec:
-        twin.generate(**batch, **options)
-    assert rec.mass.shape == (1, 3, 3, 1)
-
-
 def test_interrupted_forward_is_not_taken_for_the_outermost_one(model: Any, batch: dict[str, Any]) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -196,51 +138,6 @@ def test_wrapped_models_and_calls_of_inner_ones(model: Any, batch: dict[str, Any
     with torch.no_grad(), record_visual_attention(model, "all") as rec:
         model.model(**batch)
     assert torch.equal(rec.mass, expected)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("family", [FAMILY, "soft_capped"])
-def test_training_step_under_checkpointing(
-    reentrant: bool, inside: bool, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-    real = _sequence.attention_mass
-
-    def counting(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(1)
-        return real(*args, **kwargs)
-
-    batch, gradients = tiny_vlms.make_batch(family), []
-    for attention in ("eager", "vgpo"):
-        model = tiny_vlms.make(family).train()
-        model.set_attn_implementation(attention)
-        expected = None
-        if attention == "vgpo":
-            expected = recorded(model, batch, [0, 2], prompt_length=9)
-            monkeypatch.setattr(_sequence, "attention_mass", counting)
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            if reentrant:
-                model.enable_input_require_grads()
-            with record_visual_attention(model, [0, 2], prompt_length=9) as rec:
-                loss = _loss(model, batch)
-                if inside:
-                    loss.backward()
-            if not inside:
-                loss.backward()
-            assert len(calls) == 2
-            assert torch.equal(rec.mass, expected)
-            assert not rec.mass.requires_grad
-        else:
-            _loss(model, batch).backward()
-        gradients.append([layer.self_attn.k_proj.weight.grad for layer in model.model.language_model.layers])
-    for eager, ours in zip(*gradients, strict=True):
-        assert_close(ours / eager.abs().max(), eager / eager.abs().max())
-
-
-def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
-    logits = model(**batch, use_cache=False).logits
-    return logits[batch["attention_mask"].bool()].square().mean()
 
 
 def test_arguments_by_position(model: Any, batch: dict[str, Any]) -> None:
