@@ -33,8 +33,8 @@ def keys_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
         keys, queries, cut = (64, 32, 32) if head <= 128 else (32, 16, 16)
     elif target == "sm_100" and head > 64:  # accumulators live in tensor memory, but pass through registers
         keys, stages = 64, 2 if head <= 128 else 1
-    elif target == "sm_80" and head > 64:
-        keys, queries = 64, 64 if head <= 128 else 32
+    elif target == "sm_80":
+        keys, queries, cut = {64: (128, 32, 32), 128: (64, 64, 32)}.get(max(head, 64), (64, 32, 32))
     return {"BLOCK_M": queries, "CUT_M": cut, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
 
 

@@ -45,9 +45,11 @@ def forward_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         queries, keys, cut = (128, 64, 16) if head <= 128 else (64, 16, 16)
     elif head > 128:
-        queries, keys, cut = {"sm_80": (64, 64, 32), "sm_120": (64, 32, 32)}.get(target, (128, 64, 32))
+        queries, keys, cut = {"sm_90": (128, 64, 32), "sm_120": (64, 32, 32)}.get(target, (64, 64, 32))
     elif target in ("sm_80", "sm_120"):
         keys, cut = 64, 32
+    elif target == "sm_100" and head == 128:
+        cut = 32
     stages = 1 if target == "gfx942" else 2
     return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
 
