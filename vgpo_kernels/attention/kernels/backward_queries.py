@@ -10,10 +10,11 @@ from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, key_ranges,
 def queries_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     """Returns the tiles of the kernel of dQ: as forward, with narrower tiles of keys for its two maps of scores."""
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 8, "num_stages": 1}
+        warps = 4 if target == "sm_80" and head <= 64 else 8
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": warps, "num_stages": 1}
     queries, keys, cut, stages = (128, 64, 32, 2) if head <= 128 else (64, 32, 32, 2)
     if target == "gfx942":  # masks live in scalar registers, of which there are few
-        queries, keys, cut, stages = 64, 32 if head <= 128 else 16, 16, 1
+        queries, keys, cut, stages = 64, 32 if head <= 64 else 16, 16, 1
     elif target == "sm_120":
         queries, keys = (64, 32) if head <= 128 else (32, 32)
     elif target == "sm_90" and head > 128:

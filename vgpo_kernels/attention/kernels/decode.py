@@ -44,6 +44,8 @@ def split_tiles(target: str, itemsize: int, rows: int, unit: int) -> dict[str, i
         keys, stages = 16, 1
     elif target == "sm_120":
         keys, warps, stages = 32, 4 if block == 16 else 8, 2
+    elif target == "sm_80" and block == 64:
+        keys = 32
     return {"BLOCK_R": block, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
