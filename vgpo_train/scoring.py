@@ -65,7 +65,7 @@ class Scorer:
         records = wants_focus and config.model.attn_implementation == RECORDABLE
         self.layers = config.focus.layers if records else None
         if self.layers is not None:
-            check_recordable(engine.module, self.layers)
+            check_recordable(engine, companion, self.layers)
 
     def __call__(self, prompts: PromptBatch, completions: Completions) -> Scores:
         """Returns the scores of `completions`, one row a prompt."""
@@ -111,12 +111,19 @@ def focus_of(source: str, similarity: Tensor | None, attention: Tensor | None) -
     return None if attention is None else attention[..., SEGMENTS.index("image")]
 
 
-def check_recordable(model: Any, layers: str | list[int]) -> None:
-    """Raises ConfigError, with the reason, where the attention of `layers` of this family cannot be recorded."""
+@torch.no_grad()
+def check_recordable(engine: Any, companion: PromptBatch, layers: str | list[int]) -> None:
+    """Raises ConfigError, with the reason, where a forward of this policy cannot be recorded: it runs a small one.
+
+    Args:
+        engine: the policy, in the mode that it will be scored in.
+        companion: what the forward takes.
+        layers: as `focus.layers` says.
+    """
     try:
-        with _recording(model, layers, prompt_length=None):
-            pass
-    except (TypeError, ValueError) as error:
+        with _recording(engine.module, layers, prompt_length=None):
+            engine(**companion.tensors(device=engine.device), use_cache=False)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"model.attn_implementation: {RECORDABLE!r} records where the policy looks, which is not possible here: "
             f"{error}; with sdpa, focus.source=similarity trains without it"

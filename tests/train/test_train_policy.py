@@ -216,12 +216,25 @@ def test_what_is_scored_follows_the_configuration(
     assert (scores.focus_similarity is not None, scores.attention is not None) == (similarity, attention)
 
 
-def test_a_model_whose_attention_cannot_be_recorded_is_named() -> None:
+def test_a_model_whose_attention_cannot_be_recorded_is_named(tiny_checkpoint: Path) -> None:
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     text_alone = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
     message = "model.attn_implementation: 'vgpo' .*Qwen2ForCausalLM: .*image token.*; with sdpa"
     with pytest.raises(ConfigError, match=message):
-        check_recordable(text_alone, "last")
+        check_recordable(PlainEngine(text_alone), build_companion(collator(tiny_checkpoint)), "last")
+
+
+def test_attention_dropout_is_refused_before_the_first_rollout(tiny_checkpoint: Path) -> None:
+    policy = PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32, attn_implementation="vgpo"))
+    companion = build_companion(collator(tiny_checkpoint))
+    for module in policy.module.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.1
+    policy.eval()
+    check_recordable(policy, companion, "last")
+    policy.train()
+    with pytest.raises(ConfigError, match=r"'vgpo' records .* attention dropout 0.1; .*; with sdpa"):
+        check_recordable(policy, companion, "last")
 
 
 def test_generating_leaves_no_trace_in_the_next_forward(
