@@ -69,6 +69,36 @@ def test_generate_lays_out_the_prompts_pictures() -> None:
     assert_close(rec.heatmap(0, 1), rec.columns[0, 0, 4:].view(2, 2))
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_generate_lays_out_pictures_that_are_no_square(samples: int) -> None:
+    """2 x 8 tokens, as many as 4 x 4; 3 x 1 and 1 x 2 in another row. transformers may encode them beforehand."""
+    word, image = 5, tiny_vlms.IMAGE
+    ids = torch.tensor([[word, *[image] * 16, word], [*[word] * 9, *[image] * 3, word, *[image] * 2, *[word] * 3]])
+    grid = torch.tensor([[1, 4, 16], [1, 6, 2], [1, 2, 4]])
+    model = tiny_vlms.make("qwen2_5_vl")
+    model.set_attn_implementation("vgpo")
+    vision = model.config.vision_config
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "image_grid_thw": grid}
+    batch |= {"pixel_values": torch.randn(int(grid.prod(1).sum()), width), "mm_token_type_ids": (ids == image).int()}
+    sampling = {"do_sample": True, "num_return_sequences": samples} if samples > 1 else {"do_sample": False}
+    with record_visual_attention(model, columns=True) as rec:
+        model.generate(**batch, max_new_tokens=3, suppress_tokens=tiny_vlms.NOT_WORDS, **sampling)
+    for sample in range(samples):
+        assert_close(rec.heatmap(sample, 0), rec.columns[0, sample].view(2, 8))
+        other = samples + sample
+        assert_close(rec.heatmap(other, 0), rec.columns[0, other, :3].view(3, 1))
+        assert_close(rec.heatmap(other, 1), rec.columns[0, other, 3:5].view(1, 2))
+
+
+def test_a_family_of_any_shape_is_not_taken_for_a_square() -> None:
+    config = Config()
+    config.vision_config = Config()
+    config.vision_config.spatial_merge_size = 2
+    with pytest.raises(ValueError, match=r"grid: expected \(height, width\) of the 16 tokens of image 0, got None"):
+        _grids.lay_out(torch.arange(16.0), [Span(0, 16, None)], 0, None, config)
+
+
 def test_tokens_of_unknown_shape_ask_for_a_grid() -> None:
     values = torch.arange(12.0)
     with pytest.raises(ValueError, match=r"grid: expected \(height, width\) of the 12 tokens of image 0, got None"):

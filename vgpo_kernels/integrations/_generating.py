@@ -18,10 +18,13 @@ class Prompt(NamedTuple):
     Args:
         ids: (B, P).
         end_tokens: ids that end a completion.
+        grids: (images, 3) the patch grids of the prompt's pictures, where the model takes them; forwards need not get
+            them, since generate may encode the pictures beforehand.
     """
 
     ids: Tensor
     end_tokens: tuple[int, ...]
+    grids: Tensor | None = None
 
 
 class Follower(Protocol):
@@ -112,7 +115,8 @@ def read_prompt(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> P
             f"got {guidance}"
         )
     ends = _setting(module, kwargs, "eos_token_id")
-    return Prompt(ids, () if ends is None else tuple(torch.as_tensor(ends).flatten().tolist()))
+    end_tokens = () if ends is None else tuple(torch.as_tensor(ends).flatten().tolist())
+    return Prompt(ids, end_tokens, kwargs.get("image_grid_thw"))
 
 
 def _setting(module: Any, kwargs: dict[str, Any], name: str) -> Any:

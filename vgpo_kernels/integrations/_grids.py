@@ -33,7 +33,7 @@ def image_spans(rows: list[list[int]], sample: int, patches: Tensor | None, conf
     """
     if patches is None:
         return _runs(rows[sample])
-    merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1) or 1
+    merge = _merge(config) or 1
     grids = [(t, h // merge, w // merge) for t, h, w in patches.tolist()]
     taken = 0
     for row, positions in enumerate(rows):
@@ -48,6 +48,19 @@ def image_spans(rows: list[list[int]], sample: int, patches: Tensor | None, conf
         if row == sample:
             return spans
     return []
+
+
+def repeat_rows(patches: Tensor, rows: list[list[int]], samples: int, config: Any) -> Tensor:
+    """Returns the grids of a batch whose rows are each repeated, those of a row one after the other.
+
+    Args:
+        patches: (images, 3), the pictures of all rows in order.
+        rows: positions of each row's image tokens.
+        samples: how often each row is repeated.
+        config: of the model.
+    """
+    counts = [len(image_spans(rows, sample, patches, config)) for sample in range(len(rows))]
+    return torch.cat([own.repeat(samples, 1) for own in patches.split(counts)])
 
 
 def lay_out(values: Tensor, spans: list[Span], image: int, grid: tuple[int, int] | None, config: Any) -> Tensor:
@@ -76,8 +89,9 @@ def lay_out(values: Tensor, spans: list[Span], image: int, grid: tuple[int, int]
         return values.view(span.grid).sum(0)
     side = math.isqrt(span.tokens)
     tile = next((n for n in (_field(config, "image_seq_length"), _field(config, "mm_tokens_per_image")) if n), None)
-    # Several tiles one after the other may make a square number, too.
-    if side * side != span.tokens or (tile is not None and span.tokens > tile):
+    # Several tiles one after the other may make a square number, too, and so may a picture of any shape.
+    any_shape = _merge(config) is not None or (tile is not None and span.tokens > tile)
+    if side * side != span.tokens or any_shape:
         raise ValueError(f"grid: expected (height, width) of the {span.tokens} tokens of image {image}, got None")
     return values.view(side, side)
 
@@ -96,6 +110,11 @@ def _runs(positions: list[int]) -> list[Span]:
         else:
             spans.append(Span(index, 1, None))
     return spans
+
+
+def _merge(config: Any) -> int | None:
+    """Returns how many patches a side become one token, in families whose pictures keep their shape."""
+    return _field(getattr(config, "vision_config", None), "spatial_merge_size")
 
 
 def _field(config: Any, name: str) -> int | None:

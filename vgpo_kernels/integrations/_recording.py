@@ -75,8 +75,8 @@ class Recorder:
             sample: row of the batch.
             image: which of the row's pictures, in order.
             layer: index of a recorded layer; None takes the mean over all of them.
-            grid: height and width of the picture in tokens, for families that do not say: the others are laid out by
-                image_grid_thw (Qwen) or as a square.
+            grid: height and width of the picture in tokens, for families that do not say. The others are laid out by
+                image_grid_thw (Qwen), or as the square that a fixed number of tokens makes.
 
         Returns:
             (h, w) fp32, the mean over heads of `columns`.
@@ -223,7 +223,11 @@ class Recorder:
                 )
             return Sequence(self._wishes, tokens, prompt=self._wishes.prompt_length, grids=grids)
         prompt_ids = self._generating.ids.to(ids.device)
-        prompt_ids = prompt_ids.repeat_interleave(ids.shape[0] // prompt_ids.shape[0], dim=0)
+        samples = ids.shape[0] // prompt_ids.shape[0]
+        if grids is None and self._generating.grids is not None:
+            rows = _grids.positions_by_row(tokens.is_image(prompt_ids))
+            grids = _grids.repeat_rows(self._generating.grids, rows, samples, self._parts.config)
+        prompt_ids = prompt_ids.repeat_interleave(samples, dim=0)
         prompt = prompt_ids.shape[1]
         if past > prompt:
             raise ValueError(
