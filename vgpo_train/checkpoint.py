@@ -93,7 +93,10 @@ def check_resumable(state: RunState, config: TrainConfig) -> None:
     differ = sorted(key for key in before | now if before.get(key) != now.get(key))
     changed = [key for key in differ if key not in _FREE_KEYS]
     if changed:
-        raise ConfigError(f"resume: the saved run was configured otherwise in {', '.join(changed)}")
+        raise ConfigError(
+            f"resume: the saved run was configured otherwise in {', '.join(changed)}; choose another output_dir "
+            "(make train RUN=FOLDER)"
+        )
 
 
 def export(engine: Any, source_folder: str, target_folder: Path) -> None:

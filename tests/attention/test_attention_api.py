@@ -158,6 +158,15 @@ def test_intervals_take_any_integer_dtype_and_layout(impl: str, device: str) -> 
     torch.testing.assert_close(plain, other, rtol=0, atol=0)
 
 
+def test_a_key_mask_may_be_zeros_and_ones(impl: str, device: str) -> None:
+    """As tokenizers make attention masks."""
+    q, k, v = inputs(B, (2, 2), LENGTHS, D, device=device)
+    mask, visual = padding(left=[3, 0], right=[0, 2]).to(device), torch.ones(B, LENGTHS[1], device=device)
+    expected = vgpo.visual_attention(q, k, v, visual, key_mask=mask, impl=impl)
+    found = vgpo.visual_attention(q, k, v, visual, key_mask=mask.long(), impl=impl)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_segments_of_hidden_keys_weigh_nothing(impl: str, device: str) -> None:
     q, k, v = inputs(B, (2, 2), LENGTHS, D, device=device)
     key_mask = padding(left=[0, 0], right=[0, 0], holes=(4, 5, 20)).to(device)

@@ -29,7 +29,8 @@ def good() -> dict:
         ({"softcap": 0.0}, ValueError, r"softcap: expected a number in \(0.0, inf\), got 0.0"),
         ({"window": 0}, ValueError, "window: expected at least 1, got 0"),
         ({"window": (3, 3)}, TypeError, r"window: expected an int, got \(3, 3\)"),
-        ({"key_mask": torch.ones(B, 8)}, TypeError, "key_mask: expected dtype bool, got float32"),
+        ({"key_mask": torch.ones(B, 8)}, TypeError, "key_mask: expected dtype bool or .*, got float32"),
+        ({"key_mask": torch.full((B, 8), 2)}, ValueError, "key_mask: expected 0 or 1, got 2 at row 0, position 0"),
         ({"cu_seqlens": torch.tensor([0, 8])}, ValueError, "cu_seqlens: expected at least 2 bounds of one packed row"),
         ({"max_seqlen": 8}, ValueError, "max_seqlen: expected None without cu_seqlens, got 8"),
         (
@@ -121,6 +122,14 @@ def test_errors_of_the_column_sum(wrong: dict, error: type[Exception], message: 
     arguments = {"q": q, "k": k, "lse": torch.zeros(B, 4, 6), "keys": torch.ones(B, 8, dtype=torch.bool)}
     with pytest.raises(error, match=message):
         vgpo.attention_column_sum(**(arguments | wrong))
+
+
+def test_an_lse_of_other_masks_is_told() -> None:
+    q, k, v = inputs(B, (2, 2), (8, 8), D)
+    key_mask = torch.arange(8).expand(B, -1) > 5
+    _, lse = vgpo.attention_with_lse(q, k, v, key_mask=key_mask)
+    with pytest.raises(ValueError, match="lse: expected that of the same q, k, scale and masks, got one under which"):
+        vgpo.attention_mass(q, k, lse, torch.zeros(B, 8, dtype=torch.int64), 1, query_range=(7, 8))
 
 
 def test_ids_are_checked_before_they_are_narrowed() -> None:

@@ -16,6 +16,7 @@ from vgpo_kernels.attention import autograd, ops, stock
 from vgpo_kernels.attention import intervals as masks
 from vgpo_kernels.attention.arguments import (
     as_autocast,
+    as_key_mask,
     check_cache_lengths,
     check_count,
     check_max_seqlen,
@@ -80,7 +81,7 @@ def attention_mass(
         causal: a query sees the keys up to its own position; query Lq - 1 stands at key Lk - 1.
         scale: of the scores; None is D ** -0.5.
         query_range: (start, stop), the only queries asked for.
-        key_mask: (B, Lk) bool, False for keys nobody sees: padding on either side, or holes.
+        key_mask: (B, Lk) bool, or integers 0 and 1; False for keys nobody sees: padding on either side, or holes.
         cu_seqlens: (n + 1,) integers, where each sequence of a packed row starts, then its end; B is 1, Lq = Lk.
         window: keys a query sees, itself and those before it (and as many after it when not causal).
         softcap: c of score <- c * tanh(score / c).
@@ -96,7 +97,7 @@ def attention_mass(
     Raises:
         TypeError: an argument is of another type or dtype.
         ValueError: shapes, devices or options do not fit; on the reference and under VGPO_DEBUG=1 also a segment
-            or an interval out of range.
+            or an interval out of range, a mask of other numbers, or an LSE that is not of these scores and masks.
         RuntimeError: `impl` cannot run on these tensors.
 
     Example:
@@ -110,6 +111,7 @@ def attention_mass(
     """
     q, k = as_autocast(q, k)
     scale = check_qk(q, k, scale, softcap)
+    key_mask = as_key_mask(key_mask, q, k)
     check_tensor("segment_ids", segment_ids, shape=(q.shape[0], k.shape[2]), dtypes=INTEGER, device=q.device)
     check_count("num_segments", num_segments)
     mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
@@ -168,6 +170,7 @@ def attention_column_sum(
     """
     q, k = as_autocast(q, k)
     scale = check_qk(q, k, scale, softcap)
+    key_mask = as_key_mask(key_mask, q, k)
     check_choice("reduction", reduction, REDUCTIONS)
     B, Lk = q.shape[0], k.shape[2]
     if not isinstance(keys, Tensor):
@@ -234,6 +237,7 @@ def visual_attention(
     """
     q, k, v = as_autocast(q, k, v)
     scale = check_qk(q, k, scale, softcap)
+    key_mask = as_key_mask(key_mask, q, k)
     check_values(q, k, v)
     check_max_seqlen(max_seqlen, cu_seqlens)
     kinds = key_kinds(q, k, visual_mask, key_mask)
@@ -281,6 +285,7 @@ def visual_attention_decode(
     """
     q, k_cache, v_cache = as_autocast(q, k_cache, v_cache)
     scale = check_qk(q, k_cache, scale, softcap, k_name="k_cache")
+    key_mask = as_key_mask(key_mask, q, k_cache)
     check_values(q, k_cache, v_cache, name="v_cache")
     check_cache_lengths(cache_lengths, q, k_cache)
     kinds = key_kinds(q, k_cache, visual_mask, key_mask)
@@ -338,6 +343,7 @@ def attention_with_lse(
     """
     q, k, v = as_autocast(q, k, v)
     scale = check_qk(q, k, scale, softcap)
+    key_mask = as_key_mask(key_mask, q, k)
     check_values(q, k, v)
     check_max_seqlen(max_seqlen, cu_seqlens)
     name, _ = attention_backend(

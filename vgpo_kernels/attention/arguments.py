@@ -11,6 +11,7 @@ from vgpo_kernels._validate import (
     FLOATING,
     INTEGER,
     MASK,
+    check_mask_values,
     check_not_empty,
     check_number,
     check_tensor,
@@ -96,11 +97,18 @@ def _reads(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and checks_values(None, x)
 
 
+def as_key_mask(key_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """Returns the mask as (B, Lk) bool; models hand it over as 0 and 1, too."""
+    if key_mask is None:
+        return None
+    check_tensor("key_mask", key_mask, shape=(q.shape[0], k.shape[2]), dtypes=BOOL + INTEGER, device=q.device)
+    if _reads(key_mask):
+        check_mask_values("key_mask", key_mask)
+    return key_mask != 0
+
+
 def key_kinds(q: Tensor, k: Tensor, visual_mask: Tensor, key_mask: Tensor | None) -> Tensor:
-    shape = (q.shape[0], k.shape[2])
-    check_tensor("visual_mask", visual_mask, shape=shape, dtypes=MASK, device=q.device)
-    if key_mask is not None:
-        check_tensor("key_mask", key_mask, shape=shape, dtypes=BOOL, device=q.device)
+    check_tensor("visual_mask", visual_mask, shape=(q.shape[0], k.shape[2]), dtypes=MASK, device=q.device)
     return masks.key_kinds(visual_mask.detach() != 0, key_mask)
 
 

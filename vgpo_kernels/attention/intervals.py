@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels._validate import BOOL, INTEGER, check_tensor, forbid
+from vgpo_kernels._validate import INTEGER, check_tensor, forbid
 
 HIDDEN, ORDINARY, VISUAL = 0, 1, 2  # what `key_kinds` (B, Lk) int8 says of a key
 
@@ -45,14 +45,13 @@ def build(
         window: keys a query sees on each side, its own included.
         intervals: starts and ends that take the place of the three before.
     """
-    Lq, Lk = lengths
+    Lq, _ = lengths
     if intervals is not None:
         start, end = _given(intervals, (batch, Lq), device, cu_seqlens, window)
     else:
         start, end = _built(lengths, device, causal, cu_seqlens, window)
         start, end = start.expand(batch, Lq), end.expand(batch, Lq)
     if key_mask is not None:
-        check_tensor("key_mask", key_mask, shape=(batch, Lk), dtypes=BOOL, device=device)
         first, last = _edges(key_mask)
         start, end = torch.maximum(start, first), torch.minimum(end, last)
     return Intervals(start, end)

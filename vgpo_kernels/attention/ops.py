@@ -9,6 +9,7 @@ from vgpo_kernels._validate import forbid
 from vgpo_kernels.attention import intervals, stock
 
 ROOM = "attention"
+LARGEST_MASS = 1.1  # of a query; above 1 by what an LSE made in half precision may be off
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -48,6 +49,11 @@ def attention_mass(
     key_start, key_end = _inside(key_start, key_end, q, k, impl)
     run = implementation(ROOM, impl, q).attention_mass
     mass: Tensor = run(q, k, lse, segment_ids.int(), key_start, key_end, num_segments, scale, softcap)
+    if checks_values(impl, q) and (largest := mass.sum(-1).nan_to_num(0.0).max()) > LARGEST_MASS:
+        raise ValueError(
+            f"lse: expected that of the same q, k, scale and masks, got one under which a query's masses sum to "
+            f"{largest:.4g}"
+        )
     return mass
 
 
