@@ -59,6 +59,10 @@ def keys_kernel(
     meet_last = Lq * 0
     whole_first = Lq
     whole_last = Lq
+    left = first  # keys of the block before it are seen by queries that see its first
+    right = last  # and those from here on by queries that see its last
+    inner_first = last  # first and last key that queries see that see neither
+    inner_last = first
     for begin in range(0, Lq, BLOCK_SEARCH):
         o_q = begin + tl.arange(0, BLOCK_SEARCH)  # [BS]
         b_start = tl.load(p_start + o_q, mask=o_q < Lq, other=0)  # [BS]
@@ -68,15 +72,22 @@ def keys_kernel(
         meet_first = tl.minimum(meet_first, tl.min(tl.where(m_meet, o_q, Lq), axis=0))
         meet_last = tl.maximum(meet_last, tl.max(tl.where(m_meet, o_q + 1, 0), axis=0))
         whole_first = tl.minimum(whole_first, tl.min(tl.where(m_whole, o_q, Lq), axis=0))
+        m_left = m_meet & (b_start <= first)
+        m_right = m_meet & (b_end >= last)
+        m_inner = m_meet & (b_start > first) & (b_end < last)
+        left = tl.maximum(left, tl.max(tl.where(m_left, tl.minimum(b_end, last), first), axis=0))
+        right = tl.minimum(right, tl.min(tl.where(m_right, tl.maximum(b_start, first), last), axis=0))
+        inner_first = tl.minimum(inner_first, tl.min(tl.where(m_inner, b_start, last), axis=0))
+        inner_last = tl.maximum(inner_last, tl.max(tl.where(m_inner, b_end, first), axis=0))
         # The run of queries that see the block whole ends with the first that does not.
         m_after = (o_q > whole_first) & (m_whole == 0)
         whole_last = tl.minimum(whole_last, tl.min(tl.where(m_after, o_q, Lq), axis=0))
 
     o_n = first + tl.arange(0, BLOCK_N)  # [BN]
     m_n = o_n < Lk
-    b_seen = tl.where(whole_first < Lq, m_n, m_n & False).to(tl.int32)  # [BN]
-    if whole_first >= Lq:
-        # Nobody sees the whole block, so each key is looked for.
+    b_seen = (m_n & ((o_n < left) | (o_n >= right))).to(tl.int32)  # [BN]
+    if (left < right) & (inner_first < right) & (inner_last > left):
+        # Intervals within the block lie in its gap, which those of a causal, padded row never do: look for each key.
         for begin in range(meet_first, meet_last, BLOCK_Q):
             o_q = begin + tl.arange(0, BLOCK_Q)  # [BQ]
             b_start = tl.load(p_start + o_q, mask=o_q < Lq, other=0)[:, None]  # [BQ, 1]
