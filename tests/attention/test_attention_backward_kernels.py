@@ -12,7 +12,7 @@ LENGTHS = (70, 140)
 
 
 def gradients_given(tensors, through):
-    """Returns the gradients of out, mass and LSE; None or 0 where nothing comes through; NaN where nothing is seen."""
+    """Returns the gradients of out, mass and LSE; None or 0 where nothing comes through."""
     generator = torch.Generator().manual_seed(6)
     q = tensors["q"]
     grad_out = torch.randn(q.shape, generator=generator).to(q.dtype)
