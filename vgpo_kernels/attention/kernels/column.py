@@ -38,7 +38,7 @@ def column_tiles(D_PAD: int, itemsize: int, target: str, *, unit: int, softcap: 
     amd = target == "gfx942"
     small = softcap or D_PAD > 128
     if amd and softcap and D_PAD > 128:
-        tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4 if itemsize == 2 else 8, "num_stages": 2}
     elif itemsize == 4:
         tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     elif unit == 1:  # an address an element

@@ -40,10 +40,11 @@ def forward_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
     cores: a product is unrolled, so its tiles are small.
     """
     if itemsize == 4:
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 64 else 8, "num_stages": 1}
+        warps = 4 if head <= (64 if target == "sm_120" else 128) else 8
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": warps, "num_stages": 1}
     queries, keys, cut = 128, 128, 64
     if target == "gfx942":  # masks live in scalar registers, of which there are few
-        queries, keys, cut = (128, 64, 16) if head <= 128 else (64, 16, 16)
+        queries, keys, cut = {64: (128, 64, 16), 128: (128, 32, 16)}.get(max(head, 64), (64, 16, 16))
     elif head > 128:
         queries, keys, cut = {"sm_90": (128, 64, 32), "sm_120": (64, 32, 32)}.get(target, (64, 64, 32))
     elif target in ("sm_80", "sm_120"):
@@ -327,7 +328,9 @@ def compile_cases() -> list[CompileCase]:
         _compile_case("bf16", 80),
         _compile_case("fp16", 128),
         _compile_case("fp32", 64),
+        _compile_case("fp32", 128),
         _compile_case("fp32", 256),
+        _compile_case("bf16", 128, softcap=True),
         _compile_case("bf16", 256, softcap=True),
         _compile_case("bf16", 128, mass=False),
     ]
