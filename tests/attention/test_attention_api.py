@@ -180,6 +180,19 @@ def test_segments_of_hidden_keys_weigh_nothing(impl: str, device: str) -> None:
     torch.testing.assert_close(received, dense.probabilities.sum(2), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the interpreter would take hours")
+def test_more_rows_than_a_grid_axis_holds(device: str) -> None:
+    """70,000 queries, where 65,535 is the most that a second or third grid axis takes."""
+    q, k, v = inputs(1, (2, 1), (70_000, 70_000), D, torch.bfloat16, device)
+    visual = torch.arange(70_000, device=device)[None] % 3 == 0
+    found = vgpo.visual_attention(q, k, v, visual, window=64, impl="triton")
+    expected = vgpo.visual_attention(q, k, v, visual, window=64, impl="reference")
+    torch.testing.assert_close(found.visual_mass, expected.visual_mass, rtol=0, atol=1e-2)
+    torch.testing.assert_close(found.lse, expected.lse, rtol=0, atol=1e-2)
+    mass = vgpo.attention_mass(q, k, found.lse, visual.int() - 1, 1, window=64, impl="triton")[..., 0]
+    torch.testing.assert_close(mass, expected.visual_mass, rtol=0, atol=1e-2)
+
+
 def test_the_masses_are_constants() -> None:
     q, k, v = (x.clone().requires_grad_() for x in inputs(1, (2, 2), (5, 5), D))
     _, lse = vgpo.attention_with_lse(q, k, v)
