@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels._triton import CompileCase, tanh, tl, triton
 from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, load_tile, products, tile_ranges, whole_tile
-from vgpo_kernels.attention.kernels.shared import VECTOR, padded_head, tanh
+from vgpo_kernels.attention.kernels.shared import VECTOR, padded_head
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkvg" for axis in "bhl")
 # Constants of queries are padded to a multiple of this, which tiles of queries divide: loading them takes no mask.

@@ -6,25 +6,13 @@ import math
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import tl, triton
+from vgpo_kernels._triton import tanh, tl, triton
 
 # Elements in the widest load, 16 bytes at two bytes an element.
 VECTOR = 8
 # Columns of an fp32 product at a time.
 CHUNK = 32
 LOG2E = math.log2(math.e)
-
-
-@triton.jit
-def tanh(x):
-    """tanh to the last bits: a polynomial near 0, where one minus one would cancel, else from exp2, for any |x|."""
-    square = x * x
-    # Fitted to (tanh(x) / x - 1) / x^2 for |x| <= 0.6, to 1e-8.
-    tail = -0.05387514 + square * (0.02111621 - square * 0.00627639)
-    small = x + x * square * (-0.3333333 + square * (0.13332924 + square * tail))
-    decay = tl.exp2(tl.abs(x) * -2.8853900817779268)
-    large = (1.0 - decay) / (1.0 + decay)
-    return tl.where(square < 0.36, small, tl.where(x < 0, -large, large))
 
 
 @triton.jit
