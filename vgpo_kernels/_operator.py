@@ -1,4 +1,4 @@
-"""What surrounds the body of every operator."""
+"""What surrounds every operator: autocast before it, the current device inside it."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,15 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast converts
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Returns the tensors in autocast's dtype where it is on, as torch's own operations take them."""
+    if not isinstance(tensors[0], Tensor) or not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in tensors)
 
 
 def operator_body(body: Callable[..., T]) -> Callable[..., T]:

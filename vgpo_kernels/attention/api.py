@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vgpo_kernels._operator import as_autocast
 from vgpo_kernels._validate import BOOL, INTEGER, check_choice, check_tensor
 from vgpo_kernels.attention import autograd, ops, stock
 from vgpo_kernels.attention import intervals as masks
 from vgpo_kernels.attention.arguments import (
-    as_autocast,
     as_key_mask,
     check_cache_lengths,
     check_count,

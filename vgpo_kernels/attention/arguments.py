@@ -21,15 +21,6 @@ from vgpo_kernels.attention import intervals as masks
 
 LSE = (torch.float32, torch.float64)
 HEAD_DIM = 256  # the largest
-_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast converts
-
-
-def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Returns the tensors in autocast's dtype where it is on, as torch's own attention takes them."""
-    if not isinstance(tensors[0], Tensor) or not torch.is_autocast_enabled(tensors[0].device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(tensors[0].device.type)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in tensors)
 
 
 def check_qk(q: Tensor, k: Tensor, scale: float | None, softcap: float | None, *, k_name: str = "k") -> float:

@@ -1,20 +1,21 @@
 """The public function of the room."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from vgpo_kernels._validate import FLOATING, INTEGER, MASK, check_not_empty, check_number, check_tensor
+from vgpo_kernels._validate import FLOATING, check_not_empty, check_tensor
 from vgpo_kernels.policy_loss import ops, terms
+from vgpo_kernels.policy_loss.arguments import check_by_token, check_config, constants, num_items_tensor
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
+from vgpo_kernels.policy_loss.logprob import compute_dtype
 
 
 class PolicyLossOutput(NamedTuple):
-    """What `policy_loss` returns.
+    """What `policy_loss`, `linear_policy_loss` and `logits_policy_loss` return.
 
     Args:
-        loss: (), differentiable with respect to `logps`.
+        loss: (), differentiable with respect to the log-probabilities, or to what they are made of.
         per_token_loss: (B, T), detached: each token's loss before any average, 0 where masked.
         metrics: detached () tensors, means over the valid tokens unless said otherwise (all 0 without any):
             clip_fraction_low, clip_fraction_high: tokens whose ratio is below its lower bound (negative
@@ -23,12 +24,16 @@ class PolicyLossOutput(NamedTuple):
             epsilon_high); approx_kl: k3 estimate of KL(old policy || policy), always per token; kl: the KL
             to the reference as it enters the loss, 0 without `ref_logps`; ratio_mean and ratio_max (a
             maximum): of the importance ratio before clipping, at sequence level a row's ratio counted once
-            for each of its tokens; entropy_proxy: -logps.
+            for each of its tokens; entropy_proxy: -logps; entropy: that of the distributions, where logits are made.
+        logps, entropy: (B, T) fp32, detached, 0 where masked; None from `policy_loss`, which is given the one and
+            cannot know the other.
     """
 
     loss: Tensor
     per_token_loss: Tensor
     metrics: dict[str, Tensor]
+    logps: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 def policy_loss(
@@ -91,72 +96,16 @@ def policy_loss(
 
     Source: VGPO, arXiv 2604.09349; terms and averages as in TRL 1.16, `GRPOTrainer._compute_loss`.
     """
-    config = PolicyLossConfig() if config is None else config
-    if not isinstance(config, PolicyLossConfig):
-        raise TypeError(f"config: expected a PolicyLossConfig, got {type(config).__name__}")
-    _check_tensors(logps, old_logps, advantages, completion_mask, ref_logps, token_weights, trajectory_weights)
-    if config.beta != 0.0 and ref_logps is None:
-        raise ValueError(f"ref_logps: expected a tensor because config.beta is {config.beta}, got None")
-    num_items = _num_items_tensor(num_items_in_batch, config, logps)
-    loss, per_token, metrics, _, _ = ops.policy_loss(
-        logps,
-        *[_constant(x) for x in (old_logps, advantages, completion_mask)],
-        *[_constant(x) for x in (ref_logps, token_weights, trajectory_weights, num_items)],
-        config.loss_type,
-        config.importance_sampling_level,
-        config.epsilon_low,
-        config.epsilon_high,
-        config.delta,
-        config.clip_ratio_dual,
-        config.beta,
-        config.max_completion_length,
-        config.kl_log_ratio_limit,
-        config.kl_limit,
-        impl,
-    )
-    named = dict(zip(terms.METRICS, metrics.detach().unbind(), strict=True))
-    return PolicyLossOutput(loss, per_token.detach(), named)
-
-
-def _constant(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach()
-
-
-def _check_tensors(
-    logps: Any,
-    old_logps: Any,
-    advantages: Any,
-    completion_mask: Any,
-    ref_logps: Any,
-    token_weights: Any,
-    trajectory_weights: Any,
-) -> None:
+    config = check_config(config)
     check_tensor("logps", logps, shape=("B", "T"), dtypes=FLOATING)
     check_not_empty("logps", logps)
-    rows, length = logps.shape
-    check_tensor("completion_mask", completion_mask, shape=(rows, length), dtypes=MASK, device=logps.device)
-    if isinstance(advantages, Tensor) and advantages.dim() not in (1, 2):
-        raise ValueError(f"advantages: expected shape ({rows},) or ({rows}, {length}), got {tuple(advantages.shape)}")
-    by_row = isinstance(advantages, Tensor) and advantages.dim() == 1
-    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
-        "advantages": (advantages, (rows,) if by_row else (rows, length)),
-        "old_logps": (old_logps, (rows, length)),
-        "ref_logps": (ref_logps, (rows, length)),
-        "token_weights": (token_weights, (rows, length)),
-        "trajectory_weights": (trajectory_weights, (rows,)),
-    }
-    for name, (value, shape) in shapes.items():
-        if value is not None or name == "advantages":
-            check_tensor(name, value, shape=shape, dtypes=FLOATING, device=logps.device)
+    by_token = (old_logps, advantages, completion_mask, ref_logps, token_weights, trajectory_weights)
+    check_by_token(logps.shape, logps.device, *by_token, config)
+    num_items = num_items_tensor(num_items_in_batch, config, logps.device, compute_dtype(logps))
+    loss, per_token, metrics, _, _ = ops.policy_loss(logps, *constants(*by_token, num_items), *config.values(), impl)
+    return PolicyLossOutput(loss, per_token.detach(), named_metrics(metrics))
 
 
-def _num_items_tensor(value: Any, config: PolicyLossConfig, logps: Tensor) -> Tensor | None:
-    if value is None:
-        return None
-    if not config.divides_by_num_items:
-        raise ValueError(f"num_items_in_batch: expected None with loss_type {config.loss_type!r}, got {value!r}")
-    if isinstance(value, Tensor):
-        check_tensor("num_items_in_batch", value, shape=(), dtypes=INTEGER + FLOATING, device=logps.device)
-        return value
-    check_number("num_items_in_batch", value, low=0.0)
-    return torch.full((), value, dtype=terms.compute_dtype(logps), device=logps.device)
+def named_metrics(metrics: Tensor) -> dict[str, Tensor]:
+    """Returns the metrics of an operator, (len(METRICS),), under their names."""
+    return dict(zip(terms.METRICS, metrics.detach().unbind(), strict=True))

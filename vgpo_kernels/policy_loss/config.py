@@ -9,6 +9,11 @@ from vgpo_kernels._validate import check_choice, check_fields, check_number
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+# The fields in their order, as arguments of an operator.
+SCHEMA = (
+    "str loss_type, str importance_sampling_level, float epsilon_low, float epsilon_high, float? delta, "
+    "float? clip_ratio_dual, float beta, int? max_completion_length, float? kl_log_ratio_limit, float? kl_limit"
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,21 @@ class PolicyLossConfig:
         """Returns a copy with `fields` changed, checked again; ValueError names the nearest known field."""
         check_fields(fields, [field.name for field in dataclasses.fields(self)])
         return dataclasses.replace(self, **fields)
+
+    def values(self) -> tuple[str | int | float | None, ...]:
+        """Returns the fields in their order, as arguments of an operator."""
+        return (
+            self.loss_type,
+            self.importance_sampling_level,
+            self.epsilon_low,
+            self.epsilon_high,
+            self.delta,
+            self.clip_ratio_dual,
+            self.beta,
+            self.max_completion_length,
+            self.kl_log_ratio_limit,
+            self.kl_limit,
+        )
 
     def log_bounds(self) -> tuple[float, float, float]:
         """Returns the log-ratios between which the surrogate follows the ratio.

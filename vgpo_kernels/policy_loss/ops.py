@@ -9,10 +9,19 @@ from vgpo_kernels._dispatch import checks_values, implementation
 from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import check_mask_values
 from vgpo_kernels.policy_loss import terms
-from vgpo_kernels.policy_loss.config import PolicyLossConfig
+from vgpo_kernels.policy_loss.config import SCHEMA, PolicyLossConfig
+from vgpo_kernels.policy_loss.logprob import compute_dtype
+
+_TENSORS = (
+    "Tensor logps, Tensor? old_logps, Tensor advantages, Tensor completion_mask, Tensor? ref_logps, "
+    "Tensor? token_weights, Tensor? trajectory_weights, Tensor? num_items"
+)
+_RESULTS = "Tensor loss, Tensor per_token, Tensor metrics, Tensor gradient, Tensor scale"
 
 
-@torch.library.custom_op("vgpo::policy_loss", mutates_args=())
+@torch.library.custom_op(
+    "vgpo::policy_loss", mutates_args=(), schema=f"({_TENSORS}, {SCHEMA}, str? impl) -> ({_RESULTS})"
+)
 @operator_body
 def policy_loss(
     logps: Tensor,
@@ -23,33 +32,13 @@ def policy_loss(
     token_weights: Tensor | None,
     trajectory_weights: Tensor | None,
     num_items: Tensor | None,
-    loss_type: str,
-    importance_sampling_level: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    clip_ratio_dual: float | None,
-    beta: float,
-    max_completion_length: int | None,
-    kl_log_ratio_limit: float | None,
-    kl_limit: float | None,
-    impl: str | None,
+    *settings_and_impl: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns loss (), per-token loss (B, T), metrics, unnormalised gradient (B, T) and its normaliser ()."""
+    *settings, impl = settings_and_impl
     if checks_values(impl, logps):
         check_mask_values("completion_mask", completion_mask)
-    config = PolicyLossConfig(
-        loss_type=loss_type,
-        importance_sampling_level=importance_sampling_level,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
-        clip_ratio_dual=clip_ratio_dual,
-        beta=beta,
-        max_completion_length=max_completion_length,
-        kl_log_ratio_limit=kl_log_ratio_limit,
-        kl_limit=kl_limit,
-    )
+    config = PolicyLossConfig(*settings)
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = implementation("policy_loss", impl, logps).policy_loss(
         logps.detach(),
         old_logps,
@@ -66,7 +55,7 @@ def policy_loss(
 
 @policy_loss.register_fake
 def _(logps: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = terms.compute_dtype(logps)
+    dtype = compute_dtype(logps)
     return (
         logps.new_empty((), dtype=dtype),
         logps.new_empty(logps.shape, dtype=dtype),

@@ -41,11 +41,6 @@ class Loss(NamedTuple):
     log_ratio: Tensor
 
 
-def compute_dtype(logps: Tensor) -> torch.dtype:
-    """Returns float64 for float64 and float32 for everything else."""
-    return torch.float64 if logps.dtype == torch.float64 else torch.float32
-
-
 def clean(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns `values` in `dtype` with 0 (and a gradient of exactly 0) at masked positions."""
     return torch.where(valid, values.to(dtype), 0.0)
@@ -139,6 +134,11 @@ def loss_with_gradient(
     return Loss(loss.detach(), torch.where(valid, gradient, 0.0), log_ratio.detach())
 
 
+def row_weights(valid: Tensor, config: PolicyLossConfig, dtype: torch.dtype) -> Tensor | None:
+    """Returns what each token's loss is multiplied by because of its row, (B, T), or None where that is 1."""
+    return inverse_lengths(valid, dtype).expand(valid.shape) if config.loss_type == "grpo" else None
+
+
 def inverse_lengths(valid: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns 1 / (number of valid tokens) of each row, (B, 1); 1 for a row without any."""
     return 1.0 / valid.sum(-1, keepdim=True).clamp(min=1).to(dtype)
@@ -184,12 +184,20 @@ def reduce_rows(rows: Tensor, config: PolicyLossConfig, num_items: Tensor | None
     """
     totals = rows.sum(0)
     tokens = totals[1].clamp(min=1.0)
-    scale = _scale(tokens, rows.shape[0], config, num_items)
+    scale = normalizer(tokens, rows.shape[0], config, num_items)
     metrics = torch.cat([totals[2:-1] / tokens, rows[:, -1:].amax(0)])
     return totals[0] * scale, metrics, scale
 
 
-def _scale(tokens: Tensor, rows: int, config: PolicyLossConfig, num_items: Tensor | None) -> Tensor:
+def normalizer(tokens: Tensor, rows: int, config: PolicyLossConfig, num_items: Tensor | None) -> Tensor:
+    """Returns the factor () between the sum over tokens, weighted by row, and the loss.
+
+    Args:
+        tokens: () floating, the number of valid tokens, at least 1.
+        rows: of the batch.
+        config: settings of the loss.
+        num_items: () number of tokens that "dapo" and "cispo" divide by; None: `tokens`.
+    """
     if config.loss_type == "grpo":
         return torch.full_like(tokens, 1.0 / rows)
     if config.loss_type == "dr_grpo" and config.max_completion_length is not None:

@@ -1,0 +1,70 @@
+"""The three matrix products of the vocabulary: logits, the gradient of the hidden states, that of the weight.
+
+Logits come out in float32 (float64 for float64), never rounded to half precision. On a GPU the vendor's product does
+that for half precision; on a CPU, where it rounds, the weight is cast a few rows at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels.policy_loss.logprob import compute_dtype
+
+_HALF = (torch.float16, torch.bfloat16)
+_TILE_BYTES = 8 << 20  # of a cast piece of the weight
+
+
+def keeps_half(hidden: Tensor) -> bool:
+    """Whether products take half-precision operands and give float32."""
+    return hidden.is_cuda and hidden.dtype in _HALF
+
+
+def tile_bytes(hidden: Tensor) -> int:
+    """Returns what the cast pieces of a weight take at a time."""
+    return _TILE_BYTES if hidden.dtype in _HALF and not hidden.is_cuda else 0
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Returns hidden (n, D) @ weight (V, D)^T + bias (V,), written to `out` (n, V) in its dtype."""
+    if keeps_half(hidden):
+        torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
+    else:
+        states = hidden.to(out.dtype)
+        for tile, piece in _tiles(weight, out.dtype):
+            torch.mm(states, piece.t(), out=out[:, tile])
+    return out if bias is None else out.add_(bias)
+
+
+def states_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Returns gradient (n, V) @ weight (V, D), (n, D) in the gradient's dtype."""
+    if gradient.dtype == weight.dtype:
+        return gradient @ weight
+    total = gradient.new_zeros(gradient.shape[0], weight.shape[1])
+    for tile, piece in _tiles(weight, gradient.dtype):
+        total.addmm_(gradient[:, tile], piece)
+    return total
+
+
+def add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """Adds gradient (n, V)^T @ hidden (n, D) to `total` (V, D), which is float32 or float64."""
+    if gradient.dtype == total.dtype:
+        total.addmm_(gradient.t(), hidden.to(total.dtype))
+    else:
+        torch.ops.aten.addmm.dtype_out(total, gradient.t(), hidden, total.dtype, out=total)
+
+
+def gradient_dtype(hidden: Tensor) -> torch.dtype:
+    """Returns the dtype that gradients of logits take as operands of products."""
+    return hidden.dtype if keeps_half(hidden) else compute_dtype(hidden)
+
+
+def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Yields pieces of the vocabulary with the weight's rows in `dtype`: all of them where it is that already."""
+    if weight.dtype == dtype:
+        yield slice(None), weight
+        return
+    rows = max(1, _TILE_BYTES // (weight.shape[1] * dtype.itemsize))
+    for start in range(0, weight.shape[0], rows):
+        tile = slice(start, start + rows)
+        yield tile, weight[tile].to(dtype)
