@@ -39,6 +39,19 @@ class Parts(NamedTuple):
     video_tokens: frozenset[int]
 
 
+def outermost_model(model: nn.Module) -> PreTrainedModel:
+    """Returns the model of transformers inside of whatever wraps it.
+
+    Raises:
+        TypeError: there is none.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    for module in modules:
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise TypeError(f"model: expected a transformers model, wrapped or not, got {type(model).__name__}")
+
+
 def find_parts(model: nn.Module) -> Parts:
     """Returns the parts of a vision-language model, however it is wrapped.
 
@@ -46,10 +59,8 @@ def find_parts(model: nn.Module) -> Parts:
         TypeError: no model of transformers is inside.
         ValueError: pictures do not reach this family's decoder as tokens of its input.
     """
+    outermost = outermost_model(model)
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    if not models:
-        raise TypeError(f"model: expected a transformers model, wrapped or not, got {type(model).__name__}")
-    outermost = models[0]
     name = type(outermost).__name__
     decoder = outermost.get_decoder()
     _refuse_cross_attention(outermost, decoder, name)

@@ -1,4 +1,6 @@
-"""Records how much each token of a transformers model looks at the pictures, exactly and without attention maps.
+"""What VGPO asks of a transformers model: where it looks, and log-probabilities and loss of completions without logits.
+
+`record_visual_attention` records how much each token looks at the pictures, exactly and without attention maps:
 
     from vgpo_kernels.integrations.transformers import record_visual_attention
 
@@ -7,13 +9,20 @@
         sequences = model.generate(**inputs)
     rec.mass  # (layers, B, tokens, 1): attention on visual tokens, one entry for each token of the completion
 
+`fused_logprobs` stands in for the output head, so that the logits of a sequence never exist:
+
+    with fused_logprobs(model) as fused:
+        out = fused.policy_loss(inputs, old_logps, advantages, completion_mask, prompt_length=prompt_length)
+    out.loss.backward()
+
 Importing this module makes "vgpo" known to transformers. It is transformers' own "sdpa", mask and all, until somebody
 records; only models with a soft-cap on their attention, which "sdpa" refuses, attend with our kernels throughout. The
 vision tower stays on "sdpa" even where "vgpo" is set for the whole model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +30,21 @@ from torch import Tensor, nn
 from vgpo_kernels._dispatch import checks_values
 from vgpo_kernels._validate import MASK, check_choice, check_tensor
 from vgpo_kernels.integrations import _interface
+from vgpo_kernels.integrations._fused import FusedHead, ModelLogprobs
 from vgpo_kernels.integrations._modules import chosen_layers, find_parts
 from vgpo_kernels.integrations._recording import Recorder
 from vgpo_kernels.integrations._segments import SEGMENTS
 from vgpo_kernels.integrations._sequence import Wishes
 
-__all__ = ["Recorder", "focus_from_attention", "record_visual_attention"]
+__all__ = [
+    "FusedHead",
+    "ModelLogprobs",
+    "Recorder",
+    "focus_from_attention",
+    "fused_logprobs",
+    "model_logprobs",
+    "record_visual_attention",
+]
 
 _interface.register()
 
@@ -154,3 +172,99 @@ def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
         row, token = broken[0]
         raise ValueError(f"rec.mass: expected numbers under completion_mask, got NaN in row {row}, token {token}")
     return torch.where(asked_for, focus, 0.0)
+
+
+@contextmanager
+def fused_logprobs(model: nn.Module) -> Iterator[FusedHead]:
+    """Stands in for a model's output head inside the `with`, for log-probabilities and losses without logits.
+
+    The model is run as it is, wrapped or not: the head's module is called with its hooks, so that DeepSpeed ZeRO-3 and
+    FSDP gather its weight once a forward, and DDP hears of its gradients. Only its product with the vocabulary is
+    replaced, by `vgpo_kernels.linear_logprobs` and `linear_policy_loss` over the tokens of the completions. In its
+    place the model gets one row of known numbers, from which the first forward learns whether the model scales or
+    soft-caps its logits, as Granite, Cohere and Gemma do; that is taken into account.
+
+    Args:
+        model: a model of transformers that continues a prompt, bare or wrapped (DeepSpeed, DDP, FSDP, PEFT on other
+            layers than the head). Its head is a plain `torch.nn.Linear`, with or without bias, tied or not.
+
+    Yields:
+        A FusedHead:
+        `logprobs(batch, prompt_length=...)`, with the arguments and the result of `model_logprobs`;
+        `policy_loss(batch, old_logps, advantages, completion_mask, prompt_length=..., **options)`, a PolicyLossOutput
+        with the arguments of `vgpo_kernels.linear_policy_loss` after `targets`, but for bias and softcap; with
+        hidden_states=True the last hidden states are in `hidden_states` afterwards.
+
+    Raises:
+        TypeError: no model of transformers, or a head that is adapted, quantised, or no linear layer.
+        ValueError: a model without a head, an encoder-decoder, or one that changes its logits in another way.
+        RuntimeError: the head is called by something else inside the `with`, or is stood in for already.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **size))
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3, 4]])}  # two tokens of prompt, two of completion
+        >>> with fused_logprobs(model) as fused:
+        ...     out = fused.policy_loss(batch, None, torch.tensor([1.0]), torch.tensor([[1, 1]]), prompt_length=2)
+        >>> out.loss.backward()
+        >>> model.lm_head.weight.grad.shape
+        torch.Size([9, 16])
+
+    Source: the loss is that of `vgpo_kernels.policy_loss` on the log-probabilities of the model's logits.
+    """
+    with FusedHead(model) as fused:
+        yield fused
+
+
+def model_logprobs(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    prompt_length: int,
+    completion_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    hidden_states: bool = False,
+    impl: str | None = None,
+) -> ModelLogprobs:
+    """Returns the log-probabilities of completions under a model, without logits: one forward of `fused_logprobs`.
+
+    Args:
+        model: as of `fused_logprobs`.
+        batch: the model's arguments by name. `input_ids` (B, L) hold prompt and completion; no `labels`.
+        prompt_length: tokens before the completion, padding included; T = L - prompt_length.
+        completion_mask: (B, T), 1 for tokens of the completion; the others are skipped. None: the `attention_mask` of
+            the batch there, or every token.
+        temperature: divides the logits.
+        entropy: compute the entropy of each token's distribution, too.
+        hidden_states: return the states after the final norm, too.
+        impl: "triton", "reference", or None to choose by device.
+
+    Returns:
+        ModelLogprobs(logps (B, T), entropy (B, T) or None, lse (B, T), hidden_states (B, L, D) or None), fp32 and 0
+        where masked; differentiable in the model's parameters.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `fused_logprobs`, or a bad argument.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, **size))
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3, 4]])}
+        >>> model_logprobs(model, batch, prompt_length=2).logps.shape
+        torch.Size([1, 2])
+    """
+    with fused_logprobs(model) as fused:
+        return fused.logprobs(
+            batch,
+            prompt_length=prompt_length,
+            completion_mask=completion_mask,
+            temperature=temperature,
+            entropy=entropy,
+            hidden_states=hidden_states,
+            impl=impl,
+        )

@@ -1,0 +1,238 @@
+"""Finds a model's output head, stands in for it during a forward, and tells what the model does with its logits.
+
+The head runs inside its own module call, so that whatever wraps the model (DeepSpeed ZeRO-3, FSDP, DDP) gathers its
+weight once and hears of its gradients; what it returns is the result, not logits. The model goes on with a probe in
+their place: one row of known values, from which it shows whether it scales or soft-caps logits after the head.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vgpo_kernels.integrations._modules import outermost_model
+
+# Fields of configurations: each is a factor of the logits, or what they are divided by.
+SCALE_FIELDS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+SOFTCAP_FIELDS = ("final_logit_softcapping",)
+DIVIDING = ("logits_scaling",)
+# Values of a probe are whole numbers from -PROBE to PROBE.
+PROBE = 50
+
+Work = Callable[[nn.Linear, Tensor], dict[str, Tensor]]
+
+
+class Reading(NamedTuple):
+    """What a model does with the logits x of its head: softcap * tanh(scale * x / softcap)."""
+
+    scale: float
+    softcap: float | None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Returns what the model makes of `logits`."""
+        scaled = logits * self.scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+    def fold(self, temperature: float) -> tuple[float, float | None]:
+        """Returns temperature and soft-cap of the head's own logits that come to the same."""
+        return temperature / self.scale, None if self.softcap is None else self.softcap / self.scale
+
+
+class Head(NamedTuple):
+    """A model's output head, and what surrounds it.
+
+    Args:
+        name: of the model's class, for errors.
+        module: the head.
+        decoder: gives the states that the head gets, as its last_hidden_state.
+        readings: what the model may do with logits by its configuration, the most likely first.
+        accepts: the arguments of the model's forward.
+    """
+
+    name: str
+    module: nn.Linear
+    decoder: nn.Module
+    readings: tuple[Reading, ...]
+    accepts: frozenset[str]
+
+
+def find_head(model: nn.Module) -> Head:
+    """Returns the output head of a model of transformers, however it is wrapped.
+
+    Raises:
+        TypeError: no model of transformers is inside, or its head is no plain linear layer.
+        ValueError: the model has no head, or more than a decoder.
+        RuntimeError: something else stands in for the head already.
+    """
+    inside = outermost_model(model)
+    name = type(inside).__name__
+    if getattr(inside.config, "is_encoder_decoder", False):
+        raise ValueError(f"{name}: expected a decoder of prompt and completion together, got an encoder-decoder")
+    head = inside.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{name}: expected a model with an output head (get_output_embeddings), got none")
+    kind = type(head)
+    if not isinstance(head, nn.Linear) or kind.forward is not nn.Linear.forward:
+        raise TypeError(
+            f"{name}: expected a plain torch.nn.Linear as output head, got {kind.__module__}.{kind.__qualname__}; "
+            "an adapted or quantised head has to be merged first"
+        )
+    if "forward" in vars(head):
+        raise RuntimeError(f"{name}: the forward of its output head has been replaced already, by {_owner(head)}")
+    accepts = frozenset(inspect.signature(inside.forward).parameters)
+    return Head(name, head, inside.get_decoder(), _readings(inside.config), accepts)
+
+
+def _owner(head: nn.Module) -> str:
+    forward = vars(head)["forward"]
+    return "fused_logprobs" if isinstance(getattr(forward, "__self__", None), StandIn) else repr(forward)
+
+
+def _readings(config: Any) -> tuple[Reading, ...]:
+    """Returns what the fields of a configuration may mean; a model may also ignore them."""
+    configs = (config, config.get_text_config())
+    scales, softcaps = [], list(_numbers(configs, SOFTCAP_FIELDS))
+    for field in SCALE_FIELDS:
+        for value in _numbers(configs, (field,)):
+            scales += [1.0 / value, value] if field in DIVIDING else [value, 1.0 / value]
+    found = [Reading(scale, softcap) for softcap in (*softcaps, None) for scale in (*scales, 1.0)]
+    return tuple(dict.fromkeys(found))
+
+
+def _numbers(configs: tuple[Any, ...], fields: tuple[str, ...]) -> Iterator[float]:
+    for field in fields:
+        for config in configs:
+            value = getattr(config, field, None)
+            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+                yield float(value)
+
+
+class StandIn:
+    """Stands in for a head while it is entered.
+
+    Args:
+        head: what it stands in for.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.reading = head.readings[0]
+        self.is_sure = False
+        self._work: Work | None = None
+        self._results: dict[str, Tensor] | None = None
+        self._probe: Tensor | None = None
+        self._hook: Any = None
+
+    def __enter__(self) -> "StandIn":
+        module = self.head.module
+        module.forward = self._forward  # type: ignore[assignment]
+        # Registered last: hooks of what wraps the model have seen the results before.
+        self._hook = module.register_forward_hook(self._take_results)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+        del self.head.module.forward
+        self._probe = None
+
+    def run(self, forward: Callable[[], Any], work: Work) -> dict[str, Tensor]:
+        """Calls `forward`, which runs the model, and returns what `work` makes of the states that the head gets.
+
+        Where the first forward shows that the model does otherwise with logits than thought, it is called again.
+
+        Raises:
+            RuntimeError: the model does not call its head, or not once.
+            ValueError: the model changes logits in another way than its configuration says.
+        """
+        self._work, self._results = work, None
+        try:
+            logits = self._logits_of(forward())
+        finally:
+            self._work, results, self._results = None, self._results, None
+        if results is None:
+            raise RuntimeError(f"{self.head.name}: its forward has not called its output head")
+        if not self.is_sure:
+            shown = self._read(logits.detach())
+            self.is_sure, understood, self.reading = True, shown == self.reading, shown
+            if not understood:
+                del results, logits
+                return self.run(forward, work)
+        return _tied(results, logits)
+
+    def _forward(self, hidden: Tensor) -> dict[str, Tensor]:
+        if self._work is None:
+            raise RuntimeError(
+                f"{self.head.name}: its output head was called inside fused_logprobs, which stands in for it; leave "
+                "the `with` before anything else (such as generate) runs the model"
+            )
+        work, self._work = self._work, None
+        return work(self.head.module, hidden)
+
+    def _take_results(self, module: nn.Module, args: tuple[Any, ...], results: dict[str, Tensor]) -> Tensor:  # noqa: ARG002
+        self._results = results
+        if self._probe is None or self._probe.device != args[0].device:
+            places = torch.arange(self.head.module.out_features, device=args[0].device)
+            self._probe = (places % (2 * PROBE + 1) - PROBE).float()[None, None]  # [1, 1, V]
+        probe: Tensor = _Probe.apply(self._probe, *results.values())
+        return probe
+
+    def _logits_of(self, output: Any) -> Tensor:
+        logits = getattr(output, "logits", None)
+        if logits is None and isinstance(output, tuple):
+            logits = output[0]
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{self.head.name}: expected an output with logits, got {type(output).__name__}")
+        return logits
+
+    def _read(self, shown: Tensor) -> Reading:
+        """Returns what the model did with the probe."""
+        probe: Tensor = self._probe  # type: ignore[assignment]
+        tolerance = 8 * torch.finfo(shown.dtype).eps
+        if shown.shape == probe.shape:
+            for reading in self.head.readings:
+                expected = reading(probe)
+                if bool(((shown.float() - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)).all()):
+                    return reading
+        fields = ", ".join((*SCALE_FIELDS, *SOFTCAP_FIELDS))
+        raise ValueError(
+            f"{self.head.name}: what it does with the logits of its head is no scale or soft-cap of its configuration "
+            f"({fields}); its log-probabilities cannot be had without its logits"
+        )
+
+
+class _Probe(torch.autograd.Function):
+    """The probe, with a way back to the results, which wrappers look for in a model's output."""
+
+    @staticmethod
+    def forward(ctx: Any, probe: Tensor, *results: Tensor) -> Tensor:
+        ctx.count = len(results)
+        return probe.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        return (None,) * (1 + ctx.count)
+
+
+class _Tie(torch.autograd.Function):
+    """The results, whose backward passes through the model's output as that of any loss on logits does."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.logits = logits.shape, logits.dtype, logits.device
+        return tuple(result.view_as(result) for result in results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        shape, dtype, device = ctx.logits
+        return torch.zeros(shape, dtype=dtype, device=device), *grads
+
+
+def _tied(results: dict[str, Tensor], logits: Tensor) -> dict[str, Tensor]:
+    names = [name for name, value in results.items() if value.requires_grad]
+    if not names or not logits.requires_grad:
+        return results
+    tied = _Tie.apply(logits, *(results[name] for name in names))
+    return results | dict(zip(names, tied, strict=True))
