@@ -1,0 +1,342 @@
+"""Trains vision-language models by VGPO with TRL: its GRPO trainer with visual weights, and without logits.
+
+    from vgpo_kernels import VGPOConfig
+    from vgpo_kernels.integrations.trl import VGPOTrainer
+
+    trainer = VGPOTrainer(model, reward_funcs, args=GRPOConfig(...), vgpo_config=VGPOConfig.balanced(), ...)
+    trainer.train()
+
+Needs TRL 1.16: `pip install 'vgpo-kernels[trl]'`. `docs/trl.md` has a whole program, and what is refused.
+"""
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor, nn
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from vgpo_kernels._validate import check_choice
+from vgpo_kernels.focus import visual_focus_score
+from vgpo_kernels.integrations._modules import find_parts
+from vgpo_kernels.integrations._trl_options import check_arguments, check_options, loss_config
+from vgpo_kernels.integrations.transformers import focus_from_attention, fused_logprobs, record_visual_attention
+from vgpo_kernels.policy_loss import PolicyLossOutput
+from vgpo_kernels.weights import VGPOConfig, VGPOWeights, vgpo_weights
+from vgpo_kernels.weights.api import SOURCES
+
+__all__ = ["VGPOTrainer"]
+
+if not trl.__version__.startswith("1.16."):
+    raise ImportError(f"trl: expected version 1.16, whose trainer VGPOTrainer extends, got {trl.__version__}")
+
+# What a prepared batch may hold beside its tokens, as TRL's forward takes it.
+MODEL_INPUTS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+class VGPOTrainer(GRPOTrainer):
+    """TRL's GRPO trainer with advantages weighted by how much tokens and trajectories look at the image.
+
+    One forward without gradient scores each generated batch: from its last hidden states (or its attention) comes
+    the focus of every completion token, and from the focus of whole groups, gathered over all processes, the
+    weights. Where TRL wants log-probabilities of the sampling policy, they come from that same forward. Losses and
+    their gradients are those of `linear_policy_loss`: neither scoring nor updates make logits. With weights of 1 the
+    loss is TRL's own. TRL's metrics keep their names; "vgpo/..." are added.
+
+    Args:
+        *arguments, **options: of GRPOTrainer, but for what is refused.
+        vgpo_config: the recipe; None: `VGPOConfig.balanced()`. Its warm-up counts optimizer steps. With neither
+            `intra` nor `inter` nothing is scored, and the loss is unweighted.
+        focus_source: "similarity" of hidden states, or "attention", for models set to "vgpo".
+        focus_layers: whose attention, as `record_visual_attention` takes it.
+
+    Raises:
+        ValueError: an option of TRL under which weights would be dropped or the loss would be another; a model whose
+            pictures are not tokens of its input; attention as the source with a model that is not set to "vgpo".
+        TypeError: `vgpo_config` is no VGPOConfig; a head that is no plain linear layer.
+
+    Example:
+        See `docs/trl.md`: a checkpoint, pictures, rewards and a generation loop are needed.
+
+    Source: VGPO (arXiv 2604.09349); everything else as in TRL 1.16.
+    """
+
+    # Loosely typed where TRL's annotations leave room for None.
+    model: Any
+    args: Any
+    num_generations: int
+    num_generations_eval: int
+
+    _tag_names = ["trl", "grpo", "vgpo"]  # noqa: RUF012
+    _name = "VGPO"
+    _paper = {"title": "Visually-Guided Policy Optimization", "id": "2604.09349"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        *arguments: Any,
+        vgpo_config: VGPOConfig | None = None,
+        focus_source: str = "similarity",
+        focus_layers: str | Sequence[int] = "last",
+        **options: Any,
+    ) -> None:
+        self.vgpo_config = VGPOConfig.balanced() if vgpo_config is None else vgpo_config
+        if not isinstance(self.vgpo_config, VGPOConfig):
+            raise TypeError(f"vgpo_config: expected a VGPOConfig or None, got {type(vgpo_config).__name__}")
+        check_choice("focus_source", focus_source, SOURCES)
+        named = inspect.signature(GRPOTrainer.__init__).bind(self, *arguments, **options).arguments
+        check_arguments(named)
+        if named.get("args") is not None:
+            check_options(named["args"])
+            loss_config(named["args"])
+        super().__init__(*arguments, **options)
+        self.focus_source = focus_source
+        self.focus_layers = focus_layers
+        self._loss_config = loss_config(self.args)
+        self._check_model()
+        self._focus: Tensor | None = None  # (rows, T) fp32, of the policy's first scoring since it was asked for
+        self._wants_focus = False
+
+    def _check_model(self) -> None:
+        parts = find_parts(self.model)
+        self._visual_tokens = torch.tensor(sorted(parts.image_tokens | parts.video_tokens))
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"router_aux_loss_coef: expected 0.0, got {self.router_aux_loss_coef} (the model's own where it is not "
+                "set): the load-balancing loss of a mixture of experts is not made here"
+            )
+        attention = self.model.config.get_text_config()._attn_implementation
+        if self.focus_source == "attention" and attention != "vgpo":
+            raise ValueError(
+                "focus_source: expected 'similarity' for this model, got 'attention': it records a text half set to "
+                f"'vgpo', not to {attention!r}; load it with attn_implementation={{'text_config': 'vgpo'}}"
+            )
+        with fused_logprobs(self.model):  # says now, not after the first rollout, that a head is unknown
+            pass
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._wants_focus = self.vgpo_config.intra or self.vgpo_config.inter
+        self._focus = None
+        try:
+            batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            if not self._wants_focus:
+                return batch
+            # TRL scores the policy only where the update is off-policy, and then before anything else.
+            if "old_per_token_logps" not in batch:
+                self._focus = None
+                self._score(batch)
+            focus = self._focus
+        finally:
+            self._wants_focus, self._focus = False, None
+        if focus is None:
+            raise RuntimeError("expected a forward of the policy over prompts and completions, got none from TRL")
+        return batch | self._weigh(batch, focus)
+
+    def _score(self, batch: dict[str, Any]) -> None:
+        """Runs the policy over a generated batch, for its focus alone."""
+        training = self.model.training
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            self._get_per_token_logps_and_entropies(
+                self.model,
+                torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+                torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+                batch["completion_ids"].shape[1],
+                batch_size=self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
+                **{name: batch[name] for name in MODEL_INPUTS if name in batch},
+            )
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *arguments: Any,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Lets TRL cut the batch up, and a stand-in for the model answer with log-probabilities."""
+        if isinstance(model, _Loss):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, *arguments, **options
+            )
+        source = self.focus_source if self._wants_focus and self._focus is None and model is self.model else None
+        with fused_logprobs(model) as fused:
+            scoring = _Scoring(
+                self, model, fused, input_ids.shape[1] - logits_to_keep, source, options.get("compute_entropy", False)
+            )
+            results = super()._get_per_token_logps_and_entropies(
+                scoring, input_ids, attention_mask, logits_to_keep, *arguments, **options
+            )
+        if source is not None:
+            self._focus = torch.cat(scoring.focus)
+        return results
+
+    def _weigh(self, batch: dict[str, Any], focus: Tensor) -> dict[str, Tensor]:
+        """Returns this process's weights, made over the groups of all processes."""
+        mask, advantages = batch["completion_mask"], batch["advantages"]
+        rows, length = mask.shape
+        all_focus, all_masks = (
+            self.accelerator.gather(self.accelerator.pad_across_processes(x, dim=1)) for x in (focus, mask)
+        )
+        seen = self._visual_mask(batch["prompt_ids"], batch["prompt_mask"]).any(1)
+        has_visual, advantages = self.accelerator.gather(seen), self.accelerator.gather(advantages)
+        completions = self.num_generations if self.model.training else self.num_generations_eval
+        weights = vgpo_weights(
+            all_focus,
+            all_masks,
+            torch.arange(len(has_visual), device=has_visual.device) // completions,  # TRL keeps groups side by side
+            self.vgpo_config,
+            source=self.focus_source,
+            has_visual=has_visual,
+            step=self.state.global_step,
+            advantages=advantages,
+        )
+        self._log_weights(all_focus, all_masks != 0, has_visual, weights)
+        own = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        return {
+            "token_weights": weights.token_weights[own, :length],
+            "trajectory_weights": weights.trajectory_weights[own],
+        }
+
+    def _log_weights(self, focus: Tensor, mask: Tensor, has_visual: Tensor, weights: VGPOWeights) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        weighted = mask & has_visual[:, None]
+        looks, by_token = focus[weighted], weights.token_weights[weighted]
+        by_row = weights.trajectory_weights[weighted.any(1)]
+        metrics["vgpo/focus_mean"].append(looks.mean().item())
+        metrics["vgpo/focus_std"].append(_spread(looks))
+        metrics["vgpo/token_weight_mean"].append(by_token.mean().item())
+        metrics["vgpo/token_weight_std"].append(_spread(by_token))
+        metrics["vgpo/trajectory_weight_std"].append(_spread(by_row))
+        metrics["vgpo/visual_rows"].append(has_visual.float().mean().item())
+
+    def _visual_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        visual = torch.isin(input_ids, self._visual_tokens.to(input_ids.device))
+        return visual & (attention_mask != 0)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        with fused_logprobs(model) as fused:
+            stand_in = _Loss(self, fused, inputs)
+            super()._compute_loss(stand_in, inputs)  # for TRL's metrics: its own code on our log-probabilities
+        return stand_in.output.loss * self._loss_scale()
+
+    def _loss_scale(self) -> float:
+        """Returns what TRL multiplies a micro-batch's loss by, beyond its own average over rows or tokens."""
+        training = self.model.training
+        accumulated = self.current_gradient_accumulation_steps if training else 1
+        if not self._loss_config.divides_by_num_items:
+            return 1.0 / accumulated
+        # `num_items_in_batch` counts the tokens of all processes, and of all steps that share a generation.
+        generations = self.args.steps_per_generation / accumulated if training else 1.0
+        return float(self.accelerator.num_processes * generations)
+
+
+class _Scoring:
+    """Stands in for a model whose log-probabilities TRL asks for, and keeps the focus of the rows that it gets."""
+
+    def __init__(
+        self,
+        trainer: VGPOTrainer,
+        model: nn.Module,
+        fused: Any,
+        prompt_length: int,
+        source: str | None,
+        entropy: bool,
+    ) -> None:
+        self.trainer = trainer
+        self.model = model
+        self.fused = fused
+        self.prompt_length = prompt_length
+        self.source = source
+        self.entropy = entropy
+        self.focus: list[Tensor] = []
+
+    def __call__(self, *, labels: Tensor, fused_lm_head: bool, **batch: Any) -> SimpleNamespace:  # noqa: ARG002
+        mask = labels[:, self.prompt_length :] != -100  # (rows, T)
+        with self._recording() as record:
+            scored = self.fused.logprobs(
+                batch,
+                prompt_length=self.prompt_length,
+                completion_mask=mask,
+                temperature=self.trainer.temperature,
+                entropy=self.entropy,
+                hidden_states=self.source == "similarity",
+            )
+        if self.source == "attention":
+            self.focus.append(focus_from_attention(record, mask))
+        elif self.source == "similarity":
+            self.focus.append(self._similarity(scored.hidden_states, batch, mask))
+        return SimpleNamespace(log_probs=scored.logps, entropy=scored.entropy)
+
+    def _recording(self) -> Any:
+        if self.source != "attention":
+            return nullcontext()
+        return record_visual_attention(self.model, layers=self.trainer.focus_layers, prompt_length=self.prompt_length)
+
+    def _similarity(self, states: Tensor, batch: dict[str, Any], mask: Tensor) -> Tensor:
+        prompts = slice(None, self.prompt_length)
+        visual = self.trainer._visual_mask(batch["input_ids"][:, prompts], batch["attention_mask"][:, prompts])
+        focus = visual_focus_score(
+            states,
+            torch.cat([visual, torch.zeros_like(mask)], dim=1),
+            torch.cat([torch.zeros_like(visual), mask], dim=1),
+        )
+        return focus[:, self.prompt_length :]
+
+
+class _Loss:
+    """Stands in for the model of an update: makes the weighted loss, and answers with its log-probabilities."""
+
+    output: PolicyLossOutput
+
+    def __init__(self, trainer: VGPOTrainer, fused: Any, inputs: dict[str, Any]) -> None:
+        self.trainer = trainer
+        self.fused = fused
+        self.inputs = inputs
+
+    def __call__(self, *, labels: Tensor, fused_lm_head: bool, **batch: Any) -> SimpleNamespace:  # noqa: ARG002
+        inputs, config = self.inputs, self.trainer._loss_config
+        items = inputs["num_items_in_batch"].clamp(min=1) if config.divides_by_num_items else None
+        self.output = self.fused.policy_loss(
+            batch,
+            inputs.get("old_per_token_logps"),
+            self._advantages(),
+            inputs["completion_mask"],
+            prompt_length=inputs["prompt_ids"].shape[1],
+            ref_logps=inputs.get("ref_per_token_logps"),
+            token_weights=inputs.get("token_weights"),
+            trajectory_weights=inputs.get("trajectory_weights"),
+            temperature=self.trainer.temperature,
+            config=config,
+            num_items_in_batch=items,
+        )
+        return SimpleNamespace(log_probs=self.output.logps, entropy=self.output.entropy)
+
+    def _advantages(self) -> Tensor:
+        """Returns (B,) or (B, T) advantages, times the ratio that corrects for vLLM's own log-probabilities."""
+        advantages: Tensor = self.inputs["advantages"]
+        correction = self.inputs.get("importance_sampling_ratio")  # (B, 1) or (B, T), never negative
+        if correction is None:
+            return advantages
+        by_token = advantages[:, None] if advantages.dim() == 1 else advantages
+        return (by_token * correction).expand_as(self.inputs["completion_mask"])
+
+
+def _spread(values: Tensor) -> float:
+    """Returns the standard deviation, NaN without any value."""
+    return (values - values.mean()).square().mean().sqrt().item()
