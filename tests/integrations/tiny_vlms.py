@@ -250,16 +250,17 @@ def make_shared_keys() -> Any:
         vocab_size_per_layer_input=VOCABULARY,
     )
     config.image_token_id = IMAGE
-    return _with_large_weights(Gemma4ForCausalLM(config))
+    return with_large_weights(Gemma4ForCausalLM(config))
 
 
 def make(name: str, *, seed: int = 0) -> Any:
     """Returns a model with weights large enough that attention is not uniform."""
     torch.manual_seed(seed)
-    return _with_large_weights(FAMILIES[name].make())
+    return with_large_weights(FAMILIES[name].make())
 
 
-def _with_large_weights(model: Any) -> Any:
+def with_large_weights(model: Any) -> Any:
+    """Returns the model with weights that make its distributions differ from uniform ones, set to sample plainly."""
     model.eval()
     with torch.no_grad():
         for parameter in model.parameters():

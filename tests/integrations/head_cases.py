@@ -1,0 +1,189 @@
+"""Models, batches and what the logits of the one give for the other, for tests of the head's stand-in."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import tiny_vlms
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
+    MiniCPM3Config,
+    MiniCPM3ForCausalLM,
+)
+
+from vgpo_kernels import PolicyLossConfig, policy_loss
+from vgpo_kernels.integrations.transformers import fused_logprobs
+from vgpo_kernels.testing import assert_error_budget
+
+VOCABULARY = tiny_vlms.VOCABULARY
+TEMPERATURE = 0.7
+LENGTH = 6
+LENGTHS = (6, 1, 4)  # of the completions: all of it, a single token, some
+PROMPT = 9  # of text alone
+
+
+def make_text(kind: type, config: type, **fields: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return tiny_vlms.with_large_weights(kind(config(**tiny_vlms.TEXT | fields)))
+
+    return make
+
+
+def _final_soft_cap() -> Any:
+    model = tiny_vlms.make("soft_capped")
+    model.config.get_text_config().final_logit_softcapping = 1.5  # so low that leaving it out would show
+    return model
+
+
+def _minicpm3() -> Any:
+    """Scales the states before its head, by a number that its configuration names as Granite's does."""
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    return make_text(MiniCPM3ForCausalLM, MiniCPM3Config, num_key_value_heads=4, dim_model_base=8, **latent)()
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    **{name: lambda name=name: tiny_vlms.make(name) for name in tiny_vlms.FAMILIES if name != "soft_capped"},
+    "final_soft_cap": _final_soft_cap,
+    "granite": make_text(GraniteForCausalLM, GraniteConfig, logits_scaling=3.0, tie_word_embeddings=True),
+    "hyperclovax": make_text(HyperCLOVAXForCausalLM, HyperCLOVAXConfig, logits_scaling=0.25),
+    "cohere": make_text(CohereForCausalLM, CohereConfig, logit_scale=0.3, tie_word_embeddings=True),
+    "minicpm3": _minicpm3,
+}
+SMALL = "internvl"
+# Stand for models of another scale than a configuration field has it at first sight.
+READ_AGAIN = ("hyperclovax", "minicpm3")
+
+
+class Case:
+    """A model with prompts of several lengths, completions of several lengths, and what a loss takes."""
+
+    def __init__(self, name: str, model: Any = None) -> None:
+        self.model = MODELS[name]() if model is None else model
+        torch.manual_seed(2)
+        completion = torch.randint(1, 90, (3, LENGTH))
+        self.mask = torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]
+        family = "soft_capped" if name == "final_soft_cap" else name
+        if family in tiny_vlms.FAMILIES:
+            prompts = tiny_vlms.make_batch(family)
+            self.batch = tiny_vlms.continued(family, prompts, completion, self.mask.long())
+        else:
+            ids = torch.randint(1, 90, (3, PROMPT))
+            ids[1, :4] = 0
+            prompts = {"input_ids": ids}
+            whole = torch.cat([ids, completion], 1)
+            attention = torch.cat([(ids != 0).long(), self.mask.long()], 1)
+            self.batch = {"input_ids": whole, "attention_mask": attention}
+        self.prompt = prompts["input_ids"].shape[1]
+        self.targets = completion
+        # Ratios of e^-0.5 to e^0.5: some are clipped, most are not.
+        self.noise = torch.rand(3, LENGTH) - 0.5
+        self.advantages = torch.tensor([1.0, -0.5, 2.0])
+        self.token_weights = 0.5 + torch.rand(3, LENGTH)
+
+    def dense(self, dtype: torch.dtype, config: PolicyLossConfig) -> dict[str, Tensor]:
+        """Returns what the model's own logits give, in `dtype`."""
+        model = copy.deepcopy(self.model).to(dtype)
+        batch = {name: x.to(dtype) if x.is_floating_point() else x for name, x in self.batch.items()}
+        logits = model(**batch, use_cache=False).logits[:, self.prompt - 1 : -1] / TEMPERATURE
+        log_p = logits.log_softmax(-1)
+        logps = log_p.gather(-1, self.targets[..., None])[..., 0].masked_fill(~self.mask, 0.0)
+        entropy = -(log_p.exp() * log_p).sum(-1).masked_fill(~self.mask, 0.0)
+        output = policy_loss(logps, self.old(), self.advantages, self.mask, **self.options(config))
+        output.loss.backward()
+        found = {"logps": logps.detach(), "entropy": entropy.detach(), "loss": output.loss.detach()}
+        return found | gradients_of(model)
+
+    def old(self) -> Tensor:
+        return self.noise - math.log(VOCABULARY)
+
+    def options(self, config: PolicyLossConfig) -> dict[str, Any]:
+        return {"token_weights": self.token_weights, "ref_logps": self.old() - 0.1, "config": config}
+
+    def fused(self, config: PolicyLossConfig, model: Any = None, **options: Any) -> dict[str, Tensor]:
+        """Returns the same without logits."""
+        model = self.model if model is None else model
+        model.zero_grad()
+        given = {"prompt_length": self.prompt, "temperature": TEMPERATURE, **options}
+        with fused_logprobs(model) as fused:
+            output = fused.policy_loss(
+                self.batch, self.old(), self.advantages, self.mask, **given, **self.options(config)
+            )
+        output.loss.backward()
+        found = {"logps": output.logps, "entropy": output.entropy, "loss": output.loss.detach()}
+        return found | gradients_of(model)
+
+
+def assert_all_equal(found: dict[str, Tensor], dense: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Holds each result to the budget that the dense computation in fp32 leaves."""
+    assert found.keys() == exact.keys()
+    for name, value in found.items():
+        assert_error_budget(name, value, dense[name], exact[name])
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    return {f"gradient of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+class NoLogits(TorchDispatchMode):
+    """Fails where anything as wide as the vocabulary has more rows than the row of numbers that the model is shown."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for value in made if isinstance(made, tuple | list) else (made,):
+            wide = isinstance(value, Tensor) and value.dim() > 1 and value.shape[-1] == VOCABULARY
+            if wide and value.numel() > VOCABULARY:
+                raise AssertionError(f"{func} made logits of shape {tuple(value.shape)}")
+        return made
+
+
+@contextmanager
+def forbidden_head(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets nobody run the product of the head."""
+    real = nn.functional.linear
+    weight = model.get_output_embeddings().weight
+
+    def linear(states: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        assert matrix is not weight, "the head's forward has run"
+        return real(states, matrix, bias)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nn.functional, "linear", linear)
+        yield
+
+
+class Wrapper(nn.Module):
+    """Calls what is inside, as PEFT and DDP do."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+class Adapted(nn.Module):
+    """A linear layer with an addition of low rank, as LoRA has it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.a, self.b = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.base(states) + self.b(self.a(states))
+
+
+CONFIG = PolicyLossConfig(loss_type="dapo", beta=0.04, epsilon_high=0.28, clip_ratio_dual=3.0)
