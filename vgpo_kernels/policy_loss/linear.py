@@ -104,11 +104,11 @@ class Chunks:
 
 
 def logprobs(
-    hidden: Tensor, index: Index, head: Head, targets: Tensor, entropy: bool
+    hidden: Tensor, index: Index, head: Head, targets: Tensor, entropy: bool, memory_budget: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns logps, LSE and entropy, (m,) each, of the targets (m,) of the tokens at `index`."""
     parts = []
-    chunks = Chunks(hidden, head, targets.shape[0], None)
+    chunks = Chunks(hidden, head, targets.shape[0], memory_budget)
     targets_of = iter(targets.split(chunks.tokens))
     for _, _, logits in chunks(index):
         found = logprob.logits_logprobs(
@@ -178,7 +178,7 @@ def policy_loss(
     gradients = Gradients(hidden, head, wanted)
     if not any(wanted) or config.importance_sampling_level == "sequence":
         logps[index], _, entropy[index] = passes.linear_logprobs(
-            hidden, index, head.weight, head.bias, targets[index], head.temperature, head.softcap, True
+            hidden, index, head.weight, head.bias, targets[index], head.temperature, head.softcap, True, memory_budget
         )
         loss, per_token, metrics, coefficients, scale = passes.policy_loss(logps, old_logps, advantages, *by_row)
         if any(wanted):
@@ -242,7 +242,9 @@ def visual_dependency(
         ]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=logprob.compute_dtype(hidden))
     seen, unseen = (
-        passes.linear_logprobs(states, index, of.weight, of.bias, targets[index], of.temperature, of.softcap, False)[0]
+        passes.linear_logprobs(
+            states, index, of.weight, of.bias, targets[index], of.temperature, of.softcap, False, None
+        )[0]
         for states, of in ((hidden, head), (corrupted, corrupted_head))
     )
     if kind == "logratio":

@@ -35,7 +35,7 @@ def linear_logprobs(
     check_targets(targets, valid, weight.shape[0])
     index = valid.nonzero(as_tuple=True)
     found = implementation("policy_loss", impl, hidden).linear_logprobs(
-        hidden.detach(), index, weight.detach(), bias, targets[index], temperature, softcap, entropy
+        hidden.detach(), index, weight.detach(), bias, targets[index], temperature, softcap, entropy, None
     )
     return tuple(_filled(x, index, targets, hidden) for x in found)  # type: ignore[return-value]
 

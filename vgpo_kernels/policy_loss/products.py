@@ -42,14 +42,14 @@ def states_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
         return gradient @ weight
     total = gradient.new_zeros(gradient.shape[0], weight.shape[1])
     for tile, piece in _tiles(weight, gradient.dtype):
-        total.addmm_(gradient[:, tile], piece)
+        torch.addmm(total, gradient[:, tile], piece, out=total)
     return total
 
 
 def add_weight_gradient(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """Adds gradient (n, V)^T @ hidden (n, D) to `total` (V, D), which is float32 or float64."""
     if gradient.dtype == total.dtype:
-        total.addmm_(gradient.t(), hidden.to(total.dtype))
+        torch.addmm(total, gradient.t(), hidden.to(total.dtype), out=total)
     else:
         torch.ops.aten.addmm.dtype_out(total, gradient.t(), hidden, total.dtype, out=total)
 

@@ -48,9 +48,11 @@ def linear_logprobs(
     temperature: float,
     softcap: float | None,
     entropy: bool,
+    memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns logps, LSE and entropy (None unless asked for), (m,) each, of hidden (..., D) at `index`."""
-    return linear.logprobs(hidden, index, linear.Head(weight, bias, temperature, softcap), targets, entropy)
+    head = linear.Head(weight, bias, temperature, softcap)
+    return linear.logprobs(hidden, index, head, targets, entropy, memory_budget)
 
 
 def logits_loss(
