@@ -6,6 +6,7 @@ from torch import Tensor
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.policy_loss import terms
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
+from vgpo_kernels.policy_loss.kernels.terms import bounded_ratio, kl_to_reference, surrogate, term_constants
 
 # Two tokens a thread: with four or eight, Triton 3.6 spills a register on sm_80 or sm_120.
 BLOCK = 512
@@ -36,31 +37,6 @@ def _load_advantages(p_adv_row, adv_stride_t, p_tw_row, tw_stride_t, trajectory_
         b_adv *= _load(p_tw_row, tw_stride_t, o_t, m_valid)
     # The trajectory weight of a row without tokens may be NaN.
     return tl.where(m_valid, b_adv * trajectory_weight, 0.0)
-
-
-@triton.jit
-def _bounded_ratio(log_ratio, is_negative, LOW, HIGH, HIGH_NEGATIVE):
-    """The ratio after clipping, and whether it still moves. Comparisons, not min and max: NaN stays NaN."""
-    low = tl.where(is_negative, LOW, -float("inf"))
-    high = tl.where(is_negative, HIGH_NEGATIVE, HIGH)
-    bounded = tl.where(log_ratio > high, high, tl.where(log_ratio < low, low, log_ratio))
-    return tl.exp(bounded), (log_ratio >= low) & (log_ratio <= high)
-
-
-@triton.jit
-def _kl(b_logps, b_ref, LOG_LIMIT, LIMIT):
-    """k3 of each token and its derivative by logps, clamped where limits are set."""
-    b_d = b_ref - b_logps
-    m_moves = b_d == b_d
-    if LOG_LIMIT is not None:
-        m_moves = (b_d >= -LOG_LIMIT) & (b_d <= LOG_LIMIT)
-        b_d = tl.where(b_d > LOG_LIMIT, LOG_LIMIT, tl.where(b_d < -LOG_LIMIT, -LOG_LIMIT, b_d))
-    b_exp = tl.exp(b_d)
-    b_kl = b_exp - b_d - 1.0
-    if LIMIT is not None:
-        m_moves = m_moves & (b_kl >= -LIMIT) & (b_kl <= LIMIT)
-        b_kl = tl.where(b_kl > LIMIT, LIMIT, tl.where(b_kl < -LIMIT, -LIMIT, b_kl))
-    return b_kl, tl.where(m_moves, 1.0 - b_exp, 0.0)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)
@@ -141,12 +117,14 @@ def policy_loss_kernel(
         if SEQUENCE:
             # A row has one ratio, so its clipped surrogate is linear in the advantages of either sign.
             row_log_ratio = tl.sum(acc_log_ratio) * row_inverse
-            positive = tl.sum(acc_positive)
-            negative = tl.sum(acc_negative)
-            ratio, moves = _bounded_ratio(row_log_ratio, False, LOW, HIGH, HIGH_NEGATIVE)
-            row_gradient -= tl.where(moves & (positive != 0.0), ratio * positive, 0.0) * row_inverse
-            ratio, moves = _bounded_ratio(row_log_ratio, True, LOW, HIGH, HIGH_NEGATIVE)
-            row_gradient -= tl.where(moves & (negative != 0.0), ratio * negative, 0.0) * row_inverse
+            ratio, moves = bounded_ratio(row_log_ratio, False, LOW, HIGH, HIGH_NEGATIVE)
+            negative_ratio, negative_moves = bounded_ratio(row_log_ratio, True, LOW, HIGH, HIGH_NEGATIVE)
+            # Advantages of both signs cancel: added in one sum, not as the difference of two larger ones.
+            acc_moving = tl.where(moves, acc_positive, 0.0) + tl.where(negative_moves, acc_negative, 0.0)
+            moving = tl.sum(acc_moving)
+            # Where both move it is the same ratio; where none does, it may be infinite.
+            row_ratio = tl.where(moves, ratio, negative_ratio)
+            row_gradient = tl.where(moving != 0.0, -row_ratio * moving * row_inverse, 0.0)
 
     acc_loss = tl.zeros([BLOCK], tl.float32)
     acc_tokens = tl.zeros([BLOCK], tl.float32)
@@ -171,18 +149,12 @@ def policy_loss_kernel(
         if SEQUENCE:
             b_log_ratio = tl.where(m_valid, row_log_ratio, 0.0)
 
-        b_bounded, m_moves = _bounded_ratio(b_log_ratio, m_negative, LOW, HIGH, HIGH_NEGATIVE)
-        b_loss = -b_bounded * b_adv
-        if CISPO:
-            b_grad = b_loss
-            b_loss *= b_logps
-        elif SEQUENCE:
+        b_loss, b_grad = surrogate(b_logps, b_log_ratio, b_adv, LOW, HIGH, HIGH_NEGATIVE, CISPO)
+        if SEQUENCE and not CISPO:
             b_grad = tl.where(m_valid, row_gradient, 0.0)
-        else:
-            b_grad = tl.where(m_moves, b_loss, 0.0)
         if ref_ptr is not None:
             b_ref = _load(ref_ptr + row * ref_stride_b, ref_stride_t, o_t, m_valid)
-            b_kl, b_kl_grad = _kl(b_logps, b_ref, KL_LOG_LIMIT, KL_LIMIT)
+            b_kl, b_kl_grad = kl_to_reference(b_logps, b_ref, KL_LOG_LIMIT, KL_LIMIT)
             acc_kl += b_kl
             if BETA != 0.0:
                 b_loss += BETA * b_kl
@@ -260,15 +232,7 @@ def policy_loss(
 
 
 def _constants(config: PolicyLossConfig) -> dict[str, float | bool | int | None]:
-    low, high, high_negative = config.log_bounds()
-    return {
-        "LOW": low,
-        "HIGH": high,
-        "HIGH_NEGATIVE": high_negative,
-        "BETA": float(config.beta),
-        "KL_LOG_LIMIT": config.kl_log_ratio_limit,
-        "KL_LIMIT": config.kl_limit,
-        "CISPO": config.loss_type == "cispo",
+    return term_constants(config) | {
         "SEQUENCE": config.importance_sampling_level == "sequence",
         "ROW_MEAN": config.loss_type == "grpo",
         "ROW_COLUMNS": terms.ROW_COLUMNS,

@@ -1,0 +1,470 @@
+"""Log-probabilities, entropy, policy loss and gradient from logits in memory: a program owns the row of a token.
+
+Pass 1 takes maximum, sum and entropy of the row online; pass 2 reads the row again, the last tile first because that
+one is most likely still in a cache, and writes the gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._triton import CompileCase, tanh, tl, triton
+from vgpo_kernels.policy_loss.config import PolicyLossConfig
+from vgpo_kernels.policy_loss.kernels.rows import (
+    VECTOR,
+    bounded,
+    edges,
+    finite,
+    first_vector,
+    row_tiles,
+    scores,
+    softcap_scales,
+    tile_columns,
+    tile_vectors,
+    vectors_match,
+    whole_vectors,
+)
+from vgpo_kernels.policy_loss.kernels.terms import kl_to_reference, surrogate, term_constants
+
+# Vectors a thread has of a tile.
+VECTORS = 2
+RUN_TIME = (
+    "length",
+    "vocabulary",
+    *(f"{name}_stride_{axis}" for name in ("logits", "out") for axis in ("b", "t")),
+)
+
+
+@triton.jit
+def _take(b_max, b_sum, b_dot, b_u, scale2, ENTROPY: tl.constexpr):
+    """Takes scores [R, N] into the lanes' maximum, sum of e = exp2((u - maximum) * scale2), and of e * log2(e), [R]."""
+    b_new = tl.maximum(b_max, tl.max(b_u, axis=1))
+    b_base = finite(b_new)
+    b_shift = (b_max - b_base) * scale2
+    b_decay = tl.exp2(b_shift)
+    b_log2 = (b_u - b_base[:, None]) * scale2
+    b_e = tl.exp2(b_log2)
+    if ENTROPY:
+        b_dot = b_decay * (b_dot + b_sum * bounded(b_shift)) + tl.sum(b_e * bounded(b_log2), axis=1)
+    return b_new, b_decay * b_sum + tl.sum(b_e, axis=1), b_dot
+
+
+@triton.jit
+def _row_statistics(
+    p_row,
+    head,
+    n_vectors,
+    vocabulary,
+    target_score,
+    scale2,
+    inverse_cap,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    R: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Pass 1: maximum of the row, sum of e and sum of e * log2(e)."""
+    # From the target's score on: so every thread has it before any thread writes in place.
+    b_max = tl.maximum(tl.full([R], -float("inf"), tl.float32), target_score)
+    b_sum = tl.zeros([R], tl.float32)
+    b_dot = tl.zeros([R], tl.float32)
+    o_e, m_e = edges(head, n_vectors, vocabulary, R, VEC)
+    b_edge = scores(tl.load(p_row + o_e, mask=m_e, other=-float("inf")), m_e, inverse_cap, SOFTCAP)
+    b_max, b_sum, b_dot = _take(b_max, b_sum, b_dot, b_edge[:, None], scale2, ENTROPY)
+
+    p_tile = first_vector(p_row, head, VEC, True) + tile_columns(0, R, VEC)
+    m_r = tile_vectors(0, n_vectors, R)
+    b_x = tl.load(p_tile, mask=m_r[:, None], other=-float("inf"))
+    for tile in range(0, tl.cdiv(n_vectors, R)):
+        # Asked for a tile ahead: bytes are always under way.
+        p_tile += R * VEC
+        m_next = tile_vectors(tile + 1, n_vectors, R)
+        b_next = tl.load(p_tile, mask=m_next[:, None], other=-float("inf"))
+        b_u = scores(b_x, m_r[:, None], inverse_cap, SOFTCAP)
+        b_max, b_sum, b_dot = _take(b_max, b_sum, b_dot, b_u, scale2, ENTROPY)
+        b_x = b_next
+        m_r = m_next
+
+    row_max = tl.max(b_max, axis=0)
+    b_shift = (b_max - finite(row_max)) * scale2
+    b_decay = tl.exp2(b_shift)
+    row_dot = tl.sum(b_decay * (b_dot + b_sum * bounded(b_shift)), axis=0) if ENTROPY else 0.0
+    return row_max, tl.sum(b_decay * b_sum, axis=0), row_dot
+
+
+@triton.jit
+def _gradient(b_x, m_hit, outer, center, scale2, factor, entropy_factor, at_target, inverse_cap, SOFTCAP: tl.constexpr):
+    """e * (factor + entropy_factor * log2(e)), plus at_target where hit; e = exp2((u * outer - center) * scale2)."""
+    b_u = b_x.to(tl.float32)
+    if SOFTCAP:
+        b_u = tanh(b_u * inverse_cap)
+    b_log2 = (b_u * outer - center) * scale2
+    b_dx = tl.exp2(b_log2)
+    if entropy_factor is None:
+        b_dx *= factor
+    else:
+        b_dx *= factor + entropy_factor * bounded(b_log2)
+    b_dx += tl.where(m_hit, at_target, 0.0)
+    if SOFTCAP:
+        b_dx *= 1.0 - b_u * b_u
+    return b_dx
+
+
+@triton.jit
+def _write_gradient(
+    p_row,
+    p_out,
+    head,
+    n_vectors,
+    vocabulary,
+    target,
+    outer,
+    center,
+    scale2,
+    factor,
+    entropy_factor,
+    at_target,
+    inverse_cap,
+    SOFTCAP: tl.constexpr,
+    OUT_ALIGNED: tl.constexpr,
+    R: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Pass 2. An element is read once more, and then written."""
+    OUT: tl.constexpr = p_out.dtype.element_ty
+    o_e, m_e = edges(head, n_vectors, vocabulary, R, VEC)
+    b_edge = tl.load(p_row + o_e, mask=m_e, other=0.0)
+    b_edge = _gradient(
+        b_edge, o_e == target, outer, center, scale2, factor, entropy_factor, at_target, inverse_cap, SOFTCAP
+    )
+    tl.store(p_out + o_e, b_edge.to(OUT), mask=m_e)
+
+    n_tiles = tl.cdiv(n_vectors, R)
+    p_vectors = first_vector(p_row, head, VEC, True)
+    p_out_vectors = first_vector(p_out, head, VEC, OUT_ALIGNED)
+    p_tile = p_vectors + tile_columns(n_tiles - 1, R, VEC)
+    m_r = tile_vectors(n_tiles - 1, n_vectors, R)
+    b_x = tl.load(p_tile, mask=m_r[:, None], other=0.0, eviction_policy="evict_first")
+    for index in range(0, n_tiles):
+        tile = n_tiles - 1 - index
+        p_tile -= R * VEC
+        m_next = tile_vectors(tile - 1, n_vectors, R)
+        b_next = tl.load(p_tile, mask=m_next[:, None], other=0.0, eviction_policy="evict_first")
+        o_v = tile_columns(tile, R, VEC)  # [R, VEC]
+        b_dx = _gradient(
+            b_x, o_v == target - head, outer, center, scale2, factor, entropy_factor, at_target, inverse_cap, SOFTCAP
+        )
+        tl.store(p_out_vectors + o_v, b_dx.to(OUT), mask=m_r[:, None], eviction_policy="evict_first")
+        b_x = b_next
+        m_r = m_next
+
+
+@triton.jit
+def _write_zeros(p_out, head, vocabulary, OUT_ALIGNED: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr):
+    OUT: tl.constexpr = p_out.dtype.element_ty
+    n_vectors = (vocabulary - head) // VEC
+    o_v, m_v = edges(head, n_vectors, vocabulary, R, VEC)
+    tl.store(p_out + o_v, tl.zeros([R], OUT), mask=m_v)
+    p_vectors = first_vector(p_out, head, VEC, OUT_ALIGNED)
+    for tile in range(0, tl.cdiv(n_vectors, R)):
+        m_r = tile_vectors(tile, n_vectors, R)
+        tl.store(p_vectors + tile_columns(tile, R, VEC), tl.zeros([R, VEC], OUT), mask=m_r[:, None])
+
+
+@triton.jit
+def _load(ptr, row):
+    return 0.0 if ptr is None else tl.load(ptr + row).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, row, value):
+    if ptr is not None:
+        tl.store(ptr + row, value)
+
+
+@triton.jit(do_not_specialize=RUN_TIME)
+def logits_kernel(
+    logits_ptr,  # (B, T, V), last stride 1
+    targets_ptr,  # (B, T), as all below but the last
+    valid_ptr,  # None: every row
+    logps_ptr,  # written; None without STATISTICS
+    lse_ptr,  # written, or None; without STATISTICS read
+    entropy_ptr,  # written, or None; without STATISTICS read
+    old_ptr,  # or None
+    ref_ptr,  # or None
+    adv_ptr,  # None where there is no loss
+    weights_ptr,  # or None
+    grad_logps_ptr,  # or None
+    grad_entropy_ptr,  # or None
+    grad_lse_ptr,  # or None
+    out_ptr,  # (B, T, V), last stride 1, or None
+    scale,
+    inverse_cap,
+    length,
+    vocabulary,
+    logits_stride_b,
+    logits_stride_t,
+    out_stride_b,
+    out_stride_t,
+    STATISTICS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    OUT_ALIGNED: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    HIGH_NEGATIVE: tl.constexpr,
+    BETA: tl.constexpr,
+    KL_LOG_LIMIT: tl.constexpr,
+    KL_LIMIT: tl.constexpr,
+    CISPO: tl.constexpr,
+    R: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    p_row = logits_ptr + (row // length) * logits_stride_b + (row % length) * logits_stride_t
+    head, n_vectors = whole_vectors(p_row, vocabulary, VEC)
+    p_out = None
+    if out_ptr is not None:
+        p_out = out_ptr + (row // length) * out_stride_b + (row % length) * out_stride_t
+    valid = True
+    if valid_ptr is not None:
+        valid = tl.load(valid_ptr + row) != 0
+    if not valid:
+        if STATISTICS:
+            _store(logps_ptr, row, 0.0)
+            _store(lse_ptr, row, 0.0)
+            _store(entropy_ptr, row, 0.0)
+        if p_out is not None:
+            _write_zeros(p_out, head, vocabulary, OUT_ALIGNED, R, VEC)
+    else:
+        target = tl.load(targets_ptr + row)
+        in_range = (target >= 0) & (target < vocabulary)
+        target = tl.where(in_range, target, -1).to(tl.int32)
+        if STATISTICS:
+            outer = 1.0
+            scale2 = scale * 1.4426950408889634
+            target_x = tl.load(p_row + target, mask=in_range, other=-float("inf"))
+            target_u = scores(target_x, in_range, inverse_cap, SOFTCAP)
+            center, total, dot = _row_statistics(
+                p_row,
+                head,
+                n_vectors,
+                vocabulary,
+                target_u,
+                scale2,
+                inverse_cap,
+                SOFTCAP,
+                entropy_ptr is not None,
+                R,
+                VEC,
+            )
+            log_total = tl.log(total)
+            # The distance to the maximum first: near a probability of 1 an LSE would cancel against the score.
+            logps = tl.where(in_range, (target_u - center) * scale - log_total, float("nan"))
+            _store(logps_ptr, row, logps)
+            _store(lse_ptr, row, center * scale + log_total)
+            _store(entropy_ptr, row, log_total - dot / total * 0.6931471805599453)
+        else:
+            outer = scale
+            scale2 = 1.4426950408889634
+            center = tl.load(lse_ptr + row)
+            total = 1.0
+        if p_out is not None:
+            if adv_ptr is None:
+                coefficient = _load(grad_logps_ptr, row)
+            else:
+                log_ratio = logps - logps if old_ptr is None else logps - _load(old_ptr, row)
+                _, coefficient = surrogate(logps, log_ratio, _load(adv_ptr, row), LOW, HIGH, HIGH_NEGATIVE, CISPO)
+                if ref_ptr is not None:
+                    _, kl_gradient = kl_to_reference(logps, _load(ref_ptr, row), KL_LOG_LIMIT, KL_LIMIT)
+                    coefficient += BETA * kl_gradient
+                if weights_ptr is not None:
+                    coefficient *= _load(weights_ptr, row)
+            slope = scale * inverse_cap if SOFTCAP else scale
+            factor = _load(grad_lse_ptr, row) - coefficient
+            entropy_factor = None
+            if grad_entropy_ptr is not None:
+                by_entropy = _load(grad_entropy_ptr, row)
+                factor -= by_entropy * _load(entropy_ptr, row)
+                entropy_factor = by_entropy * slope * -0.6931471805599453
+            _write_gradient(
+                p_row,
+                p_out,
+                head,
+                n_vectors,
+                vocabulary,
+                target,
+                outer,
+                center,
+                scale2,
+                factor * slope / total,
+                entropy_factor,
+                coefficient * slope,
+                inverse_cap,
+                SOFTCAP,
+                OUT_ALIGNED,
+                R,
+                VEC,
+            )
+
+
+def logits_logprobs(
+    logits: Tensor, targets: Tensor, valid: Tensor | None, temperature: float, softcap: float | None, entropy: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns logps, LSE and entropy (None unless asked for), (B, T) each, of logits (B, T, V); 0 where not valid."""
+    logps, lse, entropies = (_empty_like_rows(logits) for _ in range(3))
+    _launch(
+        logits,
+        targets,
+        valid,
+        temperature,
+        softcap,
+        {"logps": logps, "lse": lse, "entropy": entropies if entropy else None},
+        statistics=True,
+    )
+    return logps, lse, entropies if entropy else None
+
+
+def logits_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    valid: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    out: Tensor,
+) -> None:
+    """Writes to `out` the gradient of sum(grad_logps * logps + grad_entropy * entropy + grad_lse * lse) by the logits.
+
+    `out` (B, T, V), last stride 1, may be `logits` itself; rows that are not valid become 0.
+    """
+    rows = {"lse": lse, "grad_logps": grad_logps, "grad_lse": grad_lse}
+    if grad_entropy is not None:
+        rows |= {"entropy": entropy, "grad_entropy": grad_entropy}
+    _launch(logits, targets, valid, temperature, softcap, rows, statistics=False, out=out)
+
+
+def logits_loss(
+    logits: Tensor,
+    targets: Tensor,
+    valid: Tensor | None,
+    old_logps: Tensor | None,
+    advantages: Tensor,
+    ref_logps: Tensor | None,
+    row_weights: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    config: PolicyLossConfig,
+    out: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Returns logps and entropy (B, T), and writes the gradient of the token-level loss by the logits to `out`.
+
+    `advantages` are those of the loss, weights included; `row_weights` (B, T) multiply each token's loss, None being 1.
+    """
+    logps, entropy = (_empty_like_rows(logits) for _ in range(2))
+    rows = {
+        "logps": logps,
+        "entropy": entropy,
+        "old": old_logps,
+        "adv": advantages,
+        "ref": ref_logps if config.beta != 0.0 else None,
+        "weights": row_weights,
+    }
+    _launch(logits, targets, valid, temperature, softcap, rows, statistics=True, config=config, out=out)
+    return logps, entropy
+
+
+def _empty_like_rows(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape[:-1], dtype=torch.float32, device=logits.device)
+
+
+def _launch(
+    logits: Tensor,
+    targets: Tensor,
+    valid: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    rows: dict[str, Tensor | None],
+    *,
+    statistics: bool,
+    config: PolicyLossConfig | None = None,
+    out: Tensor | None = None,
+) -> None:
+    """Launches a program a row; `rows` are the (B, T) arguments that there are."""
+    batch, length, vocabulary = logits.shape
+    if batch * length == 0:
+        return
+    rows = {name: rows.get(name) for name in _ROWS} | {"targets": targets, "valid": valid}
+    logits_kernel[(batch * length,)](
+        logits_ptr=logits,
+        out_ptr=out,
+        **{f"{name}_ptr": None if x is None else x.contiguous() for name, x in rows.items()},
+        **softcap_scales(temperature, softcap),
+        length=length,
+        vocabulary=vocabulary,
+        **{
+            f"{name}_stride_{axis}": 0 if x is None else x.stride(dim)
+            for name, x in (("logits", logits), ("out", out))
+            for dim, axis in enumerate("bt")
+        },
+        STATISTICS=statistics,
+        OUT_ALIGNED=out is not None and vectors_match(logits, out),
+        **term_constants(PolicyLossConfig() if config is None else config),
+        **_tiles(vocabulary, logits.element_size()),
+    )
+
+
+_ROWS = ("logps", "lse", "entropy", "old", "ref", "adv", "weights", "grad_logps", "grad_entropy", "grad_lse")
+
+
+def _tiles(vocabulary: int, itemsize: int, *, amd: bool | None = None) -> dict[str, int]:
+    return row_tiles(vocabulary, itemsize, VECTORS, amd=amd) | {"VEC": VECTOR // itemsize}
+
+
+def compile_cases() -> list[CompileCase]:
+    """Returns the statistics, the gradient and the loss in the forms that take most registers."""
+    kl = PolicyLossConfig.official(beta=0.01)
+    loss = ("logps", "entropy", "old", "adv", "weights")
+    backward = ("lse", "entropy", "grad_logps", "grad_entropy", "grad_lse")
+    return [
+        _compile_case("logits logprobs bf16", "bf16", ("logps", "lse")),
+        _compile_case("logits logprobs entropy softcap fp32", "fp32", ("logps", "lse", "entropy"), softcap=True),
+        _compile_case("logits gradient bf16", "bf16", backward[:3], out="bf16", statistics=False),
+        _compile_case("logits gradient softcap fp32", "fp32", backward, out="bf16", statistics=False, softcap=True),
+        _compile_case("logits loss bf16", "bf16", loss, out="bf16"),
+        _compile_case("logits loss kl softcap bf16", "bf16", (*loss, "ref"), out="bf16", softcap=True, config=kl),
+        _compile_case("logits loss short bf16 to fp32", "bf16", loss, out="fp32", vocabulary=1000, aligned=False),
+        _compile_case("logits loss kl fp32", "fp32", (*loss, "ref"), out="fp32", config=kl),
+    ]
+
+
+def _compile_case(
+    name: str,
+    dtype: str,
+    rows: tuple[str, ...],
+    *,
+    out: str | None = None,
+    statistics: bool = True,
+    softcap: bool = False,
+    config: PolicyLossConfig | None = None,
+    vocabulary: int = 152064,
+    aligned: bool = True,
+) -> CompileCase:
+    pointers = {"logits_ptr": f"*{dtype}", "targets_ptr": "*i64", "valid_ptr": "*i1"}
+    pointers |= {f"{row}_ptr": "*fp32" for row in rows} | ({} if out is None else {"out_ptr": f"*{out}"})
+    absent = {f"{row}_ptr": None for row in (*_ROWS, "out") if f"{row}_ptr" not in pointers}
+    constants: dict[str, Any] = {"STATISTICS": statistics, "SOFTCAP": softcap, "OUT_ALIGNED": aligned}
+    constants |= term_constants(PolicyLossConfig() if config is None else config)
+    signature = pointers | dict.fromkeys(RUN_TIME, "i32") | {"scale": "fp32", "inverse_cap": "fp32"}
+    itemsize = 4 if dtype == "fp32" else 2
+    return CompileCase(
+        name,
+        logits_kernel,
+        signature,
+        absent | constants,
+        tiles=lambda target: _tiles(vocabulary, itemsize, amd=target == "gfx942"),
+    )

@@ -1,0 +1,110 @@
+"""How a program walks a row of logits: whole vectors of 16 bytes wherever the row begins, and its two edges.
+
+Scores are u = x, or tanh(x / softcap); scaled logits are z = u * scale. Lanes [R] each take a vector of every tile.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from vgpo_kernels._triton import tanh, tl, triton
+
+VECTOR = 16  # bytes
+# Rows longer than this many bytes are walked by as many threads as there may be.
+LONG_ROW = 32768
+
+
+@triton.jit
+def bytes_of(p_x):
+    """Bytes of an element behind a pointer."""
+    return tl.constexpr(p_x.dtype.element_ty.primitive_bitwidth // 8)
+
+
+@triton.jit
+def whole_vectors(p_row, vocabulary, VEC: tl.constexpr):
+    """How many elements lie before the row's first whole vector, and how many whole vectors it has."""
+    ITEM: tl.constexpr = p_row.dtype.element_ty.primitive_bitwidth // 8
+    before = ((-p_row.to(tl.int64)) & (VEC * ITEM - 1)).to(tl.int32) // ITEM
+    head = tl.minimum(before, vocabulary)
+    return head, (vocabulary - head) // VEC
+
+
+@triton.jit
+def first_vector(p_row, head, VEC: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer to the row's first whole vector, of which the compiler learns that vectors begin there if `ALIGNED`."""
+    ITEM: tl.constexpr = p_row.dtype.element_ty.primitive_bitwidth // 8
+    if ALIGNED:
+        return tl.multiple_of(p_row + head, VEC * ITEM)
+    return p_row + head
+
+
+@triton.jit
+def edges(head, n_vectors, vocabulary, R: tl.constexpr, VEC: tl.constexpr):
+    """Columns [R] of the elements outside of whole vectors, and which of them there are."""
+    o_r = tl.arange(0, R)
+    o_v = tl.where(o_r < VEC, o_r, head + (n_vectors - 1) * VEC + o_r)
+    return o_v, tl.where(o_r < VEC, o_r < head, (o_r < 2 * VEC) & (o_v < vocabulary))
+
+
+@triton.jit
+def tile_columns(tile, R: tl.constexpr, VEC: tl.constexpr):
+    """Columns [R, VEC] of a tile, counted from the first whole vector."""
+    return (tile * R + tl.arange(0, R))[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def tile_vectors(tile, n_vectors, R: tl.constexpr):
+    """Which vectors [R] of a tile lie in the row; the tile itself may lie before or after it."""
+    o_r = tile * R + tl.arange(0, R)
+    return (o_r >= 0) & (o_r < n_vectors)
+
+
+@triton.jit
+def scores(b_x, m_x, inverse_cap, SOFTCAP: tl.constexpr):
+    """Scores in fp32, -inf where there is none."""
+    b_u = b_x.to(tl.float32)
+    if SOFTCAP:
+        b_u = tl.where(m_x, tanh(b_u * inverse_cap), -float("inf"))
+    return b_u
+
+
+@triton.jit
+def finite(b_max):
+    """What is subtracted in place of a maximum: of nothing but -inf it is 0."""
+    return tl.where(b_max == -float("inf"), 0.0, b_max)
+
+
+@triton.jit
+def bounded(b_log2):
+    """Logarithms whose exp2 is the same 0 as before, but 0 * log2(0) is 0 and not NaN."""
+    return tl.maximum(b_log2, -200.0)
+
+
+@functools.cache
+def _on_amd() -> bool:
+    return torch.version.hip is not None
+
+
+def row_tiles(vocabulary: int, itemsize: int, vectors: int, *, amd: bool | None = None) -> dict[str, int]:
+    """Returns tiles of `vectors` vectors a thread: 1024 threads for long rows, so that few rows share the L2 cache."""
+    warp_size = 64 if (_on_amd() if amd is None else amd) else 32
+    threads = 1024 if vocabulary * itemsize > LONG_ROW else 128
+    return {"R": threads * vectors, "num_warps": threads // warp_size}
+
+
+def softcap_scales(temperature: float, softcap: float | None) -> dict[str, float | bool]:
+    """Returns the kernels' arguments `scale`, `inverse_cap` and `SOFTCAP`."""
+    if softcap is None:
+        return {"scale": 1.0 / temperature, "inverse_cap": 1.0, "SOFTCAP": False}
+    return {"scale": softcap / temperature, "inverse_cap": 1.0 / softcap, "SOFTCAP": True}
+
+
+def vectors_match(x: Tensor, other: Tensor) -> bool:
+    """Whether vectors begin at the same columns of each row of both, so that both are walked in whole vectors."""
+    width = VECTOR // x.element_size()
+    places = [
+        [t.data_ptr() // t.element_size(), *(t.stride(d) for d in range(t.dim() - 1) if t.shape[d] > 1)]
+        for t in (x, other)
+    ]
+    return all((a - b) % width == 0 for a, b in zip(*places, strict=True))
