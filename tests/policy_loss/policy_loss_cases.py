@@ -166,6 +166,13 @@ def mean_magnitude(per_token: Tensor, mask: Tensor, config: PolicyLossConfig, nu
     return rows.sum() / (num_items or tokens.sum().clamp(min=1))
 
 
+def row_mean_magnitude(per_token: Tensor, mask: Tensor, config: PolicyLossConfig, num_items: float | None) -> Tensor:
+    """The gradient of a row with one ratio, (B, T), if every token's loss were positive: a mean over the row, too."""
+    ones = torch.ones_like(per_token, requires_grad=True)
+    (weights,) = torch.autograd.grad(mean_magnitude(ones, mask, config, num_items), ones)
+    return weights * per_token.abs().sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 def loss_and_gradient(inputs: Inputs, config: PolicyLossConfig, **options) -> tuple[PolicyLossOutput, Tensor]:
     """One call and one backward."""
     logps = inputs.logps.detach().clone().requires_grad_()
