@@ -2,7 +2,13 @@
 
 import itertools
 import json
+import os
+import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("trl", minversion="1.16")
 from datasets import Dataset
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from vgpo_kernels import VGPOConfig, vgpo_weights
@@ -49,7 +56,9 @@ def dataset(pictures: Path, *, without_picture: tuple[int, ...] = (), split: str
         [
             {
                 "prompt": [{"role": "user", "content": row["problem"]}],
-                "image": None if number in without_picture else Image.open(pictures / row["images"][0]).copy(),
+                "images": [
+                    Image.open(pictures / path).copy() for path in row["images"] if number not in without_picture
+                ],
                 "answer": row["answer"],
             }
             for number, row in enumerate(rows)
@@ -66,7 +75,15 @@ def length_reward(completions: list[Any], **_: Any) -> list[float]:
 def make(checkpoint: Path, pictures: Path, tmp_path: Path):
     """Builds a trainer, by default one that generates for two prompts of four completions a step."""
 
-    def build(trainer: type = VGPOTrainer, *, data: Any = None, trainer_options: Any = None, **options: Any) -> Any:
+    def build(
+        trainer: type = VGPOTrainer,
+        *,
+        model: Any = None,
+        data: Any = None,
+        processor: Any = None,
+        trainer_options: Any = None,
+        **options: Any,
+    ) -> Any:
         settings = {
             "output_dir": str(tmp_path),
             "per_device_train_batch_size": 4,
@@ -86,11 +103,11 @@ def make(checkpoint: Path, pictures: Path, tmp_path: Path):
             **options,
         }
         return trainer(
-            str(checkpoint),
+            str(checkpoint) if model is None else model,
             length_reward,
             args=GRPOConfig(**settings),
             train_dataset=dataset(pictures) if data is None else data,
-            processing_class=load_processor(checkpoint),
+            processing_class=load_processor(checkpoint) if processor is None else processor,
             **(trainer_options or {}),
         )
 
@@ -298,3 +315,190 @@ def test_one_forward_scores_a_batch(make, num_iterations):
     assert rows == [4, 4]
     assert ("old_per_token_logps" in batch) == (num_iterations == 2)
     assert batch["token_weights"].std() > 0.05
+
+
+def mixing_processor(checkpoint: Path) -> Any:
+    """Takes what TRL 1.16 makes of a batch in which some rows have no picture: None instead of an empty list."""
+    processor = load_processor(checkpoint)
+
+    class Mixing(type(processor)):
+        def __call__(self, images: Any = None, **options: Any) -> Any:
+            return super().__call__(images=[own or [] for own in images] if images else None, **options)
+
+    processor.__class__ = Mixing
+    return processor
+
+
+def test_rows_without_a_picture_keep_their_advantages(make, checkpoint, pictures):
+    data = dataset(pictures, without_picture=(1,))
+    # One forward for all rows: transformers' vision tower takes no batch without any picture.
+    trainer = make(data=data, processor=mixing_processor(checkpoint), per_device_train_batch_size=8)
+    trainer.current_gradient_accumulation_steps = 1
+    batch = batch_for(trainer)
+    assert torch.equal(batch["token_weights"][4:], torch.ones(4, LENGTH))
+    assert torch.equal(batch["trajectory_weights"][4:], torch.ones(4))
+    assert batch["token_weights"][:4].std() > 0.05
+    assert trainer._metrics["train"]["vgpo/visual_rows"] == [0.5]
+    only_text = make(data=dataset(pictures, without_picture=tuple(range(16))), max_steps=1)
+    only_text.train()
+    logged = only_text.state.log_history[0]
+    assert logged["vgpo/visual_rows"] == 0.0
+    assert logged["vgpo/focus_mean"] is None
+
+
+def test_attention_as_the_source_is_the_mass_that_eager_attention_shows(make):
+    options = {"model_init_kwargs": {"attn_implementation": {"text_config": "vgpo"}}}
+    trainer = make(trainer_options={"focus_source": "attention", "focus_layers": "all"}, **options)
+    batch = batch_for(trainer)
+    trainer.model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        output = trainer.model(
+            input_ids=(ids := torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)),
+            attention_mask=torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            output_attentions=True,
+            **{name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")},
+        )
+    visual = (ids == trainer.model.config.image_token_id).float()
+    maps = torch.stack(output.attentions).mean((0, 2))  # (B, L, L), over layers and heads
+    mass = (maps @ visual[..., None]).squeeze(-1)[:, batch["prompt_ids"].shape[1] :]
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    expected = vgpo_weights(mass, batch["completion_mask"], groups, VGPOConfig.balanced(), source="attention")
+    torch.testing.assert_close(batch["token_weights"], expected.token_weights, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(batch["trajectory_weights"], expected.trajectory_weights, rtol=1e-3, atol=1e-3)
+    assert batch["token_weights"].std() > 0.05
+
+
+def test_evaluation_weighs_by_its_own_group_size(make, pictures):
+    trainer = make(
+        num_generations_eval=2,
+        trainer_options={"eval_dataset": dataset(pictures, split="test"), "vgpo_config": VGPOConfig.paper()},
+    )
+    metrics = trainer.evaluate()
+    assert metrics["eval_vgpo/token_weight_std"] > 0.05
+    # Two rows a group: the min-max over a group makes them 0 and 1, and its mean is one half.
+    assert metrics["eval_vgpo/trajectory_weight_std"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_warm_up_counts_optimizer_steps(make):
+    trainer = make(trainer_options={"vgpo_config": VGPOConfig.balanced(warmup_steps=2)}, max_steps=3)
+    trainer.train()
+    spreads = [entry["vgpo/token_weight_std"] for entry in trainer.state.log_history if "loss" in entry]
+    assert spreads[0] == 0.0
+    assert spreads[1] == pytest.approx(spreads[2] / 2, rel=0.5)
+
+
+REFUSED = {
+    "loss_type": ({"loss_type": "sapo"}, "loss_type: expected one of 'grpo', .*, got 'sapo': policy_loss has no other"),
+    "liger": ({"use_liger_kernel": True}, "use_liger_kernel: expected False, got True: .*drop token weights"),
+    "head": ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32: expected False, got True"),
+    "entropy mask": ({"top_entropy_quantile": 0.2}, r"top_entropy_quantile: expected 1\.0, got 0\.2: it drops tokens"),
+    "entropy bonus": ({"entropy_coef": 0.01}, r"entropy_coef: expected 0\.0, got 0\.01: an entropy bonus"),
+    "adaptive entropy": ({"use_adaptive_entropy": True}, "use_adaptive_entropy: expected False, got True"),
+    "off-policy mask": ({"off_policy_mask_threshold": 0.5}, r"off_policy_mask_threshold: expected None, got 0\.5"),
+    "compile": ({"torch_compile": True}, "torch_compile: expected False, got True"),
+    "KL": ({"beta": 0.04}, r"use_bias_correction_kl: expected False with beta=0\.04, got True"),
+    "level": ({"importance_sampling_level": "word"}, "importance_sampling_level: expected one of"),
+    "cispo": ({"loss_type": "cispo"}, "epsilon_high: with loss_type 'cispo'"),
+    "delta": ({"loss_type": "cispo", "epsilon_high": 2.0, "delta": 3.0}, "delta: expected None with loss_type 'cispo'"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_options_that_would_make_another_loss_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def nothing(*_: Any, **__: Any) -> None:
+    """Stands for a tool, an environment or a rollout."""
+
+
+ARGUMENTS = {
+    "tools": ({"tools": [nothing]}, ValueError, "tools: expected None, got .*did not generate"),
+    "environment": ({"environment_factory": nothing}, ValueError, "environment_factory: expected None, got "),
+    "rollout": ({"rollout_func": nothing}, ValueError, "rollout_func: expected None, got "),
+    "config": ({"vgpo_config": "balanced"}, TypeError, "vgpo_config: expected a VGPOConfig or None, got str"),
+    "source": ({"focus_source": "gaze"}, ValueError, "focus_source: expected one of 'similarity', 'attention'"),
+    "sdpa": ({"focus_source": "attention"}, ValueError, "focus_source: expected 'similarity' for .*not to 'sdpa'"),
+    "prompt learning": (
+        {"peft_config": SimpleNamespace(is_prompt_learning=True)},
+        ValueError,
+        "peft_config: expected adapters inside the layers, got SimpleNamespace",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
+def test_arguments_are_checked_when_the_trainer_is_made(make, options, error, message):
+    with pytest.raises(error, match=message):
+        make(trainer_options=options)
+
+
+def test_a_mixture_of_experts_is_refused_with_its_auxiliary_loss(make, checkpoint):
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
+    model.config.text_config.output_router_logits = False  # what says so, with TRL
+    model.config.text_config.router_aux_loss_coef = 0.01
+    with pytest.raises(ValueError, match=r"router_aux_loss_coef: expected 0\.0, got 0\.01"):
+        make(model=model)
+
+
+def test_a_model_without_pictures_is_refused(make, checkpoint):
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=11, num_key_value_heads=2, **size))
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM: expected a configuration that names the image token"):
+        make(model=model, processor=load_processor(checkpoint).tokenizer)
+
+
+def test_groups_span_processes(checkpoint, pictures, tmp_path):
+    """Two processes of six rows, three groups of four: the middle group has rows of both, of other lengths."""
+    results = run_processes(checkpoint, pictures, tmp_path)
+    assert results[0]["mask"].shape[1] != results[1]["mask"].shape[1]
+    longest = max(result["mask"].shape[1] for result in results)
+
+    def whole(name: str) -> Tensor:
+        parts = [result[name] for result in results]
+        return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts])
+
+    mask, groups = whole("mask"), torch.arange(12) // 4
+    expected = vgpo_weights(whole("focus"), mask, groups, VGPOConfig.balanced())
+    torch.testing.assert_close(whole("token_weights")[mask != 0], expected.token_weights[mask != 0])
+    torch.testing.assert_close(torch.cat([r["trajectory_weights"] for r in results]), expected.trajectory_weights)
+    apart = vgpo_weights(whole("focus"), mask, torch.arange(12) // 2, VGPOConfig.balanced())
+    assert (apart.trajectory_weights - expected.trajectory_weights).abs().max() > 0.05
+    assert results[0]["logged"] == results[1]["logged"]
+    for name, value in results[0]["parameters"].items():
+        assert torch.equal(value, results[1]["parameters"][name]), name
+        assert not torch.equal(value, results[0]["before"][name]), name
+
+
+def run_processes(checkpoint: Path, pictures: Path, folder: Path) -> list[dict[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    worker = Path(__file__).with_name("trl_worker.py")
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(checkpoint), str(pictures), str(folder)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_the_example_of_the_documentation_runs(checkpoint, pictures, tmp_path, monkeypatch, capsys):
+    """Its code as it stands, on a checkpoint and pictures made beforehand as the page says."""
+    page = (ROOT / "docs/trl.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "tiny").symlink_to(checkpoint)
+    (tmp_path / "pictures").symlink_to(pictures)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/trl.md", "exec"), {"__name__": "__main__"})
+    assert "vgpo/focus_mean" in capsys.readouterr().out
