@@ -28,7 +28,7 @@ def check_tensor(
         not isinstance(size, str) and actual != size for actual, size in zip(value.shape, shape, strict=True)
     ):
         # Written only here: torch.compile cannot make text of a dynamic length.
-        wanted = "(" + ", ".join(str(size) for size in shape) + ")"
+        wanted = "(" + ", ".join(str(size) for size in shape) + ("," if len(shape) == 1 else "") + ")"
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}")
     if value.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

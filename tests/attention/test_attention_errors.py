@@ -179,7 +179,7 @@ def test_causal_is_a_bool() -> None:
 def test_errors_of_decode() -> None:
     q, k, v = inputs(B, (4, 2), (1, 8), D)
     visual = torch.ones(B, 8)
-    with pytest.raises(ValueError, match=r"cache_lengths: expected shape \(2\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"cache_lengths: expected shape \(2,\), got \(3,\)"):
         vgpo.visual_attention_decode(q, k, v, visual, torch.ones(3).int())
     for wrong in (9, 0, -1):
         expected = (

@@ -26,7 +26,7 @@ def call(**changes):
         (
             {"advantages": torch.zeros(3)},
             ValueError,
-            r"advantages: expected shape \(2\), got \(3,\)",
+            r"advantages: expected shape \(2,\), got \(3,\)",
         ),
         (
             {"advantages": torch.zeros(2, 1)},
@@ -60,7 +60,7 @@ def call(**changes):
         (
             {"trajectory_weights": torch.zeros(2, 1)},
             ValueError,
-            r"trajectory_weights: expected shape \(2\), got \(2, 1\)",
+            r"trajectory_weights: expected shape \(2,\), got \(2, 1\)",
         ),
         ({"token_weights": torch.zeros(2, 3, device="meta")}, ValueError, "token_weights: .* on cpu, got .*meta"),
         ({"config": {"beta": 0.1}}, TypeError, "config: expected a PolicyLossConfig, got dict"),
