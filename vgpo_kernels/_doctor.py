@@ -20,6 +20,9 @@ OPERATIONS = {
     "visual_focus_score": "focus",
     "vgpo_weights": "weights",
     "policy_loss": "policy_loss",
+    "linear_logprobs": "policy_loss",
+    "linear_policy_loss": "policy_loss",
+    "logits_policy_loss": "policy_loss",
 }
 # What each is called where it is installed; Triton comes under another name with PyTorch for ROCm.
 DISTRIBUTIONS = {
