@@ -1,25 +1,31 @@
 """VGPOTrainer beside TRL's own GRPOTrainer: real training steps of a tiny model on real pictures."""
 
 import itertools
-import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("trl", minversion="1.16")
-from datasets import Dataset
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
+from trl_trainers import (
+    LENGTH,
+    assert_same,
+    batch_for,
+    build_trainer,
+    dataset,
+    dense_focus,
+    heads_own_calls,
+    loss_and_gradients,
+    mixing_processor,
+    off_policy,
+    run_processes,
+)
 
 from vgpo_kernels import VGPOConfig, vgpo_weights
 from vgpo_kernels.integrations.trl import VGPOTrainer
@@ -28,7 +34,6 @@ from vgpo_train.model import load_processor
 from vgpo_train.tiny_model import build_tiny_model
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
-LENGTH = 9  # of a completion: odd, so that no tile and no row length fits by chance
 UNWEIGHTED = VGPOConfig.balanced(intra=False, inter=False)
 ROOT = Path(__file__).parents[2]
 
@@ -50,121 +55,14 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
 
 
-def dataset(pictures: Path, *, without_picture: tuple[int, ...] = (), split: str = "train") -> Any:
-    rows = [json.loads(line) for line in (pictures / f"{split}.jsonl").read_text().splitlines()]
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": row["problem"]}],
-                "images": [
-                    Image.open(pictures / path).copy() for path in row["images"] if number not in without_picture
-                ],
-                "answer": row["answer"],
-            }
-            for number, row in enumerate(rows)
-        ]
-    )
-
-
-def length_reward(completions: list[Any], **_: Any) -> list[float]:
-    """Differs within every group: completions of a random model are not alike."""
-    return [float(len(completion[0]["content"])) for completion in completions]
-
-
 @pytest.fixture
 def make(checkpoint: Path, pictures: Path, tmp_path: Path):
-    """Builds a trainer, by default one that generates for two prompts of four completions a step."""
+    """Builds trainers of the tiny model; see `build_trainer`."""
 
-    def build(
-        trainer: type = VGPOTrainer,
-        *,
-        model: Any = None,
-        data: Any = None,
-        processor: Any = None,
-        trainer_options: Any = None,
-        **options: Any,
-    ) -> Any:
-        settings = {
-            "output_dir": str(tmp_path),
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            "num_generations": 4,
-            "max_completion_length": LENGTH,
-            "max_steps": 2,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "shuffle_dataset": False,
-            "use_cpu": True,
-            "bf16": False,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            **options,
-        }
-        return trainer(
-            str(checkpoint) if model is None else model,
-            length_reward,
-            args=GRPOConfig(**settings),
-            train_dataset=dataset(pictures) if data is None else data,
-            processing_class=load_processor(checkpoint) if processor is None else processor,
-            **(trainer_options or {}),
-        )
+    def build(trainer: type = VGPOTrainer, **options: Any) -> Any:
+        return build_trainer(trainer, checkpoint, pictures, tmp_path, **options)
 
     return build
-
-
-def batch_for(trainer: Any, *, ragged: bool = True) -> dict[str, Any]:
-    """A generated batch of two groups of four, with ragged completions where TRL's own would all be as long."""
-    trainer.model.train()
-    rows = [row for row in (trainer.train_dataset[0], trainer.train_dataset[1]) for _ in range(4)]
-    if ragged:
-        generate = trainer._generate_single_turn
-
-        def shorter(*arguments: Any) -> Any:
-            completions, logps = generate(*arguments)
-            lengths = [LENGTH, 4, 1, 7, 5, LENGTH, 2, 8]
-            return [ids[:length] for ids, length in zip(completions, lengths, strict=True)], logps
-
-        trainer._generate_single_turn = shorter
-    try:
-        return trainer._generate_and_score_completions(rows)
-    finally:
-        if ragged:
-            del trainer._generate_single_turn
-
-
-def loss_and_gradients(trainer: Any, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-    """The loss of a batch, its gradients, and what was logged of it."""
-    trainer.model.train()
-    trainer.model.zero_grad()
-    trainer._metrics["train"].clear()
-    loss = trainer.compute_loss(trainer.model, dict(inputs))
-    loss.backward()
-    gradients = {name: value.grad.clone() for name, value in trainer.model.named_parameters() if value.grad is not None}
-    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    return loss.detach(), gradients, logged
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    """Losses to the rounding of float32, gradients to 1e-5 of their norm, and every metric of TRL."""
-    torch.testing.assert_close(ours[0], theirs[0])
-    assert ours[1].keys() == theirs[1].keys()
-    for name, gradient in theirs[1].items():
-        assert (ours[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
-    assert ours[2].keys() == theirs[2].keys()
-    for name, value in theirs[2].items():
-        assert ours[2][name] == pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True), name
-
-
-def off_policy(batch: dict[str, Any], beta: float) -> dict[str, Any]:
-    """The batch as if it had been sampled by another policy: ratios around 1, some of them beyond the clips."""
-    generator = torch.Generator().manual_seed(1)
-    logps = -6.0 + 0.0 * batch["completion_mask"]  # near those of a random model, log(1 / vocabulary)
-    inputs = batch | {"old_per_token_logps": logps + 0.7 * torch.randn(logps.shape, generator=generator)}
-    if beta:
-        inputs["ref_per_token_logps"] = logps + 0.7 * torch.randn(logps.shape, generator=generator)
-    return inputs
 
 
 @pytest.mark.parametrize(
@@ -181,24 +79,34 @@ def test_without_weights_loss_gradients_and_metrics_are_trls(make, monkeypatch, 
         "steps_per_generation": 4,
         "use_bias_correction_kl": False,
     }
-    theirs = make(GRPOTrainer, **options)
-    ours = make(trainer_options={"vgpo_config": UNWEIGHTED}, **options)
+    theirs, ours = make(GRPOTrainer, **options), make(trainer_options={"vgpo_config": UNWEIGHTED}, **options)
     # Two processes of like size: only the number counts tokens of all of them.
     monkeypatch.setattr(type(ours.accelerator), "num_processes", 2)
     for trainer in (ours, theirs):
         trainer.current_gradient_accumulation_steps = 2
     batch = batch_for(theirs)
-    assert len({int(length) for length in batch["completion_mask"].sum(1)}) > 3
-    for inputs in (batch, off_policy(batch, beta)):
-        assert_same(loss_and_gradients(ours, inputs), loss_and_gradients(theirs, inputs))
+    assert len(batch["completion_mask"].sum(1).unique()) > 3
+    on_policy = {name: value for name, value in batch.items() if name != "old_per_token_logps"}
+    for inputs in (on_policy, off_policy(batch)):
+        expected = loss_and_gradients(theirs, inputs)
+        assert_same(loss_and_gradients(ours, inputs), expected)
+    if loss_type != "cispo" and level == "token":
+        assert 0.1 < expected[2]["clip_ratio/region_mean"] < 0.9
+    losses = []
+    for trainer in (ours, theirs):  # evaluation accumulates nothing
+        trainer.model.eval()
+        with torch.no_grad():
+            losses.append(trainer.compute_loss(trainer.model, dict(inputs)))
+    torch.testing.assert_close(*losses)
+    assert losses[0] != expected[0]
 
 
 @pytest.mark.parametrize("shape", ["row", "token"])
 def test_the_correction_for_vllms_log_probabilities_is_trls(make, shape):
     """The factor on a token's loss, which the KL does not get; vLLM itself only generates."""
-    options = {"beta": 0.04, "use_bias_correction_kl": False}
+    options = {"beta": 0.04, "use_bias_correction_kl": False, "num_iterations": 2}
     theirs, ours = make(GRPOTrainer, **options), make(trainer_options={"vgpo_config": UNWEIGHTED}, **options)
-    inputs = off_policy(batch_for(theirs), 0.04)
+    inputs = off_policy(batch_for(theirs))
     mask = inputs["completion_mask"]
     inputs["importance_sampling_ratio"] = 2 * torch.rand(len(mask), 1 if shape == "row" else mask.shape[1])
     inputs["importance_sampling_ratio"][1] = 0.0  # what "sequence_mask" makes of a row
@@ -208,30 +116,11 @@ def test_the_correction_for_vllms_log_probabilities_is_trls(make, shape):
     assert_same(loss_and_gradients(ours, inputs), loss_and_gradients(theirs, inputs))
 
 
-@torch.no_grad()
-def dense_forward(trainer: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits and last states at the completion's tokens, and the states' cosine to the mean visual state."""
-    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
-    output = trainer.model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        output_hidden_states=True,
-        **{name: batch[name] for name in names if name in batch},
-    )
-    states, start = output.hidden_states[-1], batch["prompt_ids"].shape[1]
-    visual = (input_ids == trainer.model.config.image_token_id)[..., None]
-    prototype = (states * visual).sum(1, keepdim=True) / visual.sum(1, keepdim=True).clamp(min=1)
-    cosine = torch.cosine_similarity(states, prototype, dim=-1)[:, start:]
-    return output.logits[:, start - 1 : -1], states[:, start:], cosine
-
-
 def test_weights_come_from_the_last_states_over_whole_groups_and_enter_the_loss(make):
     trainer = make()
     trainer.current_gradient_accumulation_steps = 1
     batch = batch_for(trainer)
-    logits, _, cosine = dense_forward(trainer, batch)
+    cosine = dense_focus(trainer, batch)
     mask = batch["completion_mask"]
     groups = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     expected = vgpo_weights(cosine, mask, groups, VGPOConfig.balanced())
@@ -254,32 +143,9 @@ def test_weights_come_from_the_last_states_over_whole_groups_and_enter_the_loss(
     torch.testing.assert_close(loss, by_hand[0])
     for name, gradient in by_hand[1].items():
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
-    assert logits.shape[:2] == mask.shape
 
 
-def heads_own_calls(trainer: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Notes every call of the head's own forward, and whether it served generation."""
-    head, calls, generating = trainer.model.get_output_embeddings(), [], []
-    forward, generate = torch.nn.Linear.forward, trainer.model.generate
-
-    def noting(self: Any, states: Tensor) -> Tensor:
-        if self is head:
-            calls.append("generation" if generating else "training")
-        return forward(self, states)
-
-    def noted(*arguments: Any, **options: Any) -> Any:
-        generating.append(True)
-        try:
-            return generate(*arguments, **options)
-        finally:
-            generating.pop()
-
-    monkeypatch.setattr(torch.nn.Linear, "forward", noting)
-    monkeypatch.setattr(trainer.model, "generate", noted)
-    return calls
-
-
-def test_training_learns_logs_and_never_calls_the_head(make, monkeypatch):
+def test_training_learns_logs_and_never_calls_the_head(make, monkeypatch, tmp_path):
     trainer = make(
         num_iterations=2, max_steps=3, beta=0.04, use_bias_correction_kl=False, mask_truncated_completions=False
     )
@@ -297,6 +163,8 @@ def test_training_learns_logs_and_never_calls_the_head(make, monkeypatch):
     assert logged[0]["vgpo/visual_rows"] == 1.0
     assert logged[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the reference is the start
     assert logged[1]["kl"] > 1e-6
+    trainer.create_model_card()
+    assert "trained with VGPO" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
@@ -315,18 +183,6 @@ def test_one_forward_scores_a_batch(make, num_iterations):
     assert rows == [4, 4]
     assert ("old_per_token_logps" in batch) == (num_iterations == 2)
     assert batch["token_weights"].std() > 0.05
-
-
-def mixing_processor(checkpoint: Path) -> Any:
-    """Takes what TRL 1.16 makes of a batch in which some rows have no picture: None instead of an empty list."""
-    processor = load_processor(checkpoint)
-
-    class Mixing(type(processor)):
-        def __call__(self, images: Any = None, **options: Any) -> Any:
-            return super().__call__(images=[own or [] for own in images] if images else None, **options)
-
-    processor.__class__ = Mixing
-    return processor
 
 
 def test_rows_without_a_picture_keep_their_advantages(make, checkpoint, pictures):
@@ -469,28 +325,6 @@ def test_groups_span_processes(checkpoint, pictures, tmp_path):
     for name, value in results[0]["parameters"].items():
         assert torch.equal(value, results[1]["parameters"][name]), name
         assert not torch.equal(value, results[0]["before"][name]), name
-
-
-def run_processes(checkpoint: Path, pictures: Path, folder: Path) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    worker = Path(__file__).with_name("trl_worker.py")
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(checkpoint), str(pictures), str(folder)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, said
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 def test_the_example_of_the_documentation_runs(checkpoint, pictures, tmp_path, monkeypatch, capsys):

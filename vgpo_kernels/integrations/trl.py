@@ -36,7 +36,7 @@ if not trl.__version__.startswith("1.16."):
     raise ImportError(f"trl: expected version 1.16, whose trainer VGPOTrainer extends, got {trl.__version__}")
 
 # What a prepared batch may hold beside its tokens, as TRL's forward takes it.
-MODEL_INPUTS = (
+_MODEL_INPUTS = (
     "pixel_values",
     "image_grid_thw",
     "num_images",
@@ -157,7 +157,7 @@ class VGPOTrainer(GRPOTrainer):
                 torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
                 batch["completion_ids"].shape[1],
                 batch_size=self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size,
-                **{name: batch[name] for name in MODEL_INPUTS if name in batch},
+                **{name: batch[name] for name in _MODEL_INPUTS if name in batch},
             )
 
     def _get_per_token_logps_and_entropies(
