@@ -35,6 +35,7 @@ class ScoredRollout:
     focus_similarity: Tensor | None = None  # (B, T) fp32: cosine to the mean visual state
     attention: Tensor | None = None  # (B, T, 3) fp32: mass on each of SEGMENTS; the first is a focus
     has_visual: Tensor | None = None  # (B,) bool
+    entropy: Tensor | None = None  # (B, T) fp32: of the distributions that the tokens were drawn from
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,11 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     update_prompts: int = 128  # prompts per optimizer step, over all ranks
     micro_batch: int = 4  # rows in one forward and backward on a rank
+    memory_budget_mb: float | None = None  # of logits and their gradient in an update; None: 512 on a GPU, 128 on a CPU
+
+    def memory_budget(self) -> int | None:
+        """Returns the budget in bytes."""
+        return None if self.memory_budget_mb is None else int(self.memory_budget_mb * 1e6)
 
 
 @dataclass
@@ -144,6 +149,7 @@ _POSITIVE = (
     "optim.lr",
     "optim.update_prompts",
     "optim.micro_batch",
+    "optim.memory_budget_mb",
     "steps",
     "epochs",
     "save_every",

@@ -100,6 +100,8 @@ def rollout_metrics(whole: ScoredRollout, kept: Tensor, max_new_tokens: int) -> 
         "full_length_fraction": _mean(lengths == max_new_tokens),
         "kept_fraction": _mean(kept),
     }
+    if whole.entropy is not None:
+        metrics["rollout_entropy"] = _mean(whole.entropy[whole.completion_mask])
     if whole.focus is not None:
         metrics |= focus_metrics(whole.focus, whole.completion_mask & whole.has_visual[:, None])
     if whole.attention is not None:

@@ -1,19 +1,17 @@
-"""The policy's forward over prompt and completion: log-probabilities, and the states that focus reads."""
+"""The policy's forwards over prompt and completion: log-probabilities, the loss, and the states that focus reads.
+
+Logits exist a few tokens at a time at most: the output head is stood in for.
+"""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vgpo_kernels import PolicyLossOutput
+from vgpo_kernels.integrations.transformers import FusedHead, ModelLogprobs, model_logprobs
 from vgpo_train.rollout import Completions
-
-
-class PolicyOutput(NamedTuple):
-    """One forward over B rows of P prompt and T completion tokens."""
-
-    logps: Tensor  # (B, T) fp32, at the sampling temperature
-    hidden_states: Tensor | None  # (B, P + T, D), after the final norm
 
 
 def model_inputs(prompts: Mapping[str, Tensor], completions: Completions) -> dict[str, Tensor]:
@@ -33,40 +31,54 @@ def model_inputs(prompts: Mapping[str, Tensor], completions: Completions) -> dic
     return inputs
 
 
-def forward(
+def logprobs(
     engine: Any,
     prompts: Mapping[str, Tensor],
     completions: Completions,
     *,
     temperature: float,
+    with_entropy: bool = False,
     with_hidden_states: bool = False,
-) -> PolicyOutput:
-    """Runs the policy over prompts and completions.
+) -> ModelLogprobs:
+    """Runs a model over prompts and completions.
 
     Args:
         engine: DeepSpeed engine around an image-text-to-text model.
         prompts: left-padded model inputs of B rows.
         completions: what was sampled for them.
         temperature: divides the logits, as it did when sampling.
-        with_hidden_states: return the last layer's states, too.
+        with_entropy: return the entropy of each token's distribution, too.
+        with_hidden_states: return the last layer's states (B, P + T, D) after the final norm, too.
     """
-    caught: list[Tensor] = []
-    base = engine.module.base_model
-    handle = base.register_forward_hook(lambda _module, _args, output: caught.append(output.last_hidden_state))
-    length = completions.ids.shape[1]
-    try:
-        logits = engine(**model_inputs(prompts, completions), use_cache=False, logits_to_keep=length + 1).logits
-    finally:
-        handle.remove()
-    if with_hidden_states and not caught:
-        raise TypeError(f"{type(engine.module).__name__}: its base model gives no last_hidden_state to score focus on")
-    # The state before a token predicts it; the last state predicts nothing that was sampled.
-    logps = selective_logps(logits[:, -length - 1 : -1], completions.ids, temperature)
-    return PolicyOutput(logps, caught[0] if with_hidden_states else None)
+    return model_logprobs(
+        engine,
+        model_inputs(prompts, completions),
+        prompt_length=prompts["input_ids"].shape[1],
+        completion_mask=completions.mask,
+        temperature=temperature,
+        entropy=with_entropy,
+        hidden_states=with_hidden_states,
+    )
 
 
-def selective_logps(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Returns the fp32 log-probabilities (B, T) of `targets` (B, T) under `logits` (B, T, V) / temperature."""
-    scaled = logits.float() / temperature
-    chosen = scaled.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    return chosen - scaled.logsumexp(-1)
+def loss(
+    fused: FusedHead,
+    prompts: Mapping[str, Tensor],
+    completions: Completions,
+    old_logps: Tensor,
+    advantages: Tensor,
+    **options: Any,
+) -> PolicyLossOutput:
+    """Runs the policy over prompts and completions to its loss.
+
+    Args:
+        fused: of the engine, entered.
+        prompts: left-padded model inputs of B rows.
+        completions: what was sampled for them.
+        old_logps: (B, T) of the policy that sampled.
+        advantages: (B,).
+        options: of `FusedHead.policy_loss`, such as temperature and config.
+    """
+    inputs = model_inputs(prompts, completions)
+    length = prompts["input_ids"].shape[1]
+    return fused.policy_loss(inputs, old_logps, advantages, completions.mask, prompt_length=length, **options)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import visual_focus_score
-from vgpo_kernels.integrations.transformers import record_visual_attention
+from vgpo_kernels.integrations.transformers import fused_logprobs, record_visual_attention
 from vgpo_train import policy
 from vgpo_train.algorithms import SEGMENTS
 from vgpo_train.batching import micro_batches
@@ -24,6 +24,7 @@ class Scores:
     """What the scoring pass found for a rank's B rows of T completion tokens."""
 
     old_logps: Tensor  # (B, T) fp32
+    entropy: Tensor  # (B, T) fp32, of the distributions that the tokens were drawn from
     ref_logps: Tensor | None  # (B, T) fp32
     focus_similarity: Tensor | None  # (B, T) fp32
     attention: Tensor | None  # (B, T, 3) fp32: mass on the tokens of SEGMENTS
@@ -31,7 +32,7 @@ class Scores:
 
     def put(self, rows: list[int], part: "Scores") -> None:
         """Writes the scores of a micro-batch, whose first rows are `rows`, to their places."""
-        for name in ("old_logps", "ref_logps", "focus_similarity", "attention"):
+        for name in ("old_logps", "entropy", "ref_logps", "focus_similarity", "attention"):
             whole, values = getattr(self, name), getattr(part, name)
             if whole is not None and values is not None:
                 whole[rows, : values.shape[1]] = values[: len(rows)]
@@ -49,12 +50,14 @@ class Scorer:
         wants_focus: score focus from both sources, attention where it can be recorded.
 
     Raises:
-        ConfigError: the policy's attention cannot be recorded, though `model.attn_implementation` says so.
+        ConfigError: the policy's output head is none that can be stood in for, or its attention cannot be recorded,
+            though `model.attn_implementation` says so.
     """
 
     def __init__(
         self, config: TrainConfig, engine: Any, reference: Any | None, companion: PromptBatch, *, wants_focus: bool
     ) -> None:
+        check_head(engine)
         self.engine = engine
         self.reference = reference
         self.companion = companion
@@ -76,6 +79,7 @@ class Scorer:
             return torch.zeros(count, length, *shape, device=device) if wanted else None
 
         scores = Scores(
+            torch.zeros(count, length, device=device),
             torch.zeros(count, length, device=device),
             blank(self.reference is not None),
             blank(self.wants_focus),
@@ -109,6 +113,15 @@ def focus_of(source: str, similarity: Tensor | None, attention: Tensor | None) -
     if source == "similarity":
         return similarity
     return None if attention is None else attention[..., SEGMENTS.index("image")]
+
+
+def check_head(engine: Any) -> None:
+    """Raises ConfigError, with the reason, where this policy's log-probabilities cannot be had without logits."""
+    try:
+        with fused_logprobs(engine):
+            pass
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model.path: {error}") from error
 
 
 @torch.no_grad()
@@ -157,16 +170,23 @@ def score(
     length = prompts["input_ids"].shape[1]
     recording = nullcontext() if layers is None else _recording(engine.module, layers, prompt_length=length)
     with recording as record:
-        output = policy.forward(engine, prompts, completions, temperature=temperature, with_hidden_states=wants_focus)
+        output = policy.logprobs(
+            engine,
+            prompts,
+            completions,
+            temperature=temperature,
+            with_entropy=True,
+            with_hidden_states=wants_focus,
+        )
     attention = None if record is None else _mass(record, completions.mask)
     ref_logps = None
     if reference is not None:
-        ref_logps = policy.forward(reference, prompts, completions, temperature=temperature).logps
+        ref_logps = policy.logprobs(reference, prompts, completions, temperature=temperature).logps
     prompt_mask = image_token_mask(prompts["input_ids"], engine.module.config)
     focus = None
     if wants_focus:
         focus = _focus(output.hidden_states, prompt_mask, completions.mask, per_image)
-    return Scores(output.logps, ref_logps, focus, attention, prompt_mask.any(1))
+    return Scores(output.logps, output.entropy, ref_logps, focus, attention, prompt_mask.any(1))
 
 
 def _recording(model: Any, layers: str | list[int], *, prompt_length: int | None) -> AbstractContextManager[Any]:

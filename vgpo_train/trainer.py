@@ -100,6 +100,7 @@ class Trainer:
             self.companion,
             micro_batch=config.optim.micro_batch,
             temperature=config.rollout.temperature,
+            memory_budget=config.optim.memory_budget(),
         )
         self.state = self.saved or RunState(0, self.world, asdict(config))
 
@@ -296,6 +297,7 @@ class Trainer:
             focus_similarity=similarity,
             attention=attention,
             has_visual=gather(scores.has_visual),
+            entropy=gather(scores.entropy),
             rewards=rewards,
             accuracies=accuracies,
         )

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import PolicyLossConfig, PolicyLossOutput, policy_loss
+from vgpo_kernels import PolicyLossConfig, PolicyLossOutput
+from vgpo_kernels.integrations.transformers import FusedHead, fused_logprobs
 from vgpo_train import distributed, policy
 from vgpo_train.batching import MicroBatch, micro_batches
 from vgpo_train.data import PromptBatch
@@ -44,12 +45,14 @@ class Update:
         *,
         micro_batch: int,
         temperature: float,
+        memory_budget: int | None = None,
     ) -> None:
         self.engine = engine
         self.loss_config = loss_config
         self.companion = companion
         self.micro_batch = micro_batch
         self.temperature = temperature
+        self.memory_budget = memory_budget
         self.device = engine.device
 
     def __call__(self, experience: Experience, rows: list[int]) -> dict[str, float]:
@@ -75,11 +78,12 @@ class Update:
             count=count,
         )
         totals = _Totals()
-        for index, batch in enumerate(batches):
-            self.engine.set_gradient_accumulation_boundary(index == count - 1)
-            output, scale = self._loss(experience, batch, total_rows, total_tokens)
-            self.engine.backward(output.loss * scale)
-            totals.add(output, float(scale), int(batch.completions.mask.sum()))
+        with fused_logprobs(self.engine) as fused:
+            for index, batch in enumerate(batches):
+                self.engine.set_gradient_accumulation_boundary(index == count - 1)
+                output, scale = self._loss(fused, experience, batch, total_rows, total_tokens)
+                self.engine.backward(output.loss * scale)
+                totals.add(output, float(scale), int(batch.completions.mask.sum()))
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if not applied and distributed.is_main():
@@ -90,22 +94,23 @@ class Update:
         }
 
     def _loss(
-        self, experience: Experience, batch: MicroBatch, total_rows: float, total_tokens: float
+        self, fused: FusedHead, experience: Experience, batch: MicroBatch, total_rows: float, total_tokens: float
     ) -> tuple[PolicyLossOutput, float]:
-        inputs = batch.prompts.tensors(device=self.device)
-        logps = policy.forward(self.engine, inputs, batch.completions, temperature=self.temperature).logps
         world = distributed.world_size()  # DeepSpeed averages gradients over ranks
         rows, tokens = batch.completions.mask.shape[0], float(batch.completions.mask.sum())
         per_token_count = self.loss_config.loss_type in ("dapo", "cispo")
-        output = policy_loss(
-            logps,
+        output = policy.loss(
+            fused,
+            batch.prompts.tensors(device=self.device),
+            batch.completions,
             batch.take(experience.old_logps),
             batch.take(experience.advantages),
-            batch.completions.mask,
             ref_logps=batch.take(experience.ref_logps),
             token_weights=batch.take(experience.token_weights),
             trajectory_weights=batch.take(experience.trajectory_weights),
+            temperature=self.temperature,
             config=self.loss_config,
+            memory_budget=self.memory_budget,
             num_items_in_batch=total_tokens / world if per_token_count else None,
         )
         if per_token_count:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_stand_ins import PlainEngine, collator, eager_attention, mixed_samples, random_completions
+from train_stand_ins import PlainEngine, collator, eager_attention, forbid_head, mixed_samples, random_completions
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vgpo_kernels.integrations.transformers import focus_from_attention, record_visual_attention
@@ -86,10 +86,10 @@ def test_dropping_token_types_would_change_log_probabilities(
     # Without them the tower's patches get text positions (or the model refuses): what the first test guards.
     inputs = prompts.take([0]).tensors()
     own = _row(completions, 0)
-    right = policy.forward(engine, inputs, own, temperature=1.0).logps
+    right = policy.logprobs(engine, inputs, own, temperature=1.0).logps
     del inputs["mm_token_type_ids"]
     try:
-        wrong = policy.forward(engine, inputs, own, temperature=1.0).logps
+        wrong = policy.logprobs(engine, inputs, own, temperature=1.0).logps
     except (ValueError, TypeError):
         return
     assert not torch.allclose(right, wrong, atol=1e-3)
@@ -98,7 +98,7 @@ def test_dropping_token_types_would_change_log_probabilities(
 def test_log_probabilities_are_those_of_each_token_given_all_before(
     engine: PlainEngine, prompts: PromptBatch, completions: Completions
 ) -> None:
-    logps = policy.forward(engine, prompts.tensors(), completions, temperature=0.7).logps
+    logps = policy.logprobs(engine, prompts.tensors(), completions, temperature=0.7).logps
     for row in range(3):
         own = _row(completions, row)
         inputs = policy.model_inputs(prompts.take([row]).tensors(), own)
@@ -188,7 +188,7 @@ def test_a_micro_batch_split_changes_no_score(
 
     whole = scores(3)
     for size in (1, 2):
-        for name in ("old_logps", "ref_logps", "focus_similarity", "attention"):
+        for name in ("old_logps", "ref_logps", "entropy", "focus_similarity", "attention"):
             found, expected = getattr(scores(size), name), getattr(whole, name)
             inside = completions.mask if expected.dim() == 2 else completions.mask[..., None]
             torch.testing.assert_close(found * inside, expected * inside, atol=2e-5, rtol=0, msg=f"{name} of {size}")
@@ -261,7 +261,7 @@ def test_the_companion_changes_no_gradient(tiny_checkpoint: Path, pictures: Path
 
     def gradients(inputs, own: Completions) -> dict[str, torch.Tensor]:
         engine.module.zero_grad()
-        logps = policy.forward(engine, inputs, own, temperature=1.0).logps
+        logps = policy.logprobs(engine, inputs, own, temperature=1.0).logps
         logps.masked_fill(~own.mask, 0.0).sum().backward()
         return {name: p.grad for name, p in engine.module.named_parameters() if p.grad is not None}
 
@@ -282,14 +282,44 @@ def test_image_ids_number_the_pictures_of_a_row() -> None:
     assert image_ids(visual).tolist() == [[-1, 0, 0, -1, 1, -1], [0, -1, -1, -1, -1, 1], [-1] * 6]
 
 
-def test_a_model_without_last_hidden_state_is_named() -> None:
-    class Odd(torch.nn.Module):
-        base_model = torch.nn.Identity()
+class Adapted(torch.nn.Module):
+    """A head that is more than a linear layer."""
 
-        def forward(self, input_ids, attention_mask, **_):  # noqa: ARG002
-            return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 9)})()
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
 
-    inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
-    own = Completions(torch.ones(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
-    with pytest.raises(TypeError, match="Odd: its base model gives no last_hidden_state"):
-        policy.forward(PlainEngine(Odd()), inputs, own, temperature=1.0, with_hidden_states=True)
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.base(states) + 1.0
+
+
+def test_an_unknown_head_is_named_before_the_first_rollout(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint, dtype=torch.float32)
+    model.lm_head = Adapted(model.lm_head)
+    companion = build_companion(collator(tiny_checkpoint))
+    message = r"model.path: Qwen2_5_VLForConditionalGeneration: expected a plain .*, got .*Adapted"
+    with pytest.raises(ConfigError, match=message):
+        Scorer(TrainConfig(), PlainEngine(model), None, companion, wants_focus=False)
+
+
+def test_scores_are_those_of_the_models_logits(
+    engine: PlainEngine, prompts: PromptBatch, completions: Completions
+) -> None:
+    scores = _score(engine, prompts, completions, reference=engine)
+    inputs = policy.model_inputs(prompts.tensors(), completions)
+    with torch.no_grad():
+        logits = engine.module(**inputs).logits[:, -completions.ids.shape[1] - 1 : -1].double() / 0.7
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    logps = log_p.gather(-1, completions.ids[..., None])[..., 0]
+    for found, expected in ((scores.old_logps, logps), (scores.ref_logps, logps), (scores.entropy, entropy)):
+        torch.testing.assert_close(found.double(), expected * completions.mask, atol=2e-5, rtol=0)
+
+
+def test_scoring_never_runs_the_head(
+    engine: PlainEngine, prompts: PromptBatch, completions: Completions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_head(engine.module, monkeypatch)
+    assert _score(engine, prompts, completions, reference=engine).old_logps.any()
+    with pytest.raises(AssertionError, match="the head's own forward"):
+        engine(**prompts.tensors())

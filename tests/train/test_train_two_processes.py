@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from train_launch import WORKERS, Finished, launch
-from train_stand_ins import PlainEngine, collator, eager_attention, mixed_samples
+from train_stand_ins import PlainEngine, collator, dense_logps, eager_attention, mixed_samples
 from transformers import AutoModelForImageTextToText
 
 from vgpo_kernels import VGPOConfig, policy_loss, vgpo_weights
@@ -20,6 +20,7 @@ from vgpo_train.data import epoch_order
 from vgpo_train.experience import group_advantages
 from vgpo_train.metrics import read_metrics
 from vgpo_train.model import load_model, load_processor
+from vgpo_train.rollout import Completions
 
 sys.path.insert(0, str(WORKERS))
 import scenario
@@ -112,7 +113,7 @@ def test_ranks_and_micro_batches_add_up_to_one_batch(ranks, tiny_checkpoint, num
     engine = PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32))
     engine.module.load_state_dict(before, strict=False)
     whole = ranks[0]["exact"]["experience"]
-    logps = policy.forward(engine, whole.prompts.tensors(), whole.completions, temperature=0.8).logps
+    logps = dense_logps(engine, whole.prompts.tensors(), whole.completions, 0.8)
     output = policy_loss(
         logps,
         whole.old_logps,
@@ -133,6 +134,35 @@ def test_ranks_and_micro_batches_add_up_to_one_batch(ranks, tiny_checkpoint, num
     assert metrics["loss"] == pytest.approx(float(output.loss.detach()), rel=1e-4)
     assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
     assert metrics == ranks[1]["exact"]["updates"][LOSSES[number]][2], "ranks report the same"
+
+
+def test_log_probabilities_and_entropies_have_the_gradients_of_one_process(ranks, tiny_checkpoint) -> None:
+    record = ranks[0]["head"]
+    engine = PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32))
+    engine.module.load_state_dict(record["before"], strict=False)
+    rows = [row for rank in scenario.HEAD_ROWS for row in rank]
+    whole = record["experience"]
+    mask, ids = whole.completions.mask[rows], whole.completions.ids[rows]
+    logits = engine(**policy.model_inputs(whole.prompts.take(rows).tensors(), Completions(ids, mask))).logits
+    log_p = (logits[:, -ids.shape[1] - 1 : -1] / 0.8).log_softmax(-1)
+    logps, entropy = log_p.gather(-1, ids[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    (whole.advantages[rows][:, None] / 10 * (logps + entropy / 2))[mask].sum().backward()
+    named = dict(engine.module.named_parameters())
+    expected = torch.cat([parameter.grad.flatten() for parameter in named.values()])
+    steps = [(record["before"][name] - record["after"][name]).flatten() for name in named]
+    found = torch.cat(steps) / scenario.LEARNING_RATE
+    assert (found - expected).norm() < 1e-4 * expected.norm() + 3e-5
+    assert expected.norm() > 0.1
+
+
+def test_a_sharded_head_is_gathered_once_and_not_for_every_chunk(ranks) -> None:
+    for rank in ranks:
+        gathers = rank["head"]["gathers"]
+        dense, _ = gathers["dense"]
+        assert dense == 2, "for the forward and for the backward; the embedding is the same weight"
+        assert gathers["one chunk"] == (dense, 1)
+        assert gathers["many chunks"][0] == dense
+        assert gathers["many chunks"][1] > 1
 
 
 def test_a_rank_without_a_picture_holds_nobody_up(ranks, folder) -> None:

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_stand_ins import PlainEngine, collator, experience, mixed_samples, random_completions
+from train_stand_ins import (
+    PlainEngine,
+    collator,
+    dense_logps,
+    experience,
+    forbid_head,
+    mixed_samples,
+    random_completions,
+)
 
 from vgpo_kernels import PolicyLossConfig, policy_loss
 from vgpo_train import policy
@@ -49,7 +57,7 @@ def _one_batch(engine: PlainEngine, made: Experience, config: PolicyLossConfig) 
     engine.module.zero_grad()
     own = Completions(made.completions.ids[ROWS], made.completions.mask[ROWS])
     output = policy_loss(
-        policy.forward(engine, made.prompts.take(ROWS).tensors(), own, temperature=0.8).logps,
+        dense_logps(engine, made.prompts.take(ROWS).tensors(), own, 0.8),
         made.old_logps[ROWS],
         made.advantages[ROWS],
         own.mask,
@@ -105,6 +113,31 @@ def test_factors_of_none_are_ones(engine, made) -> None:
 
     ones = gradients(token_weights=torch.ones(7, 9), trajectory_weights=torch.ones(7), ref_logps=None)
     assert torch.equal(ones, gradients(token_weights=None, trajectory_weights=None, ref_logps=None))
+
+
+@pytest.mark.usefixtures("lone_process")
+def test_updates_never_run_the_head(engine, made, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, companion = made
+    forbid_head(engine.module, monkeypatch)
+    engine.module.zero_grad()
+    # Micro-batches of one: a row without a token, and rows of text alone, are among them.
+    budget = 10_000_000  # bytes: a chunk of a few tokens
+    update = Update(engine, LOSSES["dapo"], companion, micro_batch=1, temperature=0.8, memory_budget=budget)
+    assert update(rows, ROWS)["loss"] != 0
+    assert _gradients(engine).any()
+
+
+@pytest.mark.usefixtures("lone_process")
+def test_the_entropy_is_the_mean_over_tokens(engine, made) -> None:
+    rows, companion = made
+    own = Completions(rows.completions.ids[ROWS], rows.completions.mask[ROWS])
+    with torch.no_grad():
+        inputs = policy.model_inputs(rows.prompts.take(ROWS).tensors(), own)
+        logits = engine.module(**inputs).logits[:, -own.ids.shape[1] - 1 : -1] / 0.8
+    expected = torch.distributions.Categorical(logits=logits).entropy()[own.mask].mean()
+    metrics = Update(engine, LOSSES["dapo"], companion, micro_batch=2, temperature=0.8)(rows, ROWS)
+    assert metrics["entropy"] == pytest.approx(float(expected), rel=1e-5)
+    assert metrics["entropy_proxy"] != pytest.approx(metrics["entropy"], rel=1e-3)
 
 
 @pytest.mark.usefixtures("lone_process")

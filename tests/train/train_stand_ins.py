@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from vgpo_train import policy
@@ -14,23 +15,18 @@ from vgpo_train.rollout import Completions
 from vgpo_train.updates import Experience
 
 
-class PlainEngine:
+class PlainEngine(torch.nn.Module):
     """What the driver uses of a DeepSpeed engine, on one process and without an optimizer."""
 
     def __init__(self, module: Any) -> None:
+        super().__init__()
         self.module = module
         self.device = torch.device("cpu")
         self.boundaries: list[bool] = []
         self.steps = 0
 
-    def __call__(self, **inputs: Any) -> Any:
+    def forward(self, **inputs: Any) -> Any:
         return self.module(**inputs)
-
-    def eval(self) -> None:
-        self.module.eval()
-
-    def train(self, mode: bool = True) -> None:
-        self.module.train(mode)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         self.boundaries.append(is_boundary)
@@ -82,6 +78,17 @@ def random_completions(lengths: list[int], seed: int = 0) -> Completions:
     return Completions(ids.masked_fill(~mask, 0), mask)
 
 
+def forbid_head(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets nobody run the forward of the model's output head."""
+    head, real = model.get_output_embeddings(), torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        assert self is not head, "the head's own forward has run"
+        return real(self, states)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+
+
 def eager_attention(
     model: Any, inputs: dict[str, torch.Tensor], completions: Completions, layers: list[int]
 ) -> torch.Tensor:
@@ -110,12 +117,21 @@ def eager_attention(
     return found * completions.mask[..., None]
 
 
+def dense_logps(
+    engine: Any, prompts: dict[str, torch.Tensor], completions: Completions, temperature: float
+) -> torch.Tensor:
+    """Returns the log-probabilities (B, T) of completions, from the model's own logits."""
+    logits = engine(**policy.model_inputs(prompts, completions), use_cache=False).logits
+    log_p = (logits[:, -completions.ids.shape[1] - 1 : -1].float() / temperature).log_softmax(-1)
+    return log_p.gather(-1, completions.ids[..., None])[..., 0]
+
+
 def experience(engine: Any, prompts: PromptBatch, completions: Completions) -> Experience:
     """Returns an experience with random advantages and factors, sampled by a policy not far from the engine's."""
     generator = torch.Generator().manual_seed(0)
     shape = completions.mask.shape
     with torch.no_grad():
-        logps = policy.forward(engine, prompts.tensors(), completions, temperature=0.8).logps
+        logps = policy.logprobs(engine, prompts.tensors(), completions, temperature=0.8).logps
 
     def draw(*size: int) -> torch.Tensor:
         return torch.rand(*size, generator=generator)

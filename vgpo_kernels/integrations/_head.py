@@ -81,8 +81,11 @@ def find_head(model: nn.Module) -> Head:
         )
     if "forward" in vars(head):
         raise RuntimeError(f"{name}: the forward of its output head has been replaced already, by {_owner(head)}")
-    accepts = frozenset(inspect.signature(inside.forward).parameters)
-    return Head(name, head, inside.get_decoder(), _readings(inside.config), accepts)
+    parameters = inspect.signature(inside.forward).parameters
+    accepts = set(parameters)
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        accepts.add("use_cache")  # handed on to the decoder
+    return Head(name, head, inside.get_decoder(), _readings(inside.config), frozenset(accepts))
 
 
 def _owner(head: nn.Module) -> str:

@@ -8,6 +8,7 @@ LEARNING_RATE = 1.0
 # The first five rows are those of rank 0; rank 1 has two of text alone, and runs out of micro-batches first.
 KINDS, FIRST_RANK = "pdptptt", 5
 LENGTHS = [5, 1, 9, 2, 7, 3, 4]
+HEAD_ROWS = ([0, 1, 3], [2, 4, 5])  # with and without a picture on both ranks
 LOSSES = {
     "grpo": PolicyLossConfig(loss_type="grpo"),
     "bnpo": PolicyLossConfig(loss_type="bnpo"),

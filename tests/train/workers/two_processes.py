@@ -8,11 +8,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import heads
 import parts  # noqa: F401
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
-from scenario import FIRST_RANK, KINDS, LEARNING_RATE, LENGTHS, LOSSES
+from scenario import FIRST_RANK, HEAD_ROWS, KINDS, LEARNING_RATE, LENGTHS, LOSSES
 from train_stand_ins import collator, end_and_pad, experience, mixed_samples, random_completions
 from transformers import set_seed
 
@@ -80,6 +81,21 @@ def rollouts_and_updates() -> dict[str, Any]:
     happened["completions"].append(_sample_both_ways(policy_engine, inputs))
     engine._optimizer = adam
     return happened | {"training": policy_engine.module.training, "experience": whole}
+
+
+def head_of_both_ranks() -> dict[str, Any]:
+    """Steps on log-probabilities and entropies, and counts how often the head's weight is gathered."""
+    adam, engine._optimizer = engine._optimizer, _plain_descent
+    given = ("optim.max_grad_norm=1e9", "optim.schedule=constant", "deepspeed=zero3_any_optimizer.json")
+    policy_engine = build_policy(config_of("none", *given), 10)
+    whole = whole_experience(policy_engine)
+    rows = HEAD_ROWS[distributed.rank()]
+    prompts, completions = whole.prompts.take(rows), Completions(*(x[rows] for x in whole.completions))
+    before = parameters(policy_engine)
+    heads.step_on_logprobs(policy_engine, prompts, completions, whole.advantages[rows][:, None] / 10)
+    happened = {"experience": whole, "before": before, "after": parameters(policy_engine)}
+    engine._optimizer = adam
+    return happened | {"gathers": heads.gathers(policy_engine, prompts, completions)}
 
 
 def _sample_both_ways(policy_engine: Any, inputs: dict[str, torch.Tensor]) -> dict[str, Completions]:
@@ -157,7 +173,8 @@ class RecordingTrainer(Trainer):
         self._apply, self.update = self.update, self._record
 
     def _score(self, rollout: Rollout) -> Scores:
-        scores = super()._score(rollout)
+        with heads.no_head(self.engine.module):
+            scores = super()._score(rollout)
         rows = {
             "group_ids": rollout.group_ids,
             "completion_mask": rollout.completions.mask,
@@ -181,7 +198,8 @@ class RecordingTrainer(Trainer):
         names = ("advantages", "old_logps", "token_weights", "trajectory_weights")
         tensors = {name: getattr(given, name) for name in names}
         self.records[-1]["updates"].append(tensors | {"mask": given.completions.mask, "rows": rows})
-        return self._apply(given, rows)
+        with heads.no_head(self.engine.module):
+            return self._apply(given, rows)
 
 
 def weighted_updates() -> list[dict[str, Any]]:
@@ -243,6 +261,7 @@ def refusals() -> dict[str, str]:
 
 SCENARIOS = {
     "exact": rollouts_and_updates,
+    "head": head_of_both_ranks,
     "leaky": rollouts_of_a_leaky_checkpoint,
     "nan": lambda: run("nan", "algorithm=nan_at_second_step"),
     "nan in bfloat16": lambda: run(

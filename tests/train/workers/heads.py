@@ -1,0 +1,94 @@
+"""What the stand-in for a head that ZeRO-3 has sharded does: its gradients, and how often the weight is gathered."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from train_stand_ins import dense_logps
+
+from vgpo_kernels import PolicyLossConfig
+from vgpo_kernels.integrations.transformers import fused_logprobs
+from vgpo_kernels.policy_loss import products
+from vgpo_train import distributed, policy
+from vgpo_train.data import PromptBatch
+from vgpo_train.rollout import Completions
+
+# Bytes for the logits of a few tokens; the default holds all of them.
+BUDGETS = {"one chunk": None, "many chunks": 4_210_000}
+
+
+@contextmanager
+def counted(owner: Any, name: str, counts: Callable[..., int]) -> Iterator[list[int]]:
+    """Yields a list of one number, to which each call of the function adds what `counts` makes of its arguments."""
+    total, real = [0], getattr(owner, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        total[0] += counts(*args, **kwargs)
+        return real(*args, **kwargs)
+
+    setattr(owner, name, counting)
+    try:
+        yield total
+    finally:
+        setattr(owner, name, real)
+
+
+@contextmanager
+def no_head(model: Any) -> Iterator[None]:
+    """Lets nobody run the forward of the model's output head."""
+    head, real = model.get_output_embeddings(), torch.nn.Linear.forward
+
+    def forward(self: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+        assert self is not head, "the head's own forward has run"
+        return real(self, states)
+
+    torch.nn.Linear.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.nn.Linear.forward = real  # type: ignore[method-assign]
+
+
+def step_on_logprobs(engine: Any, prompts: PromptBatch, completions: Completions, weights: torch.Tensor) -> None:
+    """Descends the sum of weights * (logps + entropy / 2) of this rank's rows, added up over the ranks."""
+    with no_head(engine.module):
+        found = policy.logprobs(engine, prompts.tensors(), completions, temperature=0.8, with_entropy=True)
+    loss = (weights * (found.logps + found.entropy / 2)).sum()
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(loss * distributed.world_size())
+    engine.step()
+
+
+def gathers(engine: Any, prompts: PromptBatch, completions: Completions) -> dict[str, tuple[int, int]]:
+    """Returns, for a dense loss and each budget, how often a forward with its backward gathers the head's weight, and
+    how many products of the head it took."""
+    weight = engine.module.get_output_embeddings().weight
+    coordinator = PartitionedParameterCoordinator
+    gather = "_PartitionedParameterCoordinator__all_gather_params"
+
+    def holds_head(_: Any, params: Any, forward: bool) -> int:  # noqa: ARG001
+        return sum(param.ds_id == weight.ds_id for param in params)
+
+    def dense() -> torch.Tensor:
+        return dense_logps(engine, prompts.tensors(), completions, 0.8).mul(completions.mask).sum()
+
+    def fused(budget: int | None) -> torch.Tensor:
+        ones = torch.ones(len(completions.mask))
+        given = {"temperature": 0.8, "config": PolicyLossConfig(), "memory_budget": budget}
+        with fused_logprobs(engine) as head:
+            return policy.loss(head, prompts.tensors(), completions, None, ones, **given).loss
+
+    losses = {"dense": dense} | {name: lambda budget=budget: fused(budget) for name, budget in BUDGETS.items()}
+    found = {}
+    for name, loss in losses.items():
+        for _ in range(2):  # the first one may come upon a trace of another order of modules
+            with (
+                counted(coordinator, gather, holds_head) as gathered,
+                counted(products, "logits_of", lambda *_: 1) as made,
+            ):
+                engine.set_gradient_accumulation_boundary(False)
+                engine.backward(0.0 * loss())
+        found[name] = (gathered[0], made[0])
+    return found
