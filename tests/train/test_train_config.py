@@ -91,6 +91,7 @@ def test_a_saved_configuration_loads_again(smallest: Path, tmp_path: Path) -> No
         ("resume=maybe", "resume: expected one of 'no', 'auto', got 'maybe'"),
         ("rollout.temperature=0", "rollout.temperature: expected a positive number, got 0"),
         ("optim.micro_batch=-1", "optim.micro_batch: expected a positive number, got -1"),
+        ("optim.memory_budget_mb=0", "optim.memory_budget_mb: expected a positive number, got 0"),
         ("rollout.temperature=inf", "rollout.temperature: expected a positive number, got inf"),
         ("rollout.completions=1", "rollout.completions: expected a number of at least 2, got 1"),
         ("rollout.top_k=-2", "rollout.top_k: expected a number of at least 0, got -2"),

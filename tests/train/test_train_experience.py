@@ -135,6 +135,13 @@ def test_rollout_metrics() -> None:
     }
 
 
+def test_the_entropy_of_a_rollout_is_the_mean_over_its_tokens() -> None:
+    entropy = torch.where(_whole().completion_mask, 2.0, 9.0)
+    entropy[0, 0] = 4.0
+    metrics = rollout_metrics(_whole(entropy=entropy), torch.tensor([True, False]), max_new_tokens=4)
+    assert metrics["rollout_entropy"] == pytest.approx(2.0 + 2.0 / 6)  # six tokens
+
+
 def test_focus_metrics_leave_rows_without_a_picture_out() -> None:
     focus = torch.tensor([[0.4, 0.2, 0.1, 0.1], [9.0, 9.0, 9.0, 9.0]])
     whole = _whole(focus=focus, has_visual=torch.tensor([True, False]))

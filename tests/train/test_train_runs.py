@@ -29,6 +29,7 @@ PROMISED = {
     "loss",
     "kl",
     "clip_fraction",
+    "rollout_entropy",
     "focus_mean",
     "focus_late_early_ratio",
     "attention_image",
@@ -147,7 +148,8 @@ def test_metrics_have_what_is_promised(whole: Path) -> None:
         for curve in ("attention_image", "attention_query", "attention_generated"):
             assert len(line[curve]) == 10
             assert all(value is None or 0 <= value <= 1 for value in line[curve])
-    assert any(line["updates"] == 1 and line["grad_norm"] > 0 for line in lines)
+    assert any(line["updates"] == 1 and line["grad_norm"] > 0 and line["entropy"] > 0 for line in lines)
+    assert all(line["rollout_entropy"] > 0 for line in lines)
     assert any(line["attention_image"][0] and line["visual_late_early_ratio"] for line in lines)
     assert [("accuracy_test" in line) for line in lines] == [False, False, True, False, False, False], (
         "the last step's is the summary's"
