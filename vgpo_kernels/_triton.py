@@ -1,11 +1,14 @@
 """What every kernel module shares: Triton itself, and what an ahead-of-time compilation needs to know."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
@@ -51,4 +54,24 @@ def tanh(x):
     return tl.where(square < 0.36, small, tl.where(x < 0, -large, large))
 
 
-__all__ = ["CompileCase", "tanh", "tl", "triton"]
+def with_unit_columns(x: Tensor) -> Tensor:
+    """Returns `x` with elements of the last dimension side by side, copied only if they are not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def target_of(x: Tensor) -> str:
+    """Returns the name of the compile target whose tiles fit the device of `x`; sm_90 for the interpreter."""
+    return _target(x.device.index or 0) if x.is_cuda else "sm_90"
+
+
+@functools.cache
+def _target(index: int) -> str:
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major == 8 and minor in (6, 7, 9):
+        return "sm_120"  # as little shared memory
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
+
+
+__all__ = ["CompileCase", "tanh", "target_of", "tl", "triton", "with_unit_columns"]

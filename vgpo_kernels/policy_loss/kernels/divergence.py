@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.policy_loss.kernels.rows import (
-    VECTOR,
     bounded,
     edges,
     finite,
@@ -126,9 +125,10 @@ def logits_kl_kernel(
     p_sum = tl.sum(b_p_decay * b_p_sum, axis=0)
     q_sum = tl.sum(tl.exp2((b_q_max - q_base) * scale2) * b_q_sum, axis=0)
     kl = dot / p_sum * 0.6931471805599453 + tl.log(q_sum / p_sum)
-    # Only rounding brings it below 0: where the rows are nearly equal, both terms are small and cancel. NaN stays.
-    kl = tl.where(kl < 0.0, 0.0, kl)
-    tl.store(kl_ptr + row, tl.where(tl.max(b_without, axis=0) > 0, kl + float("inf"), kl))
+    # Infinite where q forbids what p may say. NaN, of a row of nothing, stays.
+    kl = tl.where(tl.max(b_without, axis=0) > 0, kl + float("inf"), kl)
+    # Only rounding brings it below 0: where the rows are nearly equal, both terms are small and cancel.
+    tl.store(kl_ptr + row, tl.where(kl < 0.0, 0.0, kl))
 
 
 def logits_kl(logits_p: Tensor, logits_q: Tensor, temperature: float, softcap: float | None) -> Tensor:
@@ -145,13 +145,9 @@ def logits_kl(logits_p: Tensor, logits_q: Tensor, temperature: float, softcap: f
             p_stride=logits_p.stride(0),
             q_stride=logits_q.stride(0),
             Q_ALIGNED=vectors_match(logits_p, logits_q),
-            **_tiles(vocabulary, logits_p.element_size()),
+            **row_tiles(vocabulary, logits_p.element_size(), VECTORS, target_of(logits_p)),
         )
     return kl
-
-
-def _tiles(vocabulary: int, itemsize: int, *, amd: bool | None = None) -> dict[str, int]:
-    return row_tiles(vocabulary, itemsize, VECTORS, amd=amd) | {"VEC": VECTOR // itemsize}
 
 
 def compile_cases() -> list[CompileCase]:
@@ -171,5 +167,5 @@ def _compile_case(name: str, dtype: str, *, softcap: bool, aligned: bool) -> Com
         logits_kl_kernel,
         signature,
         {"SOFTCAP": softcap, "Q_ALIGNED": aligned},
-        tiles=lambda target: _tiles(152064, itemsize, amd=target == "gfx942"),
+        tiles=lambda target: row_tiles(152064, itemsize, VECTORS, target),
     )

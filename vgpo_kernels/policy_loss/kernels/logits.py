@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, tanh, tl, triton
+from vgpo_kernels._triton import CompileCase, tanh, target_of, tl, triton
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 from vgpo_kernels.policy_loss.kernels.rows import (
-    VECTOR,
     bounded,
     edges,
     finite,
@@ -51,6 +50,16 @@ def _take(b_max, b_sum, b_dot, b_u, scale2, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def _log_of_sum(units, rest):
+    """log(units + rest), to the last digits where that is 1 and a little."""
+    # As 2 artanh(rest / (2 + rest)), whose series ends here in fp32 for rest <= 0.25.
+    s = rest / (2.0 + rest)
+    square = s * s
+    series = 1.0 + square * (0.33333333 + square * (0.2 + square * (0.14285714 + square * 0.11111111)))
+    return tl.where((units == 1.0) & (rest <= 0.25), 2.0 * s * series, tl.log(units + rest))
+
+
+@triton.jit
 def _row_statistics(
     p_row,
     head,
@@ -64,9 +73,8 @@ def _row_statistics(
     R: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    """Pass 1: maximum of the row, sum of e and sum of e * log2(e)."""
-    # From the target's score on: so every thread has it before any thread writes in place.
-    b_max = tl.maximum(tl.full([R], -float("inf"), tl.float32), target_score)
+    """Pass 1: maximum of the row, sum of e, its logarithm, and sum of e * log2(e)."""
+    b_max = tl.full([R], -float("inf"), tl.float32)
     b_sum = tl.zeros([R], tl.float32)
     b_dot = tl.zeros([R], tl.float32)
     o_e, m_e = edges(head, n_vectors, vocabulary, R, VEC)
@@ -86,11 +94,16 @@ def _row_statistics(
         b_x = b_next
         m_r = m_next
 
-    row_max = tl.max(b_max, axis=0)
+    # The target's score takes part: so every thread has it before any thread writes in place.
+    row_max = tl.max(tl.maximum(b_max, target_score), axis=0)
     b_shift = (b_max - finite(row_max)) * scale2
     b_decay = tl.exp2(b_shift)
     row_dot = tl.sum(b_decay * (b_dot + b_sum * bounded(b_shift)), axis=0) if ENTROPY else 0.0
-    return row_max, tl.sum(b_decay * b_sum, axis=0), row_dot
+    # The maxima, each 1, are counted apart from the rest, whose last digits they would take.
+    b_unit = tl.where(b_max == row_max, 1.0, 0.0)
+    units = tl.sum(b_unit, axis=0)
+    rest = tl.sum(b_decay * b_sum - b_unit, axis=0)
+    return row_max, units + rest, _log_of_sum(units, rest), row_dot
 
 
 @triton.jit
@@ -245,7 +258,7 @@ def logits_kernel(
             scale2 = scale * 1.4426950408889634
             target_x = tl.load(p_row + target, mask=in_range, other=-float("inf"))
             target_u = scores(target_x, in_range, inverse_cap, SOFTCAP)
-            center, total, dot = _row_statistics(
+            center, total, log_total, dot = _row_statistics(
                 p_row,
                 head,
                 n_vectors,
@@ -258,7 +271,6 @@ def logits_kernel(
                 R,
                 VEC,
             )
-            log_total = tl.log(total)
             # The distance to the maximum first: near a probability of 1 an LSE would cancel against the score.
             logps = tl.where(in_range, (target_u - center) * scale - log_total, float("nan"))
             _store(logps_ptr, row, logps)
@@ -414,15 +426,11 @@ def _launch(
         STATISTICS=statistics,
         OUT_ALIGNED=out is not None and vectors_match(logits, out),
         **term_constants(PolicyLossConfig() if config is None else config),
-        **_tiles(vocabulary, logits.element_size()),
+        **row_tiles(vocabulary, logits.element_size(), VECTORS, target_of(logits)),
     )
 
 
 _ROWS = ("logps", "lse", "entropy", "old", "ref", "adv", "weights", "grad_logps", "grad_entropy", "grad_lse")
-
-
-def _tiles(vocabulary: int, itemsize: int, *, amd: bool | None = None) -> dict[str, int]:
-    return row_tiles(vocabulary, itemsize, VECTORS, amd=amd) | {"VEC": VECTOR // itemsize}
 
 
 def compile_cases() -> list[CompileCase]:
@@ -466,5 +474,5 @@ def _compile_case(
         logits_kernel,
         signature,
         absent | constants,
-        tiles=lambda target: _tiles(vocabulary, itemsize, amd=target == "gfx942"),
+        tiles=lambda target: row_tiles(vocabulary, itemsize, VECTORS, target),
     )

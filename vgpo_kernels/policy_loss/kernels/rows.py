@@ -3,9 +3,6 @@
 Scores are u = x, or tanh(x / softcap); scaled logits are z = u * scale. Lanes [R] each take a vector of every tile.
 """
 
-import functools
-
-import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import tanh, tl, triton
@@ -13,12 +10,6 @@ from vgpo_kernels._triton import tanh, tl, triton
 VECTOR = 16  # bytes
 # Rows longer than this many bytes are walked by as many threads as there may be.
 LONG_ROW = 32768
-
-
-@triton.jit
-def bytes_of(p_x):
-    """Bytes of an element behind a pointer."""
-    return tl.constexpr(p_x.dtype.element_ty.primitive_bitwidth // 8)
 
 
 @triton.jit
@@ -81,16 +72,11 @@ def bounded(b_log2):
     return tl.maximum(b_log2, -200.0)
 
 
-@functools.cache
-def _on_amd() -> bool:
-    return torch.version.hip is not None
-
-
-def row_tiles(vocabulary: int, itemsize: int, vectors: int, *, amd: bool | None = None) -> dict[str, int]:
+def row_tiles(vocabulary: int, itemsize: int, vectors: int, target: str) -> dict[str, int]:
     """Returns tiles of `vectors` vectors a thread: 1024 threads for long rows, so that few rows share the L2 cache."""
-    warp_size = 64 if (_on_amd() if amd is None else amd) else 32
     threads = 1024 if vocabulary * itemsize > LONG_ROW else 128
-    return {"R": threads * vectors, "num_warps": threads // warp_size}
+    warp_size = 64 if target == "gfx942" else 32
+    return {"R": threads * vectors, "VEC": VECTOR // itemsize, "num_warps": threads // warp_size}
 
 
 def softcap_scales(temperature: float, softcap: float | None) -> dict[str, float | bool]:
