@@ -127,3 +127,38 @@ def trl_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: 
         "num_items_in_batch": mask.sum(),
     }
     return GRPOTrainer._compute_loss(trainer, None, batch)
+
+
+def dense_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies from whole logits, in plain torch under autograd."""
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    return log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+
+
+def trl_fused_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """TRL's log-probabilities and entropies in tiles of tokens, as its fused head calls them."""
+    from trl.trainer import utils
+
+    outputs = utils._ChunkedLogProbFunction.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        None,
+        targets.reshape(-1),
+        1.0,
+        utils._CHUNKED_LOGPROB_CHUNK_SIZE,
+        None,
+        1.0,
+        ("log_probs", "entropy"),
+    )
+    return outputs[0].view(targets.shape), outputs[1].view(targets.shape)
+
+
+def liger_linear_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    """Liger's fused linear GRPO ("bnpo", clip 0.2 / 0.28), advantages of rows; compiled where there is a GPU."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    settings = {"beta": 0.0, "epsilon_high": 0.28, "loss_type": "bnpo", "use_ref_model": False}
+    loss = LigerFusedLinearGRPOLoss(compiled=hidden.is_cuda, **settings)
+    return loss(hidden, weight, targets, mask, advantages, old_per_token_logps=old_logps)[0]
