@@ -43,7 +43,7 @@ class CompileCase:
 
 
 @triton.jit
-def tanh(x):
+def tanh(x):  # type: ignore[no-untyped-def]
     """tanh to the last bits: a polynomial near 0, where one minus one would cancel, else from exp2, for any |x|."""
     square = x * x
     # Fitted to (tanh(x) / x - 1) / x^2 for |x| <= 0.6, to 1e-8.

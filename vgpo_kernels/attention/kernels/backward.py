@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.kernels import backward_keys, backward_queries
 from vgpo_kernels.attention.kernels.forward import with_whole_rows
 from vgpo_kernels.attention.kernels.keys import find_keys, load_tile, row_intervals
@@ -17,7 +17,6 @@ from vgpo_kernels.attention.kernels.shared import (
     padded_head,
     score_scales,
     strides_in_units,
-    target_of,
 )
 
 # A few rows a warp: nothing is used twice, and loads of D 128 in half precision are 256 bytes a row.

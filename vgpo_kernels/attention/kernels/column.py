@@ -7,7 +7,7 @@ blocks of queries that need a look at every element, then those where every quer
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton, with_unit_columns
 from vgpo_kernels.attention.kernels.shared import (
     CHUNK,
     VECTOR,
@@ -18,8 +18,6 @@ from vgpo_kernels.attention.kernels.shared import (
     probabilities,
     probability_scales,
     strides_in_units,
-    target_of,
-    with_unit_columns,
 )
 
 # Query blocks looked at together by the kernels that make the lists.

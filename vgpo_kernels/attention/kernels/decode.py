@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.intervals import VISUAL
 from vgpo_kernels.attention.kernels.keys import load_tile, products
 from vgpo_kernels.attention.kernels.shared import (
@@ -14,7 +14,6 @@ from vgpo_kernels.attention.kernels.shared import (
     padded_head,
     score_scales,
     strides_in_units,
-    target_of,
 )
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkv" for axis in "bhl")

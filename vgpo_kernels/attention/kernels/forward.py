@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton, with_unit_columns
 from vgpo_kernels.attention.kernels import decode
 from vgpo_kernels.attention.kernels.keys import (
     MIXED_BLOCK,
@@ -25,8 +25,6 @@ from vgpo_kernels.attention.kernels.shared import (
     padded_head,
     score_scales,
     strides_in_units,
-    target_of,
-    with_unit_columns,
 )
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkv" for axis in "bhl")

@@ -8,7 +8,7 @@ at every element (an interval cuts them, or keys of several segments lie in them
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton, with_unit_columns
 from vgpo_kernels.attention.kernels.shared import (
     CHUNK,
     VECTOR,
@@ -19,8 +19,6 @@ from vgpo_kernels.attention.kernels.shared import (
     probabilities,
     probability_scales,
     strides_in_units,
-    target_of,
-    with_unit_columns,
 )
 from vgpo_kernels.attention.kernels.tiles import tile_lists
 

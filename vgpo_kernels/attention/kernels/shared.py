@@ -1,6 +1,5 @@
-"""What the room's kernels share: scores in powers of two, strides in whole vectors, the names of the targets."""
+"""What the room's kernels share: scores in powers of two, strides in whole vectors."""
 
-import functools
 import math
 
 import torch
@@ -90,11 +89,6 @@ def probability_scales(scale: float, softcap: float | None, dtype: torch.dtype) 
     return scales
 
 
-def with_unit_columns(x: Tensor) -> Tensor:
-    """Returns `x` with elements of the last dimension side by side, copied only if they are not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def strides_in_units(**tensors: Tensor) -> dict[str, int]:
     """Returns `stride_{name}{b,h,l}_units` of (B, H, L, D) tensors, and the UNIT that multiplies all of them.
 
@@ -114,18 +108,3 @@ def strides_in_units(**tensors: Tensor) -> dict[str, int]:
 def padded_head(D: int) -> int:
     """Returns the head size of the tiles: the next power of two that a matrix product takes."""
     return max(16, int(triton.next_power_of_2(D)))
-
-
-def target_of(x: Tensor) -> str:
-    """Returns the name of the compile target whose tiles fit the device of `x`; sm_90 for the interpreter."""
-    return _target(x.device.index or 0) if x.is_cuda else "sm_90"
-
-
-@functools.cache
-def _target(index: int) -> str:
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major == 8 and minor in (6, 7, 9):
-        return "sm_120"  # as little shared memory
-    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_120")
