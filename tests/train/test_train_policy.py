@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_stand_ins import PlainEngine, collator, eager_attention, forbid_head, mixed_samples, random_completions
+from train_stand_ins import PlainEngine, collator, eager_attention, mixed_samples, no_head, random_completions
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vgpo_kernels.integrations.transformers import focus_from_attention, record_visual_attention
@@ -316,10 +316,8 @@ def test_scores_are_those_of_the_models_logits(
         torch.testing.assert_close(found.double(), expected * completions.mask, atol=2e-5, rtol=0)
 
 
-def test_scoring_never_runs_the_head(
-    engine: PlainEngine, prompts: PromptBatch, completions: Completions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forbid_head(engine.module, monkeypatch)
-    assert _score(engine, prompts, completions, reference=engine).old_logps.any()
-    with pytest.raises(AssertionError, match="the head's own forward"):
-        engine(**prompts.tensors())
+def test_scoring_never_runs_the_head(engine: PlainEngine, prompts: PromptBatch, completions: Completions) -> None:
+    with no_head(engine.module):
+        assert _score(engine, prompts, completions, reference=engine).old_logps.any()
+        with pytest.raises(AssertionError, match="the head's own forward"):
+            engine(**prompts.tensors())

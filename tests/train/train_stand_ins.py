@@ -2,10 +2,11 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from vgpo_train import policy
@@ -78,7 +79,8 @@ def random_completions(lengths: list[int], seed: int = 0) -> Completions:
     return Completions(ids.masked_fill(~mask, 0), mask)
 
 
-def forbid_head(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def no_head(model: Any) -> Iterator[None]:
     """Lets nobody run the forward of the model's output head."""
     head, real = model.get_output_embeddings(), torch.nn.Linear.forward
 
@@ -86,7 +88,11 @@ def forbid_head(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self is not head, "the head's own forward has run"
         return real(self, states)
 
-    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    torch.nn.Linear.forward = forward
+    try:
+        yield
+    finally:
+        torch.nn.Linear.forward = real
 
 
 def eager_attention(

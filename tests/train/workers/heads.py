@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from train_stand_ins import dense_logps
+from train_stand_ins import dense_logps, no_head
 
 from vgpo_kernels import PolicyLossConfig
 from vgpo_kernels.integrations.transformers import fused_logprobs
@@ -33,22 +33,6 @@ def counted(owner: Any, name: str, counts: Callable[..., int]) -> Iterator[list[
         yield total
     finally:
         setattr(owner, name, real)
-
-
-@contextmanager
-def no_head(model: Any) -> Iterator[None]:
-    """Lets nobody run the forward of the model's output head."""
-    head, real = model.get_output_embeddings(), torch.nn.Linear.forward
-
-    def forward(self: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
-        assert self is not head, "the head's own forward has run"
-        return real(self, states)
-
-    torch.nn.Linear.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.nn.Linear.forward = real  # type: ignore[method-assign]
 
 
 def step_on_logprobs(engine: Any, prompts: PromptBatch, completions: Completions, weights: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from scenario import FIRST_RANK, HEAD_ROWS, KINDS, LEARNING_RATE, LENGTHS, LOSSES
-from train_stand_ins import collator, end_and_pad, experience, mixed_samples, random_completions
+from train_stand_ins import collator, end_and_pad, experience, mixed_samples, no_head, random_completions
 from transformers import set_seed
 
 from vgpo_train import distributed, engine
@@ -173,7 +173,7 @@ class RecordingTrainer(Trainer):
         self._apply, self.update = self.update, self._record
 
     def _score(self, rollout: Rollout) -> Scores:
-        with heads.no_head(self.engine.module):
+        with no_head(self.engine.module):
             scores = super()._score(rollout)
         rows = {
             "group_ids": rollout.group_ids,
@@ -198,7 +198,7 @@ class RecordingTrainer(Trainer):
         names = ("advantages", "old_logps", "token_weights", "trajectory_weights")
         tensors = {name: getattr(given, name) for name in names}
         self.records[-1]["updates"].append(tensors | {"mask": given.completions.mask, "rows": rows})
-        with heads.no_head(self.engine.module):
+        with no_head(self.engine.module):
             return self._apply(given, rows)
 
 
