@@ -92,6 +92,14 @@ class Case:
         self.advantages = torch.tensor([1.0, -0.5, 2.0])
         self.token_weights = 0.5 + torch.rand(3, LENGTH)
 
+    def to(self, device: str) -> "Case":
+        """Moves everything to a device."""
+        self.model.to(device)
+        self.batch = {name: value.to(device) for name, value in self.batch.items()}
+        for name in ("mask", "targets", "noise", "advantages", "token_weights"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
     def dense(self, dtype: torch.dtype, config: PolicyLossConfig) -> dict[str, Tensor]:
         """Returns what the model's own logits give, in `dtype`."""
         model = copy.deepcopy(self.model).to(dtype)

@@ -74,6 +74,12 @@ def test_every_loss(loss_type: str, level: str) -> None:
     assert_all_equal(case.fused(config), dense, exact)
 
 
+def test_through_the_kernels(device: str) -> None:
+    case = Case("granite").to(device)
+    exact, dense = (case.dense(dtype, CONFIG) for dtype in (torch.float64, torch.float32))
+    assert_all_equal(case.fused(CONFIG, impl="triton"), dense, exact)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_through_log_probabilities_and_entropy(tied: bool) -> None:
     make = make_text(LlamaForCausalLM, LlamaConfig, tie_word_embeddings=tied)

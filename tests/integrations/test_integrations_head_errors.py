@@ -49,6 +49,25 @@ def test_nothing_else_may_call_the_head_meanwhile() -> None:
         assert fused.logprobs(case.batch, prompt_length=case.prompt).logps.any(), "the outer one goes on"
 
 
+def test_the_stand_in_is_gone_after_the_with() -> None:
+    case = Case("granite")
+    with fused_logprobs(case.model) as fused:
+        pass
+    with pytest.raises(RuntimeError, match="GraniteForCausalLM: its output head is stood in for only inside"):
+        fused.logprobs(case.batch, prompt_length=PROMPT)
+
+
+def test_a_head_that_is_called_twice_in_a_forward() -> None:
+    class Twice(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            super().forward(input_ids=input_ids, attention_mask=attention_mask)
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask)
+
+    case = Case("llama", make_text(Twice, LlamaConfig)())
+    with pytest.raises(RuntimeError, match="Twice: its output head was called inside fused_logprobs"):
+        model_logprobs(case.model, case.batch, prompt_length=PROMPT)
+
+
 def test_an_unknown_head_is_named() -> None:
     case = Case(SMALL)
     case.model.lm_head = Adapted(case.model.lm_head)

@@ -138,7 +138,7 @@ class StandIn:
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
         del self.head.module.forward
-        self._probe = None
+        self._probe = self._hook = None
 
     def run(self, forward: Callable[[], Any], work: Work) -> dict[str, Tensor]:
         """Calls `forward`, which runs the model, and returns what `work` makes of the states that the head gets.
@@ -146,9 +146,13 @@ class StandIn:
         Where the first forward shows that the model does otherwise with logits than thought, it is called again.
 
         Raises:
-            RuntimeError: the model does not call its head, or not once.
+            RuntimeError: the model does not call its head, or more than once; or the `with` has ended.
             ValueError: the model changes logits in another way than its configuration says.
         """
+        if self._hook is None:
+            raise RuntimeError(
+                f"{self.head.name}: its output head is stood in for only inside fused_logprobs"
+            )
         self._work, self._results = work, None
         try:
             logits = self._logits_of(forward())
