@@ -16,10 +16,6 @@ from transformers import (
     CohereForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
-    HyperCLOVAXConfig,
-    HyperCLOVAXForCausalLM,
-    MiniCPM3Config,
-    MiniCPM3ForCausalLM,
 )
 
 from vgpo_kernels import PolicyLossConfig, policy_loss
@@ -47,23 +43,34 @@ def _final_soft_cap() -> Any:
     return model
 
 
-def _minicpm3() -> Any:
-    """Scales the states before its head, by a number that its configuration names as Granite's does."""
-    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
-    return make_text(MiniCPM3ForCausalLM, MiniCPM3Config, num_key_value_heads=4, dim_model_base=8, **latent)()
+class Multiplying(GraniteForCausalLM):
+    """Multiplies by the number that Granite divides by."""
+
+    power = 2
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.config.logits_scaling**self.power
+        return output
+
+
+class Ignoring(Multiplying):
+    """Names the number, and does nothing with it after the head."""
+
+    power = 1
 
 
 MODELS: dict[str, Callable[[], Any]] = {
     **{name: lambda name=name: tiny_vlms.make(name) for name in tiny_vlms.FAMILIES if name != "soft_capped"},
     "final_soft_cap": _final_soft_cap,
     "granite": make_text(GraniteForCausalLM, GraniteConfig, logits_scaling=3.0, tie_word_embeddings=True),
-    "hyperclovax": make_text(HyperCLOVAXForCausalLM, HyperCLOVAXConfig, logits_scaling=0.25),
+    "multiplying": make_text(Multiplying, GraniteConfig, logits_scaling=0.25),
+    "ignoring": make_text(Ignoring, GraniteConfig, logits_scaling=3.0),
     "cohere": make_text(CohereForCausalLM, CohereConfig, logit_scale=0.3, tie_word_embeddings=True),
-    "minicpm3": _minicpm3,
 }
 SMALL = "internvl"
-# Stand for models of another scale than a configuration field has it at first sight.
-READ_AGAIN = ("hyperclovax", "minicpm3")
+# Another scale than their configuration says at first sight: the model is run once more.
+READ_AGAIN = ("multiplying", "ignoring")
 
 
 class Case:

@@ -214,7 +214,7 @@ def test_the_model_may_be_asked_again_and_is_only_read_once(monkeypatch: pytest.
     readings, forwards = [], []
     real = _head.StandIn._read
     monkeypatch.setattr(_head.StandIn, "_read", lambda self, shown: readings.append(1) or real(self, shown))
-    case = Case("hyperclovax")
+    case = Case("multiplying")
     case.model.register_forward_hook(lambda *_: forwards.append(1))
     with fused_logprobs(case.model) as fused:
         first = fused.logprobs(case.batch, prompt_length=case.prompt).logps
