@@ -150,9 +150,7 @@ class StandIn:
             ValueError: the model changes logits in another way than its configuration says.
         """
         if self._hook is None:
-            raise RuntimeError(
-                f"{self.head.name}: its output head is stood in for only inside fused_logprobs"
-            )
+            raise RuntimeError(f"{self.head.name}: its output head is stood in for only inside fused_logprobs")
         self._work, self._results = work, None
         try:
             logits = self._logits_of(forward())
