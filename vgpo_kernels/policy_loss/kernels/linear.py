@@ -3,8 +3,8 @@
 A program owns a block of tokens and a part of the vocabulary. It walks tiles of the vocabulary and, in each, the width
 of the hidden states. What it leaves, three numbers a token, a second kernel merges in a fixed order: no logits.
 
-Numbers live in powers of two: u = y * outer, with y the logit, bounded by the soft-cap, and outer = log2(e) /
-temperature. Product and difference are one fused operation there, so a shift costs the differences no digit.
+y is a logit, bounded by 1 where there is a soft-cap, and z = scale * y is what the softmax is taken of. The distance to
+the largest y so far is taken before it is scaled: exact where it counts, whatever the size of the logits.
 """
 
 import functools
@@ -94,7 +94,7 @@ def linear_logprobs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Leaves, of BLOCK_M tokens and one part of the vocabulary, the largest u, sum 2^(u - it), sum 2^(..) (u - it)."""
+    """Leaves max y, sum 2^u and sum u 2^u of BLOCK_M tokens and a part of the vocabulary, with u = outer (y - max y)."""
     first_block = tl.program_id(0) // (group * splits) * group
     in_group = tl.minimum(tl.cdiv(tokens, BLOCK_M) - first_block, group)
     place = tl.program_id(0) - first_block * splits
@@ -115,7 +115,7 @@ def linear_logprobs_kernel(
     last = tl.minimum(first + tiles_per_split, tl.cdiv(vocabulary, BLOCK_N))
 
     # Finite, so that a part of nothing but -inf adds 0 to the others.
-    b_shift = tl.full([BLOCK_M], -3.0e38, tl.float32)  # [BM]
+    b_shift = tl.full([BLOCK_M], -1.0e37, tl.float32)  # [BM]
     b_total = tl.zeros([BLOCK_M], tl.float32)  # [BM]
     b_weighted = tl.zeros([BLOCK_M], tl.float32)  # [BM]
     b_chosen = tl.zeros([BLOCK_M], tl.float32)  # [BM]
@@ -148,11 +148,11 @@ def linear_logprobs_kernel(
         if tl.max(((b_at >= 0) & (b_at < BLOCK_N)).to(tl.int32), axis=0) != 0:  # few tiles hold a target of the block
             b_chosen += tl.sum(tl.where(b_at[:, None] == o_n[None, :], b_y, 0.0), axis=1)
 
-        b_new = tl.maximum(b_shift, tl.max(b_y, axis=1) * outer)  # [BM]
-        b_u = b_y * outer - b_new[:, None]  # [BM, BN]
+        b_new = tl.maximum(b_shift, tl.max(b_y, axis=1))  # [BM]
+        b_u = (b_y - b_new[:, None]) * outer  # [BM, BN]
         b_e = tl.exp2(b_u)  # [BM, BN]
         # Bounded, as below, so that 0 times it is 0.
-        b_step = tl.maximum(b_shift - b_new, -1.0e4)  # [BM]
+        b_step = tl.maximum((b_shift - b_new) * outer, -1.0e4)  # [BM]
         b_keep = tl.exp2(b_step)  # [BM]
         if ENTROPY:
             b_weighted = (b_weighted + b_total * b_step) * b_keep
@@ -181,6 +181,7 @@ def merge_kernel(
     entropy_ptr,
     tokens,
     splits,
+    scale,
     outer,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -188,7 +189,7 @@ def merge_kernel(
     """A program merges what the parts of the vocabulary left of BLOCK tokens, in their order."""
     o_m = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_m = o_m < tokens
-    b_shift = tl.full([BLOCK], -3.0e38, tl.float32)
+    b_shift = tl.full([BLOCK], -1.0e37, tl.float32)
     o_part = o_m
     for _ in range(0, splits):
         b_shift = tl.maximum(b_shift, tl.load(shift_ptr + o_part, mask=m_m, other=0.0))
@@ -197,7 +198,7 @@ def merge_kernel(
     b_weighted = tl.zeros([BLOCK], tl.float32)
     o_part = o_m
     for _ in range(0, splits):
-        b_step = tl.maximum(tl.load(shift_ptr + o_part, mask=m_m, other=0.0) - b_shift, -1.0e4)
+        b_step = tl.maximum((tl.load(shift_ptr + o_part, mask=m_m, other=0.0) - b_shift) * outer, -1.0e4)
         b_keep = tl.exp2(b_step)
         b_part = tl.load(total_ptr + o_part, mask=m_m, other=1.0)
         if ENTROPY:
@@ -208,9 +209,9 @@ def merge_kernel(
     b_total = tl.where(b_total > 0.0, b_total, float("nan"))
     b_log_total = tl.log(b_total)
     # The distance to the largest first: close to a probability of 1 an LSE would cancel against the logit.
-    b_distance = tl.load(chosen_ptr + o_m, mask=m_m, other=0.0) * outer - b_shift
-    tl.store(logps_ptr + o_m, b_distance * 0.6931471805599453 - b_log_total, mask=m_m)
-    tl.store(lse_ptr + o_m, b_shift * 0.6931471805599453 + b_log_total, mask=m_m)
+    b_distance = tl.load(chosen_ptr + o_m, mask=m_m, other=0.0) - b_shift
+    tl.store(logps_ptr + o_m, b_distance * scale - b_log_total, mask=m_m)
+    tl.store(lse_ptr + o_m, b_shift * scale + b_log_total, mask=m_m)
     if ENTROPY:
         tl.store(entropy_ptr + o_m, b_log_total - b_weighted / b_total * 0.6931471805599453, mask=m_m)
 
@@ -252,7 +253,7 @@ def linear_logprobs(
     shift, total = (logps.new_empty(splits, tokens) for _ in range(2))
     weighted = torch.empty_like(total) if entropy else None
     chosen = torch.full_like(logps, float("nan"))
-    outer = LOG2E / temperature if softcap is None else softcap * LOG2E / temperature
+    scale = (1.0 if softcap is None else softcap) / temperature
     linear_logprobs_kernel[(triton.cdiv(tokens, tiles["BLOCK_M"]) * splits,)](
         hidden_ptr=hidden,
         offsets_ptr=_offsets(hidden, index, unit),
@@ -272,7 +273,7 @@ def linear_logprobs(
         splits=splits,
         group=group,
         inner=1.0 if softcap is None else 1.0 / softcap,
-        outer=outer,
+        outer=scale * LOG2E,
         SOFTCAP=softcap is not None,
         ENTROPY=entropy,
         UNIT=unit,
@@ -290,7 +291,8 @@ def linear_logprobs(
         entropy_ptr=entropies,
         tokens=tokens,
         splits=splits,
-        outer=outer,
+        scale=scale,
+        outer=scale * LOG2E,
         ENTROPY=entropy,
         BLOCK=MERGE_BLOCK,
         num_warps=4,
@@ -317,7 +319,7 @@ def _offsets(hidden: Tensor, index: tuple[Tensor, ...], unit: int) -> Tensor:
 def compile_cases() -> list[CompileCase]:
     """Returns the kernel of each dtype, with and without what is optional, and at rows off 16 bytes; the merge."""
     floats = ("chosen_ptr", "shift_ptr", "total_ptr", "weighted_ptr", "logps_ptr", "lse_ptr", "entropy_ptr")
-    merged = dict.fromkeys(floats, "*fp32") | {"tokens": "i32", "splits": "i32", "outer": "fp32"}
+    merged = dict.fromkeys(floats, "*fp32") | {"tokens": "i32", "splits": "i32", "scale": "fp32", "outer": "fp32"}
     return [
         _compile_case("bf16"),
         _compile_case("bf16", entropy=True),
