@@ -165,7 +165,7 @@ def test_vocabularies_of_models(vocabulary, dtype, device):
 
 @pytest.mark.parametrize("config", TOKEN_CONFIGS, ids=config_id)
 def test_every_option_of_the_loss(config, device):
-    case = random_case((2, 3, 9), torch.float32, device)
+    case = random_case((1, 4, 9), torch.float32, device)
     assert_loss(case, LossInputs.random(case), config, torch.empty_like(case.logits))
 
 
@@ -485,7 +485,7 @@ def assert_kl(p: Tensor, q: Tensor, scaling: Scaling = PLAIN) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "scaling"), MIXES, ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 5, 1003, 9001, 50257])
+@pytest.mark.parametrize("vocabulary", [1, 5, 1003, 50257])
 def test_divergence(vocabulary, dtype, scaling, device):
     p, q = ((4 * torch.randn(3, vocabulary)).to(device, dtype) for _ in "pq")
     assert_kl(p, q, scaling)

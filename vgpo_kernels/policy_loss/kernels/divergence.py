@@ -56,6 +56,13 @@ def _take(b_p_max, b_p_sum, b_q_max, b_q_sum, b_dot, b_p, b_q, scale2):
 
 
 @triton.jit
+def _scores(b_x, m_x, inverse_cap, SOFTCAP: tl.constexpr):
+    """Scores of loaded logits, -inf where there is none."""
+    b_u = scores(b_x.to(tl.float32), inverse_cap, SOFTCAP)
+    return tl.where(m_x, b_u, -float("inf")) if SOFTCAP else b_u
+
+
+@triton.jit
 def _without(b_p, b_q):
     """1 where q is 0 and p is not."""
     return ((b_q == -float("inf")) & (b_p > -float("inf"))).to(tl.int32)
@@ -87,8 +94,8 @@ def logits_kl_kernel(
     b_q_sum = tl.zeros([R], tl.float32)
     b_dot = tl.zeros([R], tl.float32)
     o_e, m_e = edges(head, n_vectors, vocabulary, R, VEC)
-    b_p_edge = scores(tl.load(p_p + o_e, mask=m_e, other=-float("inf")), m_e, inverse_cap, SOFTCAP)
-    b_q_edge = scores(tl.load(p_q + o_e, mask=m_e, other=-float("inf")), m_e, inverse_cap, SOFTCAP)
+    b_p_edge = _scores(tl.load(p_p + o_e, mask=m_e, other=-float("inf")), m_e, inverse_cap, SOFTCAP)
+    b_q_edge = _scores(tl.load(p_q + o_e, mask=m_e, other=-float("inf")), m_e, inverse_cap, SOFTCAP)
     b_without = _without(b_p_edge, b_q_edge)
     b_p_max, b_p_sum, b_q_max, b_q_sum, b_dot = _take(
         b_p_max, b_p_sum, b_q_max, b_q_sum, b_dot, b_p_edge[:, None], b_q_edge[:, None], scale2
@@ -106,8 +113,8 @@ def logits_kl_kernel(
         m_next = tile_vectors(tile + 1, n_vectors, R)
         b_p_next = tl.load(p_p_tile, mask=m_next[:, None], other=-float("inf"))
         b_q_next = tl.load(p_q_tile, mask=m_next[:, None], other=-float("inf"))
-        b_p_score = scores(b_p, m_r[:, None], inverse_cap, SOFTCAP)
-        b_q_score = scores(b_q, m_r[:, None], inverse_cap, SOFTCAP)
+        b_p_score = _scores(b_p, m_r[:, None], inverse_cap, SOFTCAP)
+        b_q_score = _scores(b_q, m_r[:, None], inverse_cap, SOFTCAP)
         b_without = tl.maximum(b_without, tl.max(_without(b_p_score, b_q_score), axis=1))
         b_p_max, b_p_sum, b_q_max, b_q_sum, b_dot = _take(
             b_p_max, b_p_sum, b_q_max, b_q_sum, b_dot, b_p_score, b_q_score, scale2
@@ -145,7 +152,7 @@ def logits_kl(logits_p: Tensor, logits_q: Tensor, temperature: float, softcap: f
             p_stride=logits_p.stride(0),
             q_stride=logits_q.stride(0),
             Q_ALIGNED=vectors_match(logits_p, logits_q),
-            **row_tiles(vocabulary, logits_p.element_size(), VECTORS, target_of(logits_p)),
+            **row_tiles(vocabulary, logits_p.element_size(), VECTORS, target_of(logits_p), softcap=softcap is not None),
         )
     return kl
 
@@ -167,5 +174,5 @@ def _compile_case(name: str, dtype: str, *, softcap: bool, aligned: bool) -> Com
         logits_kl_kernel,
         signature,
         {"SOFTCAP": softcap, "Q_ALIGNED": aligned},
-        tiles=lambda target: row_tiles(152064, itemsize, VECTORS, target),
+        tiles=lambda target: row_tiles(152064, itemsize, VECTORS, target, softcap=softcap),
     )

@@ -16,11 +16,13 @@ from vgpo_kernels.policy_loss.kernels.rows import (
     edges,
     finite,
     first_vector,
+    load_words,
     row_tiles,
     scores,
     softcap_scales,
     tile_columns,
     tile_vectors,
+    unpacked,
     vectors_match,
     whole_vectors,
 )
@@ -36,17 +38,18 @@ RUN_TIME = (
 
 
 @triton.jit
-def _take(b_max, b_sum, b_dot, b_u, scale2, ENTROPY: tl.constexpr):
-    """Takes scores [R, N] into the lanes' maximum, sum of e = exp2((u - maximum) * scale2), and of e * log2(e), [R]."""
-    b_new = tl.maximum(b_max, tl.max(b_u, axis=1))
+def _take(b_max, b_sum, b_dot, b_u, m_r, scale2, ENTROPY: tl.constexpr):
+    """Takes scores [R, N] of lanes m_r into maximum, sum of e = exp2((u - maximum) * scale2) and sum of e * log2(e)."""
+    b_new = tl.maximum(b_max, tl.where(m_r, tl.max(b_u, axis=1), -float("inf")))
     b_base = finite(b_new)
     b_shift = (b_max - b_base) * scale2
     b_decay = tl.exp2(b_shift)
     b_log2 = (b_u - b_base[:, None]) * scale2
     b_e = tl.exp2(b_log2)
     if ENTROPY:
-        b_dot = b_decay * (b_dot + b_sum * bounded(b_shift)) + tl.sum(b_e * bounded(b_log2), axis=1)
-    return b_new, b_decay * b_sum + tl.sum(b_e, axis=1), b_dot
+        b_taken = tl.where(m_r, tl.sum(b_e * bounded(b_log2), axis=1), 0.0)
+        b_dot = b_decay * (b_dot + b_sum * bounded(b_shift)) + b_taken
+    return b_new, b_decay * b_sum + tl.where(m_r, tl.sum(b_e, axis=1), 0.0), b_dot
 
 
 @triton.jit
@@ -78,21 +81,18 @@ def _row_statistics(
     b_sum = tl.zeros([R], tl.float32)
     b_dot = tl.zeros([R], tl.float32)
     o_e, m_e = edges(head, n_vectors, vocabulary, R, VEC)
-    b_edge = scores(tl.load(p_row + o_e, mask=m_e, other=-float("inf")), m_e, inverse_cap, SOFTCAP)
-    b_max, b_sum, b_dot = _take(b_max, b_sum, b_dot, b_edge[:, None], scale2, ENTROPY)
+    b_edge = scores(tl.load(p_row + o_e, mask=m_e, other=0.0).to(tl.float32), inverse_cap, SOFTCAP)
+    b_max, b_sum, b_dot = _take(b_max, b_sum, b_dot, b_edge[:, None], m_e, scale2, ENTROPY)
 
-    p_tile = first_vector(p_row, head, VEC, True) + tile_columns(0, R, VEC)
-    m_r = tile_vectors(0, n_vectors, R)
-    b_x = tl.load(p_tile, mask=m_r[:, None], other=-float("inf"))
+    p_vectors = first_vector(p_row, head, VEC, True)
+    b_words = load_words(p_vectors, 0, n_vectors, "", R)
     for tile in range(0, tl.cdiv(n_vectors, R)):
         # Asked for a tile ahead: bytes are always under way.
-        p_tile += R * VEC
-        m_next = tile_vectors(tile + 1, n_vectors, R)
-        b_next = tl.load(p_tile, mask=m_next[:, None], other=-float("inf"))
-        b_u = scores(b_x, m_r[:, None], inverse_cap, SOFTCAP)
-        b_max, b_sum, b_dot = _take(b_max, b_sum, b_dot, b_u, scale2, ENTROPY)
-        b_x = b_next
-        m_r = m_next
+        b_next = load_words(p_vectors, tile + 1, n_vectors, "", R)
+        m_r = tile_vectors(tile, n_vectors, R)
+        b_u = scores(unpacked(b_words, p_row.dtype.element_ty, R, VEC), inverse_cap, SOFTCAP)
+        b_max, b_sum, b_dot = _take(b_max, b_sum, b_dot, b_u, m_r, scale2, ENTROPY)
+        b_words = b_next
 
     # The target's score takes part: so every thread has it before any thread writes in place.
     row_max = tl.max(tl.maximum(b_max, target_score), axis=0)
@@ -107,9 +107,8 @@ def _row_statistics(
 
 
 @triton.jit
-def _gradient(b_x, m_hit, outer, center, scale2, factor, entropy_factor, at_target, inverse_cap, SOFTCAP: tl.constexpr):
-    """e * (factor + entropy_factor * log2(e)), plus at_target where hit; e = exp2((u * outer - center) * scale2)."""
-    b_u = b_x.to(tl.float32)
+def _gradient(b_u, outer, center, scale2, factor, entropy_factor, inverse_cap, SOFTCAP: tl.constexpr):
+    """e * (factor + entropy_factor * log2(e)) by fp32 logits, e = exp2((u * outer - center) * scale2), and du/dx."""
     if SOFTCAP:
         b_u = tanh(b_u * inverse_cap)
     b_log2 = (b_u * outer - center) * scale2
@@ -118,10 +117,11 @@ def _gradient(b_x, m_hit, outer, center, scale2, factor, entropy_factor, at_targ
         b_dx *= factor
     else:
         b_dx *= factor + entropy_factor * bounded(b_log2)
-    b_dx += tl.where(m_hit, at_target, 0.0)
+    b_slope = 1.0
     if SOFTCAP:
-        b_dx *= 1.0 - b_u * b_u
-    return b_dx
+        b_slope = 1.0 - b_u * b_u
+        b_dx *= b_slope
+    return b_dx, b_slope
 
 
 @triton.jit
@@ -147,30 +147,27 @@ def _write_gradient(
     """Pass 2. An element is read once more, and then written."""
     OUT: tl.constexpr = p_out.dtype.element_ty
     o_e, m_e = edges(head, n_vectors, vocabulary, R, VEC)
-    b_edge = tl.load(p_row + o_e, mask=m_e, other=0.0)
-    b_edge = _gradient(
-        b_edge, o_e == target, outer, center, scale2, factor, entropy_factor, at_target, inverse_cap, SOFTCAP
-    )
+    b_edge = tl.load(p_row + o_e, mask=m_e, other=0.0).to(tl.float32)
+    b_edge, b_edge_slope = _gradient(b_edge, outer, center, scale2, factor, entropy_factor, inverse_cap, SOFTCAP)
+    b_edge += tl.where(o_e == target, at_target * b_edge_slope, 0.0)
     tl.store(p_out + o_e, b_edge.to(OUT), mask=m_e)
 
     n_tiles = tl.cdiv(n_vectors, R)
     p_vectors = first_vector(p_row, head, VEC, True)
     p_out_vectors = first_vector(p_out, head, VEC, OUT_ALIGNED)
-    p_tile = p_vectors + tile_columns(n_tiles - 1, R, VEC)
-    m_r = tile_vectors(n_tiles - 1, n_vectors, R)
-    b_x = tl.load(p_tile, mask=m_r[:, None], other=0.0, eviction_policy="evict_first")
+    b_words = load_words(p_vectors, n_tiles - 1, n_vectors, "evict_first", R)
     for index in range(0, n_tiles):
         tile = n_tiles - 1 - index
-        p_tile -= R * VEC
-        m_next = tile_vectors(tile - 1, n_vectors, R)
-        b_next = tl.load(p_tile, mask=m_next[:, None], other=0.0, eviction_policy="evict_first")
+        b_next = load_words(p_vectors, tile - 1, n_vectors, "evict_first", R)
+        b_x = unpacked(b_words, p_row.dtype.element_ty, R, VEC)
+        b_dx, b_slope = _gradient(b_x, outer, center, scale2, factor, entropy_factor, inverse_cap, SOFTCAP)
         o_v = tile_columns(tile, R, VEC)  # [R, VEC]
-        b_dx = _gradient(
-            b_x, o_v == target - head, outer, center, scale2, factor, entropy_factor, at_target, inverse_cap, SOFTCAP
-        )
+        # One tile of the row has the target; no other looks for it.
+        if (target - head) // (R * VEC) == tile:
+            b_dx += tl.where(o_v == target - head, at_target * b_slope, 0.0)
+        m_r = tile_vectors(tile, n_vectors, R)
         tl.store(p_out_vectors + o_v, b_dx.to(OUT), mask=m_r[:, None], eviction_policy="evict_first")
-        b_x = b_next
-        m_r = m_next
+        b_words = b_next
 
 
 @triton.jit
@@ -256,8 +253,9 @@ def logits_kernel(
         if STATISTICS:
             outer = 1.0
             scale2 = scale * 1.4426950408889634
-            target_x = tl.load(p_row + target, mask=in_range, other=-float("inf"))
-            target_u = scores(target_x, in_range, inverse_cap, SOFTCAP)
+            # In range or not, it is some element of the row.
+            target_x = tl.load(p_row + tl.where(in_range, target, 0)).to(tl.float32)
+            target_u = scores(target_x, inverse_cap, SOFTCAP)
             center, total, log_total, dot = _row_statistics(
                 p_row,
                 head,
@@ -426,7 +424,7 @@ def _launch(
         STATISTICS=statistics,
         OUT_ALIGNED=out is not None and vectors_match(logits, out),
         **term_constants(PolicyLossConfig() if config is None else config),
-        **row_tiles(vocabulary, logits.element_size(), VECTORS, target_of(logits)),
+        **row_tiles(vocabulary, logits.element_size(), VECTORS, target_of(logits), softcap=softcap is not None),
     )
 
 
@@ -474,5 +472,5 @@ def _compile_case(
         logits_kernel,
         signature,
         absent | constants,
-        tiles=lambda target: row_tiles(vocabulary, itemsize, VECTORS, target),
+        tiles=lambda target: row_tiles(vocabulary, itemsize, VECTORS, target, softcap=softcap),
     )

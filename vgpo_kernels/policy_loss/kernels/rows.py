@@ -52,12 +52,33 @@ def tile_vectors(tile, n_vectors, R: tl.constexpr):
 
 
 @triton.jit
-def scores(b_x, m_x, inverse_cap, SOFTCAP: tl.constexpr):
-    """Scores in fp32, -inf where there is none."""
-    b_u = b_x.to(tl.float32)
-    if SOFTCAP:
-        b_u = tl.where(m_x, tanh(b_u * inverse_cap), -float("inf"))
-    return b_u
+def load_words(p_vectors, tile, n_vectors, POLICY: tl.constexpr, R: tl.constexpr):
+    """Words of four bytes [R, 4] of a tile of vectors, anything where there is none."""
+    p_words = p_vectors.to(tl.pointer_type(tl.int32)) + (tile * R + tl.arange(0, R))[:, None] * 4 + tl.arange(0, 4)
+    return tl.load(p_words, mask=tile_vectors(tile, n_vectors, R)[:, None], eviction_policy=POLICY)
+
+
+@triton.jit
+def unpacked(b_words, DTYPE: tl.constexpr, R: tl.constexpr, VEC: tl.constexpr):
+    """Elements in fp32 [R, VEC] of words [R, 4], in which halves are carried from tile to tile two a register."""
+    BF16: tl.constexpr = DTYPE.is_bf16()
+    if VEC == 4:
+        b_x = b_words.to(tl.float32, bitcast=True)
+    else:
+        if BF16:
+            b_low = (b_words << 16).to(tl.float32, bitcast=True)
+            b_high = (b_words & -65536).to(tl.float32, bitcast=True)
+        else:
+            b_low = b_words.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            b_high = (b_words >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        b_x = tl.reshape(tl.join(b_low, b_high), [R, VEC])
+    return b_x
+
+
+@triton.jit
+def scores(b_x, inverse_cap, SOFTCAP: tl.constexpr):
+    """Scores of fp32 logits."""
+    return tanh(b_x * inverse_cap) if SOFTCAP else b_x
 
 
 @triton.jit
@@ -72,9 +93,12 @@ def bounded(b_log2):
     return tl.maximum(b_log2, -200.0)
 
 
-def row_tiles(vocabulary: int, itemsize: int, vectors: int, target: str) -> dict[str, int]:
-    """Returns tiles of `vectors` vectors a thread: 1024 threads for long rows, so that few rows share the L2 cache."""
-    threads = 1024 if vocabulary * itemsize > LONG_ROW else 128
+def row_tiles(vocabulary: int, itemsize: int, vectors: int, target: str, *, softcap: bool) -> dict[str, int]:
+    """Returns tiles of `vectors` vectors a thread: 1024 threads for long rows, so that few rows share the L2 cache.
+
+    With a soft-cap half as many: on sm_80, tanh takes more than the 64 registers that 1024 threads have each.
+    """
+    threads = (512 if softcap else 1024) if vocabulary * itemsize > LONG_ROW else 128
     warp_size = 64 if target == "gfx942" else 32
     return {"R": threads * vectors, "VEC": VECTOR // itemsize, "num_warps": threads // warp_size}
 
