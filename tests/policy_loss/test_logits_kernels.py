@@ -530,6 +530,31 @@ def test_divergence_of_huge_logits(device):
     assert_kl(p[2:], q[2:])
 
 
+def test_whole_vectors_are_promised_only_where_they_are(device):
+    """The compiler believes it: a wrong promise is a misaligned store."""
+    wide = torch.empty(3, 5, 77, dtype=torch.bfloat16, device=device)
+    even = torch.empty(3, 5, 80, dtype=torch.bfloat16, device=device)
+    pairs = [
+        (wide, wide, True),
+        (wide, torch.empty_like(wide), True),
+        (wide, torch.empty_like(wide, dtype=torch.float32), True),
+        (wide[:, :-1], torch.empty_like(wide[:, :-1].contiguous()), False),
+        (wide[:1, :-1], torch.empty_like(wide[:1, :-1].contiguous()), True),
+        (even[:, :-1], torch.empty_like(even[:, :-1].contiguous()), True),
+        (even[..., 1:], torch.empty_like(even[..., 1:].contiguous()), False),
+        (even[..., 1:], torch.empty_like(even)[..., 1:], True),
+        (even[..., 1:], torch.empty_like(even)[..., 9:], True),
+    ]
+    for x, out, expected in pairs:
+        assert rows.vectors_match(x, out) == expected
+        bytes_of_vector = 16 // x.element_size() * out.element_size()
+        fits = []
+        for row, out_row in zip(x.flatten(0, 1), out.flatten(0, 1), strict=True):
+            head = -row.data_ptr() % 16 // x.element_size()
+            fits.append((out_row.data_ptr() + head * out.element_size()) % bytes_of_vector == 0)
+        assert not expected or all(fits)
+
+
 def test_no_compilation_a_length_or_a_temperature():
     """Lengths, strides and scales are run-time arguments, and whole numbers among them are not specialised."""
     for module, kernel in ((logits, logits.logits_kernel), (divergence, divergence.logits_kl_kernel)):
