@@ -225,6 +225,7 @@ def linear_logprobs(
     temperature: float,
     softcap: float | None,
     entropy: bool,
+    memory_budget: int | None = None,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns logps, LSE and entropy (None unless asked for), (m,) each, as the reference does.
 
@@ -237,6 +238,7 @@ def linear_logprobs(
         temperature: divides the logits.
         softcap: bounds the logits before that, or None.
         entropy: compute the entropy, too.
+        memory_budget: what the reference keeps its logits within; here there are none.
     """
     tokens, (vocabulary, width) = targets.shape[0], weight.shape
     logps, lse = (torch.empty(tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
