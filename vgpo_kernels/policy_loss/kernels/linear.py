@@ -94,7 +94,7 @@ def linear_logprobs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Leaves max y, sum 2^u and sum u 2^u of BLOCK_M tokens and a part of the vocabulary, with u = outer (y - max y)."""
+    """Leaves max y, sum 2^u and sum u 2^u of BLOCK_M tokens and a part of the vocabulary; u = outer (y - max y)."""
     first_block = tl.program_id(0) // (group * splits) * group
     in_group = tl.minimum(tl.cdiv(tokens, BLOCK_M) - first_block, group)
     place = tl.program_id(0) - first_block * splits
