@@ -1,26 +1,34 @@
-"""The Triton kernels that walk rows of logits, against torch's log_softmax and autograd in float64.
-
-The baseline of every error budget is what torch does with logits of that dtype: it computes in fp32 from them, and
-rounds the gradient to the dtype of `out` at the end.
-"""
+"""The Triton kernels that walk rows of logits, against torch in float64, and against the reference."""
 
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
+from logits_cases import (
+    DTYPES,
+    MIXES,
+    SCALED,
+    SOME_CONFIG,
+    Case,
+    LossInputs,
+    assert_gradient,
+    assert_loss,
+    assert_statistics,
+    dense,
+    dense_loss,
+    formula_gradient,
+    random_case,
+)
 from policy_loss_cases import config_id, every_config
-from torch import Tensor
+from vocabulary_cases import PLAIN, Scaling
 
-from vgpo_kernels.policy_loss import PolicyLossConfig, reference, terms
+from vgpo_kernels.policy_loss import PolicyLossConfig, reference
 from vgpo_kernels.policy_loss import kernels as room
 from vgpo_kernels.policy_loss.kernels import divergence, logits, rows
 from vgpo_kernels.testing import assert_error_budget, ragged_mask
 
 ON_GPU = torch.cuda.is_available()
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOKEN_CONFIGS = [config for config in every_config() if config.importance_sampling_level == "token"]
-SOME_CONFIG = PolicyLossConfig.official(beta=0.1)
 SIZES = [
     1,  # a certain token
     2,
@@ -36,115 +44,6 @@ VOCABULARIES = [
     151936,  # Qwen
     152064,  # Qwen, padded
 ]
-
-
-class Scaling(NamedTuple):
-    temperature: float = 1.0
-    softcap: float | None = None
-
-
-PLAIN = Scaling()
-SCALED = Scaling(1.3, 5.0)  # the cap bends logits of a standard deviation of 4
-MIXES = [(torch.float32, PLAIN), (torch.float16, Scaling(0.7)), (torch.bfloat16, SCALED), (torch.float32, SCALED)]
-
-
-class Case(NamedTuple):
-    """Logits (B, T, V) and what goes with them, on the device."""
-
-    logits: Tensor
-    targets: Tensor
-    grads: tuple[Tensor, Tensor, Tensor]  # by logps, LSE and entropy
-
-
-def random_case(shape: tuple[int, int, int], dtype: torch.dtype, device: str, spread: float = 4.0) -> Case:
-    batch, length, vocabulary = shape
-    values = (spread * torch.randn(shape)).to(dtype)
-    targets = torch.randint(vocabulary, (batch, length))
-    grads = [torch.randn(batch, length).to(device) for _ in range(3)]
-    return Case(values.to(device), targets.to(device), tuple(grads))
-
-
-def dense(x: Tensor, targets: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor, Tensor]:
-    """logps, LSE and entropy in the dtype of `x`, by torch."""
-    if scaling.softcap is not None:
-        x = scaling.softcap * torch.tanh(x / scaling.softcap)
-    z = x / scaling.temperature
-    log_p = z.log_softmax(-1)
-    entropy = -torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p).sum(-1)
-    return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), z.logsumexp(-1), entropy
-
-
-def formula_gradient(x: Tensor, case: Case, lse: Tensor, entropy: Tensor, scaling: Scaling) -> Tensor:
-    """The gradient by logits `x` of LSE and entropy as they are given, rounded to fp32, in the dtype of `x`."""
-    by_logps, by_lse, by_entropy, lse, entropy = (v.to(x.dtype).unsqueeze(-1) for v in (*case.grads, lse, entropy))
-    tanh = torch.zeros_like(x) if scaling.softcap is None else torch.tanh(x / scaling.softcap)
-    z = (x if scaling.softcap is None else scaling.softcap * tanh) / scaling.temperature
-    p = (z - lse).exp()
-    hit = torch.zeros_like(x).scatter_(-1, case.targets.unsqueeze(-1), 1.0)
-    by_z = by_logps * (hit - p) + by_lse * p - by_entropy * p * (z - lse + entropy)
-    return by_z / scaling.temperature * (1 - tanh.square())
-
-
-def assert_statistics(case: Case, scaling: Scaling = PLAIN) -> None:
-    exact = dense(case.logits.double(), case.targets, scaling)
-    same_dtype = dense(case.logits.float(), case.targets, scaling)
-    actual = logits.logits_logprobs(case.logits, case.targets, None, *scaling, True)
-    for name, *values in zip(("logps", "lse", "entropy"), actual, same_dtype, exact, strict=True):
-        assert_error_budget(name, *values)
-
-
-def assert_gradient(case: Case, scaling: Scaling, out: Tensor, given: tuple[bool, bool, bool] = (True,) * 3) -> None:
-    """`given`: which of the gradients by logps, LSE and entropy there are."""
-    lse, entropy = (x.float() for x in dense(case.logits.double(), case.targets, scaling)[1:])
-    by_logps, by_lse, by_entropy = (grad if there else None for grad, there in zip(case.grads, given, strict=True))
-    logits.logits_gradient(case.logits, case.targets, None, lse, entropy, by_logps, by_entropy, by_lse, *scaling, out)
-    case = case._replace(grads=tuple(grad * there for grad, there in zip(case.grads, given, strict=True)))
-    exact = formula_gradient(case.logits.double(), case, lse, entropy, scaling)
-    same_dtype = formula_gradient(case.logits.float(), case, lse, entropy, scaling).to(out.dtype)
-    assert_error_budget("gradient", out, same_dtype, exact)
-
-
-class LossInputs(NamedTuple):
-    """What the loss takes beside logits and targets, (B, T) each."""
-
-    old_logps: Tensor | None
-    advantages: Tensor
-    ref_logps: Tensor | None
-    row_weights: Tensor | None
-
-    @classmethod
-    def random(cls, case: Case, scaling: Scaling = PLAIN) -> "LossInputs":
-        """Log-ratios of standard deviation 0.6, so that every clip is met."""
-        logps = dense(case.logits.double(), case.targets, scaling)[0].float()
-        old, ref = (logps + 0.6 * torch.randn(logps.shape).to(logps.device) for _ in "or")
-        return cls(old, torch.randn(logps.shape).to(logps.device), ref, 0.1 + torch.rand(logps.shape).to(logps.device))
-
-
-def dense_loss(x: Tensor, case: Case, inputs: LossInputs, scaling: Scaling, config: PolicyLossConfig) -> tuple:
-    """logps, entropy and the gradient of the loss, with the coefficients of `terms`."""
-    leaf = x.detach().clone().requires_grad_()
-    logps, _, entropy = dense(leaf, case.targets, scaling)
-    old, advantages, ref, weights = (None if value is None else value.to(x.dtype) for value in inputs)
-    valid = torch.ones_like(case.targets, dtype=torch.bool)
-    coefficients = terms.loss_with_gradient(logps.detach(), old, advantages, ref, valid, config).gradient
-    if weights is not None:
-        coefficients = coefficients * weights
-    return logps.detach(), entropy.detach(), torch.autograd.grad((coefficients * logps).sum(), leaf)[0]
-
-
-def assert_loss(
-    case: Case,
-    inputs: LossInputs,
-    config: PolicyLossConfig,
-    out: Tensor,
-    scaling: Scaling = PLAIN,
-) -> None:
-    exact = dense_loss(case.logits.double(), case, inputs, scaling, config)
-    *same_dtype, gradient = dense_loss(case.logits.float(), case, inputs, scaling, config)
-    logps, entropy = logits.logits_loss(case.logits, case.targets, None, *inputs, *scaling, config, out)
-    assert_error_budget("logps", logps, same_dtype[0], exact[0])
-    assert_error_budget("entropy", entropy, same_dtype[1], exact[1])
-    assert_error_budget("gradient", out, gradient.to(out.dtype), exact[2])
 
 
 @pytest.mark.parametrize(("dtype", "scaling"), MIXES, ids=str)
@@ -467,67 +366,6 @@ def test_agrees_with_the_reference(dtype, device):
         results.append(loss_out)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
-
-
-def exact_kl(p: Tensor, q: Tensor, scaling: Scaling) -> Tensor:
-    log_p, log_q = (
-        (x if scaling.softcap is None else scaling.softcap * torch.tanh(x / scaling.softcap)) for x in (p, q)
-    )
-    log_p, log_q = ((x / scaling.temperature).log_softmax(-1) for x in (log_p, log_q))
-    return torch.where(log_p == -math.inf, 0.0, log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def assert_kl(p: Tensor, q: Tensor, scaling: Scaling = PLAIN) -> None:
-    actual = divergence.logits_kl(p, q, *scaling)
-    assert not (actual < 0).any()
-    assert_error_budget(
-        "kl", actual, exact_kl(p.float(), q.float(), scaling), exact_kl(p.double(), q.double(), scaling)
-    )
-
-
-@pytest.mark.parametrize(("dtype", "scaling"), MIXES, ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 5, 1003, 50257])
-def test_divergence(vocabulary, dtype, scaling, device):
-    p, q = ((4 * torch.randn(3, vocabulary)).to(device, dtype) for _ in "pq")
-    assert_kl(p, q, scaling)
-
-
-def test_divergence_of_rows_that_begin_elsewhere(device):
-    p, wide = (torch.randn(4, 77, device=device), torch.randn(4, 2, 79, device=device))
-    assert_kl(p, wide[:, 1, 1:78])
-    assert_kl(wide[:, 1, 2:], p)
-    assert_kl(p[1:2].half(), p[2:3])  # p and q of two dtypes
-
-
-@pytest.mark.parametrize("distance", [0.0, 1e-4, 1e-2])
-def test_divergence_of_nearly_the_same_rows(distance, device):
-    """It is quadratic in the distance, far below what rounding leaves of its terms."""
-    p = 3 * torch.randn(6, 1003, device=device)
-    assert_kl(p, p + distance * torch.randn_like(p))
-
-
-def test_divergence_from_forbidden_tokens(device):
-    p, q = (torch.randn(6, 5000, device=device) for _ in "pq")
-    p[0, :4500] = q[0, :4500] = -math.inf  # neither may
-    p[1, ::2] = -math.inf  # p may not
-    q[2, 17] = -math.inf  # q may not: infinitely surprised
-    q[3, 17] = -math.inf
-    p[3, 17] = p[3, 4999] - 60.0  # however unlikely it is
-    p[4] = -math.inf
-    q[5] = -math.inf
-    kl = divergence.logits_kl(p, q, 1.0, None)
-    assert kl[2:4].tolist() == [math.inf, math.inf]
-    assert kl[4:].isnan().all()
-    assert_kl(p[:2], q[:2])
-
-
-def test_divergence_of_huge_logits(device):
-    p, q = (torch.randn(3, 300, device=device) for _ in "pq")
-    p[0, 5] = q[0, 5] = 1e30
-    p[1, 5] = 1e30
-    q[2, 5] = -1e30
-    assert_kl(p[:2], q[:2])
-    assert_kl(p[2:], q[2:])
 
 
 def test_whole_vectors_are_promised_only_where_they_are(device):
