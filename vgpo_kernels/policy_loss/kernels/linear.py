@@ -54,7 +54,8 @@ def cut(tokens: int, vocabulary: int, row_bytes: int, BLOCK_M: int, BLOCK_N: int
     """
     programs = MULTIPROCESSORS[target]
     blocks, tiles = triton.cdiv(tokens, BLOCK_M), triton.cdiv(vocabulary, BLOCK_N)
-    group = max(1, min(blocks, GROUP_BYTES // (BLOCK_M * row_bytes)))
+    most = max(1, GROUP_BYTES // (BLOCK_M * row_bytes))
+    group = triton.cdiv(blocks, triton.cdiv(blocks, most))  # groups of one size, but for the last
     fewest = max(1, programs // group)
 
     def cost(splits: int) -> float:
@@ -144,6 +145,7 @@ def linear_logprobs_kernel(
         if SOFTCAP or bias_ptr is None:
             b_y += tl.where(m_n, 0.0, float("-inf"))[None, :]
 
+        # Triton 3.6 does not make one loop of two where a branch comes last.
         b_at = b_target - start  # [BM]
         if tl.max(((b_at >= 0) & (b_at < BLOCK_N)).to(tl.int32), axis=0) != 0:  # few tiles hold a target of the block
             b_chosen += tl.sum(tl.where(b_at[:, None] == o_n[None, :], b_y, 0.0), axis=1)
