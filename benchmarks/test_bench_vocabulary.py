@@ -39,10 +39,11 @@ def states(device):
 
 
 def assert_close(actual, expected, dtype):
-    """In half precision peers round logits or gradients on the way."""
-    options = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    """By norms, since gradients are small: in half precision peers round logits or gradients on the way."""
+    allowed = 1e-4 if dtype == torch.float32 else 2e-2
     for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one.float(), other.float(), **options)
+        distance = (one.float() - other.float()).norm() / other.float().norm()
+        assert distance < allowed, f"{distance:.1e} of the norm away from ours"
 
 
 @pytest.mark.benchmark(group="log-probs and entropy of hidden states, forward")

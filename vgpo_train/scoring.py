@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import visual_focus_score
-from vgpo_kernels.integrations.transformers import fused_logprobs, record_visual_attention
+from vgpo_kernels.integrations.transformers import model_logprobs, record_visual_attention
 from vgpo_train import policy
 from vgpo_train.algorithms import SEGMENTS
 from vgpo_train.batching import micro_batches
@@ -57,7 +57,7 @@ class Scorer:
     def __init__(
         self, config: TrainConfig, engine: Any, reference: Any | None, companion: PromptBatch, *, wants_focus: bool
     ) -> None:
-        check_head(engine)
+        check_head(engine, companion)
         self.engine = engine
         self.reference = reference
         self.companion = companion
@@ -115,11 +115,19 @@ def focus_of(source: str, similarity: Tensor | None, attention: Tensor | None) -
     return None if attention is None else attention[..., SEGMENTS.index("image")]
 
 
-def check_head(engine: Any) -> None:
-    """Raises ConfigError, with the reason, where this policy's log-probabilities cannot be had without logits."""
+@torch.no_grad()
+def check_head(engine: Any, companion: PromptBatch) -> None:
+    """Raises ConfigError, with the reason, where this policy's log-probabilities cannot be had without logits.
+
+    It runs a small forward, which shows what the model does with logits after its head.
+
+    Args:
+        engine: the policy.
+        companion: what the forward takes; its last token stands for a completion.
+    """
+    inputs = companion.tensors(device=engine.device)
     try:
-        with fused_logprobs(engine):
-            pass
+        model_logprobs(engine, inputs, prompt_length=inputs["input_ids"].shape[1] - 1)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
 

@@ -42,7 +42,7 @@ def masked(values, mask):
     ],
 )
 @pytest.mark.parametrize("scaling", [PLAIN, SCALED], ids=["plain", "scaled"])
-def test_results_and_gradients_within_the_budget(vocabulary, size, dtype, scaling):
+def test_results_and_gradients_within_the_budget(vocabulary, size, dtype, scaling, device):
     case = random_case(
         [3, 2, 0], 3, size=size, vocabulary=vocabulary, bias=vocabulary == 50, dtype=dtype, scaling=scaling
     )
@@ -54,7 +54,10 @@ def test_results_and_gradients_within_the_budget(vocabulary, size, dtype, scalin
         return [x.detach() for x in values], torch.autograd.grad(total, case.parameters())
 
     dense = [masked(dense_logprobs(x.hidden, x.weight, x.bias, x.targets, scaling), case.mask) for x in (case, exact)]
-    found, gradients = results(case, run(case, scaling))
+    moved = case.on(device)
+    cotangents = [x.to(device) for x in cotangents]
+    found, gradients = ([x.cpu() for x in values] for values in results(moved, run(moved, scaling)))
+    cotangents = [x.cpu() for x in cotangents]
     same, same_gradients = results(case, dense[0])
     wanted, wanted_gradients = results(exact, dense[1])
     for name, *of_each in zip(NAMES, found, same, wanted, strict=True):

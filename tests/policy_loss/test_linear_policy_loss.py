@@ -120,28 +120,29 @@ def test_advantages_of_rows():
         (50_257, 72, torch.bfloat16),
     ],
 )
-def test_error_budget_at_real_vocabularies(vocabulary, size, dtype):
+def test_error_budget_at_real_vocabularies(vocabulary, size, dtype, device):
     case = random_case([3, 2], 3, size=size, vocabulary=vocabulary, bias=True, dtype=dtype)
     config = PolicyLossConfig("dapo", epsilon_high=0.28, beta=0.05)
     exact = case.to(torch.float64)
     expected, plain = dense_loss(exact, config, PLAIN), dense_loss(case, config, PLAIN)
-    output = run(case, config)
+    moved = case.on(device)
+    output = run(moved, config)
     for name in ("loss", "logps", "entropy"):
-        assert_error_budget(name, *(getattr(x, name).detach() for x in (output, plain, expected)))
-    compared = zip(
-        gradients(output.loss, case), gradients(plain.loss, case), gradients(expected.loss, exact), strict=True
-    )
-    for name, of_each in zip(("hidden", "weight", "bias"), compared, strict=True):
+        assert_error_budget(name, *(getattr(x, name).detach().cpu() for x in (output, plain, expected)))
+    found = [x.cpu() for x in gradients(output.loss, moved)]
+    same, wanted = gradients(plain.loss, case), gradients(expected.loss, exact)
+    for name, *of_each in zip(("hidden", "weight", "bias"), found, same, wanted, strict=True):
         assert_error_budget(name, *of_each)
 
 
-def test_half_precision_logits_are_not_rounded():
+def test_half_precision_logits_are_not_rounded(device):
     """Logits of 100 +- 0.1: a bfloat16 holds them to 0.25 only, and all log-probabilities would be one."""
-    hidden = torch.tensor([[[16.0, 1.0]]], dtype=torch.bfloat16)
-    weight = torch.stack([torch.full((64,), 6.25), torch.linspace(-0.1, 0.1, 64)], dim=1).bfloat16()
+    hidden = torch.tensor([[[16.0, 1.0]]], dtype=torch.bfloat16, device=device)
+    weight = torch.stack([torch.full((64,), 6.25), torch.linspace(-0.1, 0.1, 64)], dim=1).bfloat16().to(device)
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)[0, 0]
-    targets, mask = torch.arange(64)[:, None], torch.ones(64, 1, dtype=torch.bool)
-    output = linear_policy_loss(hidden.expand(64, 1, 2), weight, targets, None, torch.ones(64), mask)
+    targets = torch.arange(64, device=device)[:, None]
+    rest = (None, torch.ones(64, device=device), torch.ones_like(targets, dtype=torch.bool))
+    output = linear_policy_loss(hidden.expand(64, 1, 2), weight, targets, *rest)
     torch.testing.assert_close(output.logps[:, 0].double(), exact, rtol=0, atol=2e-5)
 
 
@@ -292,17 +293,16 @@ def test_autocast_casts_states_and_head(dtype):
     assert torch.equal(output.loss, cast.loss)
 
 
-def test_weight_gradient_is_summed_in_float32():
+def test_weight_gradient_is_summed_in_float32(device):
     """4,096 tokens of the same small gradient: summed in bfloat16 most of them would be lost."""
-    hidden = torch.ones(1, 4096, 1, dtype=torch.bfloat16)
-    weight = torch.zeros(2, 1, dtype=torch.bfloat16).requires_grad_()
-    targets, mask = torch.zeros(1, 4096, dtype=torch.int64), torch.ones(1, 4096, dtype=torch.bool)
+    hidden = torch.ones(1, 4096, 8, dtype=torch.bfloat16, device=device)
+    weight = torch.zeros(2, 8, dtype=torch.bfloat16, device=device).requires_grad_()
+    targets = torch.zeros(1, 4096, dtype=torch.int64, device=device)
+    rest = (None, torch.ones(1, device=device), torch.ones_like(targets, dtype=torch.bool))
     config = PolicyLossConfig("dr_grpo", max_completion_length=1)
-    budget = linear.products.tile_bytes(hidden) + 4 * 4 * (1 << 18) + 300  # chunks of a few tokens
-    linear_policy_loss(
-        hidden, weight, targets, None, torch.ones(1), mask, config=config, memory_budget=budget
-    ).loss.backward()
-    assert weight.grad.tolist() == [[-2048.0], [2048.0]]
+    budget = linear.products.tile_bytes(hidden) + 4 * 4 * (1 << 18) + 1000  # chunks of a few tokens
+    linear_policy_loss(hidden, weight, targets, *rest, config=config, memory_budget=budget).loss.backward()
+    assert weight.grad[:, 0].tolist() == [-2048.0, 2048.0]
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -324,3 +324,24 @@ def test_gradcheck():
         return run(dataclasses.replace(case, hidden=hidden, weight=weight, bias=bias), config, SCALED).loss
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_half_precision_keeps_the_small_gradients_of_long_rows(level, device):
+    """A mean of a row divides by its length: after, not before, gradients of logits are rounded to half precision."""
+    case = random_case([600, 1], 600, size=8, vocabulary=300, dtype=torch.float16).on(device)
+    config = PolicyLossConfig("grpo", level)
+    exact = case.to(torch.float64)
+    expected = gradients(2.0**16 * dense_loss(exact, config, PLAIN).loss, exact)
+    same = gradients(2.0**16 * dense_loss(case, config, PLAIN).loss, case)
+    found = gradients(2.0**16 * run(case, config).loss, case)
+    for name, *of_each in zip(("hidden", "weight"), found, same, expected, strict=True):
+        assert_error_budget(name, *of_each)
+
+
+def test_a_weight_of_any_strides():
+    case = random_case(LENGTHS, 7, dtype=torch.float64)
+    expected = gradients(run(case, PolicyLossConfig()).loss, case)
+    columns = dataclasses.replace(case, weight=case.weight.detach().t().contiguous().t().requires_grad_())
+    for one, other in zip(gradients(run(columns, PolicyLossConfig()).loss, columns), expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -124,14 +124,16 @@ def test_masked_rows_may_hold_anything():
     assert torch.equal(dirty.grad, clean.grad)
 
 
-def test_half_precision_under_a_loss_scale_keeps_small_gradients():
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+def test_half_precision_under_a_loss_scale_keeps_small_gradients(loss_type):
     """A scaler multiplies the loss by 2^16 because fp16 holds nothing below 6e-8: what is lost before is lost."""
     case = random_case([50] * 40, 50)
     logits = logits_of(case).detach().half().requires_grad_()
     scale = 2.0**16
-    (run(case, logits, PolicyLossConfig()).loss * scale).backward()
+    config = PolicyLossConfig(loss_type)
+    (run(case, logits, config).loss * scale).backward()
     exact = logits.detach().double().requires_grad_()
-    run(case, exact, PolicyLossConfig(), impl="reference").loss.backward()
+    run(case, exact, config, impl="reference").loss.backward()
     small = (exact.grad.abs() > 1e-9) & (exact.grad.abs() < 5e-8)
     assert small.sum() > 100
     error = (logits.grad.double() / scale - exact.grad)[small].abs()

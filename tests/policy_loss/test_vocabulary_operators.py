@@ -1,5 +1,7 @@
 """The operators of the vocabulary side: opcheck, compilation without graph breaks, no recompile a length."""
 
+import inspect
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -13,6 +15,7 @@ from vgpo_kernels import (
     logits_policy_loss,
     selective_logprobs,
 )
+from vgpo_kernels.policy_loss import kernels, reference
 
 IMPLS = pytest.mark.parametrize("impl", ["reference", "triton"])
 SEQUENCE = PolicyLossConfig("grpo", "sequence", beta=0.1, clip_ratio_dual=3.0)
@@ -54,6 +57,24 @@ def test_opcheck_losses(impl, config, device):
     opcheck(torch.ops.vgpo.logits_policy_loss, (logits, *of_logits))
     opcheck(torch.ops.vgpo.logits_policy_loss_, (logits.clone(), *of_logits))
     opcheck(torch.ops.vgpo.scale_, (logits, torch.tensor(2.0, device=device), impl))
+
+
+@IMPLS
+def test_opcheck_with_a_weight_of_columns(impl, device):
+    """What the operators promise of strides must hold for it, too: inductor relies on it."""
+    case = random_case([5, 2], 5).on(device)
+    weight = case.weight.detach().t().contiguous().t().requires_grad_()
+    first, second, last = loss_arguments(case, PolicyLossConfig(), impl)
+    states = (case.hidden, weight, None, case.targets)
+    opcheck(torch.ops.vgpo.linear_policy_loss, (*states, *first, *second, 1.0, None, None, True, True, False, *last))
+    opcheck(torch.ops.vgpo.linear_logprobs, (*states, case.mask, 1.0, None, True, impl))
+
+
+def test_implementations_have_the_same_signatures():
+    for name in reference.__all__:
+        ours, theirs = (list(inspect.signature(getattr(room, name)).parameters) for room in (reference, kernels))
+        assert ours == theirs, name
+    assert set(reference.__all__) == set(kernels.__all__) - {"compile_cases"}
 
 
 @IMPLS

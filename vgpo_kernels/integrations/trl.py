@@ -107,6 +107,7 @@ class VGPOTrainer(GRPOTrainer):
         super().__init__(*arguments, **options)
         self.focus_source = focus_source
         self.focus_layers = focus_layers
+        check_options(self.args)  # once more, where TRL has filled in what was not given
         self._loss_config = loss_config(self.args)
         self._check_model()
         self._focus: Tensor | None = None  # (rows, T) fp32, of the policy's first scoring since it was asked for

@@ -44,7 +44,7 @@ class Gradients:
         dtype = logprob.compute_dtype(hidden)
         self.head = head
         self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if wanted.hidden else None
-        self.weight = torch.zeros_like(head.weight, dtype=dtype) if wanted.weight else None
+        self.weight = head.weight.new_zeros(head.weight.shape, dtype=dtype) if wanted.weight else None
         self.bias = head.weight.new_zeros(head.weight.shape[:1], dtype=dtype) if wanted.bias else None
 
     def add(self, index: Index, states: Tensor, gradient: Tensor) -> None:
@@ -176,17 +176,20 @@ def policy_loss(
     logps, entropy = (torch.zeros(targets.shape, dtype=dtype, device=hidden.device) for _ in range(2))
     by_row = (completion_mask, ref_logps, token_weights, trajectory_weights, num_items, config)
     gradients = Gradients(hidden, head, wanted)
+    row_scale = terms.row_scale(valid, config, dtype)
     if not any(wanted) or config.importance_sampling_level == "sequence":
         logps[index], _, entropy[index] = passes.linear_logprobs(
             hidden, index, head.weight, head.bias, targets[index], head.temperature, head.softcap, True, memory_budget
         )
         loss, per_token, metrics, coefficients, scale = passes.policy_loss(logps, old_logps, advantages, *by_row)
         if any(wanted):
+            coefficients = coefficients * row_scale
             _second_pass(passes, hidden, head, targets, index, coefficients, memory_budget, gradients)
-        return (loss, per_token, metrics, scale), logps, entropy, gradients
+        return (loss, per_token, metrics, scale / row_scale), logps, entropy, gradients
 
     weighted = terms.effective_advantages(advantages, valid, token_weights, trajectory_weights, dtype)
     row_weights = terms.row_weights(valid, config, dtype)
+    row_weights = None if row_weights is None else row_weights * row_scale
     chunks = Chunks(hidden, head, index[0].shape[0], memory_budget, gradients=True)
     for part, states, logits in chunks(index):
         of_part = [
@@ -199,7 +202,7 @@ def policy_loss(
         logps[part], entropy[part] = (x[0] for x in found)
         gradients.add(part, states, out)
     loss, per_token, metrics, _, scale = passes.policy_loss(logps, old_logps, advantages, *by_row)
-    return (loss, per_token, metrics, scale), logps, entropy, gradients
+    return (loss, per_token, metrics, scale / row_scale), logps, entropy, gradients
 
 
 def _second_pass(

@@ -119,10 +119,10 @@ def linear_policy_loss(
     """Returns `policy_loss` of hidden states and a head, with its gradients, in three matrix products and no logits.
 
     The loss, its metrics and every option are those of `policy_loss`. The gradients of hidden, weight and bias, where
-    they are wanted, are made in the forward, a few tokens at a time; the backward only scales them. With
-    importance_sampling_level="sequence" the ratio of a row needs all of its log-probabilities first: one product more,
-    a first pass. Without any gradient wanted there is one product. Masked tokens are left out before the first product.
-    The targets are checked and the valid tokens gathered, for which a GPU is waited for.
+    they are wanted, are made in the forward, a few tokens at a time; the backward only scales them, and has no
+    derivative. With importance_sampling_level="sequence" the ratio of a row needs all of its log-probabilities first:
+    one product more, a first pass. Without any gradient wanted there is one product. Masked tokens are left out before
+    the first product. The targets are checked and the valid tokens gathered, for which a GPU is waited for.
 
     Args:
         hidden: (B, T, D) floating, last-layer states after the final norm, each at the position BEFORE its target.

@@ -142,7 +142,7 @@ def _write_loss(
     by_row = (completion_mask, ref_logps, token_weights, trajectory_weights, num_items, config)
     tokens = valid.sum().clamp(min=1).to(dtype)
     scale = terms.normalizer(tokens, targets.shape[0], config, num_items)
-    inside = torch.ones_like(scale) if logits.dtype == torch.float16 else scale
+    inside = terms.row_scale(valid, config, dtype) if logits.dtype == torch.float16 else scale
     if config.importance_sampling_level == "sequence":
         logps, lse, entropy = passes.logits_logprobs(logits, targets, valid, temperature, softcap, True)
         *results, coefficients, _ = passes.policy_loss(logps, old_logps, advantages, *by_row)

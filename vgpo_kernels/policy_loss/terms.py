@@ -139,6 +139,13 @@ def row_weights(valid: Tensor, config: PolicyLossConfig, dtype: torch.dtype) -> 
     return inverse_lengths(valid, dtype).expand(valid.shape) if config.loss_type == "grpo" else None
 
 
+def row_scale(valid: Tensor, config: PolicyLossConfig, dtype: torch.dtype) -> Tensor:
+    """Returns the factor () that makes no row weight smaller than 1: half precision would lose small gradients."""
+    if config.loss_type != "grpo":
+        return torch.ones((), dtype=dtype, device=valid.device)
+    return valid.sum(-1).amax().clamp(min=1).to(dtype)
+
+
 def inverse_lengths(valid: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns 1 / (number of valid tokens) of each row, (B, 1); 1 for a row without any."""
     return 1.0 / valid.sum(-1, keepdim=True).clamp(min=1).to(dtype)
