@@ -22,7 +22,9 @@ OPERATIONS = {
     "policy_loss": "policy_loss",
     "linear_logprobs": "policy_loss",
     "linear_policy_loss": "policy_loss",
+    "linear_visual_dependency": "policy_loss",
     "logits_policy_loss": "policy_loss",
+    "selective_logprobs": "policy_loss",
 }
 # What each is called where it is installed; Triton comes under another name with PyTorch for ROCm.
 DISTRIBUTIONS = {
@@ -33,6 +35,7 @@ DISTRIBUTIONS = {
     "deepspeed": ("deepspeed",),
     "liger-kernel": ("liger-kernel",),
     "trl": ("trl",),
+    "peft": ("peft",),
 }
 SWITCHES = ("TRITON_INTERPRET", "VGPO_DEBUG")
 

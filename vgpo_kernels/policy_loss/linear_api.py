@@ -134,7 +134,8 @@ def linear_policy_loss(
         bias: (V,), the head's, or None.
         temperature: above 0; that of sampling.
         softcap: logits become softcap * tanh(logits / softcap) before; None: as they are.
-        memory_budget: bytes of the buffers for logits and their gradient; None: 512 MB on a GPU, 128 MB elsewhere.
+        memory_budget: bytes of the buffers for logits and their gradient, at least one token's and some 4 MiB (12 MiB
+            for half precision on a CPU); None: 512 MB on a GPU, 128 MB elsewhere.
         impl: "triton", "reference", or None to choose by device.
 
     Returns:

@@ -107,8 +107,9 @@ def logits_policy_loss(
             as in `policy_loss`.
         temperature: above 0; divides the logits.
         softcap: bounds the logits before that; None: as they are (models apply theirs to the logits they return).
-        inplace: write the gradient where the logits were, which are lost: no memory of their size is taken. For logits
-            that nothing else reads, and that are no leaf.
+        inplace: write the gradient where the logits were, which are lost, also without gradients, and in any tensor
+            that they are a slice of: no memory of their size is taken. For logits that nothing else reads, and that are
+            no leaf.
         impl: "triton", "reference", or None to choose by device.
 
     Returns:
