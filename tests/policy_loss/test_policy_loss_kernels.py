@@ -63,6 +63,17 @@ def test_every_option(config, device):
     assert_matches_reference(random_inputs([7, 4], 7), config, device, num_items_in_batch=num_items)
 
 
+@pytest.mark.parametrize("config", SOME_CONFIGS[1:], ids=config_id)
+def test_a_row_with_one_ratio_where_nothing_cancels(config, device):
+    """Advantages of one sign: the gradient is as large as its terms, and so is the ulp it is held to."""
+    inputs = random_inputs([700, 33, 1], 700)
+    inputs = inputs.replace(advantages=inputs.advantages.abs(), ref_logps=inputs.logps.clone())
+    _, exact = loss_and_gradient(inputs.map(lambda x: x.double()), config, impl="reference")
+    _, same = loss_and_gradient(inputs, config, impl="reference")
+    _, gradient = loss_and_gradient(on(device, inputs), config, impl="triton")
+    assert_error_budget("gradient", gradient.cpu(), same, exact)
+
+
 @pytest.mark.parametrize("config", SOME_CONFIGS, ids=config_id)
 @pytest.mark.parametrize(
     ("lengths", "length"),
