@@ -64,6 +64,17 @@ def test_log_probabilities_are_those_of_the_logits(name: str, monkeypatch: pytes
     assert found.logps.requires_grad
 
 
+@pytest.mark.parametrize("name", READ_AGAIN)
+def test_a_model_is_asked_once_what_it_does_with_logits(name: str) -> None:
+    """Its first forward tells, and is run again; those of later `with`s are not."""
+    case = Case(name)
+    forwards: list[int] = []
+    case.model.register_forward_hook(lambda *_: forwards.append(1))
+    for expected in (2, 3, 4):
+        model_logprobs(case.model, case.batch, prompt_length=case.prompt)
+        assert len(forwards) == expected
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "cispo"])
 def test_every_loss(loss_type: str, level: str) -> None:
