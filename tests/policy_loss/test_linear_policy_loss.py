@@ -345,3 +345,12 @@ def test_a_weight_of_any_strides():
     columns = dataclasses.replace(case, weight=case.weight.detach().t().contiguous().t().requires_grad_())
     for one, other in zip(gradients(run(columns, PolicyLossConfig()).loss, columns), expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("most", [None, 512, 4096])
+def test_pieces_of_a_weight_that_are_cast_stay_within_their_bytes(most):
+    """Also for wide states: 4,096 rows of 3,584 are 59 MB in float32."""
+    weight = torch.zeros(5000, 3584, dtype=torch.bfloat16)
+    pieces = list(linear.products._tiles(weight, torch.float32, most))
+    assert max(piece.numel() * 4 for _, piece in pieces) <= linear.products.tile_bytes(weight)
+    assert sum(piece.shape[0] for _, piece in pieces) == 5000

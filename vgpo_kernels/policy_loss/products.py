@@ -45,10 +45,8 @@ def states_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     if gradient.is_cuda:
         return gradient @ weight
     total = gradient.new_zeros(gradient.shape[0], weight.shape[1])
-    terms = _TERMS[gradient.shape[0] >= _MANY]
-    for start in range(0, weight.shape[0], terms):
-        piece = slice(start, start + terms)
-        total += gradient[:, piece] @ weight[piece].to(gradient.dtype)
+    for tile, piece in _tiles(weight, gradient.dtype, _TERMS[gradient.shape[0] >= _MANY]):
+        total += gradient[:, tile] @ piece
     return total
 
 
@@ -65,12 +63,11 @@ def gradient_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype if keeps_half(hidden) else compute_dtype(hidden)
 
 
-def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yields pieces of the vocabulary with the weight's rows in `dtype`: all of them where it is that already."""
-    if weight.dtype == dtype:
-        yield slice(None), weight
-        return
-    rows = max(1, _TILE_BYTES // (weight.shape[1] * dtype.itemsize))
+def _tiles(weight: Tensor, dtype: torch.dtype, most: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Yields pieces of the vocabulary with the weight's rows in `dtype`, `most` of them: fewer where they are cast."""
+    rows = weight.shape[0] if most is None else most
+    if weight.dtype != dtype:
+        rows = max(1, min(rows, _TILE_BYTES // (weight.shape[1] * dtype.itemsize)))
     for start in range(0, weight.shape[0], rows):
         tile = slice(start, start + rows)
         yield tile, weight[tile].to(dtype)
