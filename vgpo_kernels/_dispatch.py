@@ -1,7 +1,7 @@
 """Which implementation of an operation runs, and why.
 
-Each room (`focus`, `weights`, `policy_loss`) holds its implementations as modules with
-the same function names and signatures: `kernels` (Triton) and `reference` (plain torch).
+Each room holds its implementations as modules with the same function names and signatures:
+`kernels` (Triton), `native` (the compiled CPU kernels of csrc/) and `reference` (plain torch).
 An operator asks `implementation` for the module; nothing else in the package decides.
 """
 
@@ -13,9 +13,11 @@ from types import ModuleType
 
 import torch
 
-IMPLEMENTATIONS = ("triton", "reference")
+from vgpo_kernels import _native
+
+IMPLEMENTATIONS = ("triton", "native", "reference")
 ROOMS = ("attention", "focus", "weights", "policy_loss")
-MODULES = {"triton": "kernels", "reference": "reference"}
+MODULES = {"triton": "kernels", "native": "native", "reference": "reference"}
 _TRITON_MISSING = "Triton is not installed: pip install 'vgpo-kernels[triton]', or pass impl='reference'"
 
 
@@ -39,9 +41,9 @@ def choose(impl: str | None, device: torch.device, dtype: torch.dtype = torch.fl
     """Returns the implementation for tensors of this device and dtype, with the reason.
 
     Args:
-        impl: "triton", "reference", or None to choose by device.
+        impl: "triton", "native", "reference", or None to choose by device.
         device: where the tensors are.
-        dtype: of the main input; the kernels take no float64.
+        dtype: of the main input; only the reference takes float64.
 
     Raises:
         ValueError: `impl` is no known name.
@@ -49,21 +51,37 @@ def choose(impl: str | None, device: torch.device, dtype: torch.dtype = torch.fl
     """
     if impl is not None and impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, got {impl!r}")
+    if impl is None and device.type == "cpu":
+        obstacle = _no_native(device, dtype)
+        return ("native", "CPU tensors") if obstacle is None else ("reference", obstacle)
     if impl == "reference":
         return "reference", "asked for"
-    if impl is None and device.type == "cpu":
-        return "reference", "CPU tensors"
-    if not has_triton():
-        raise RuntimeError(_TRITON_MISSING)
-    if device.type == "cpu" and not interpreting():
-        raise RuntimeError(
-            "impl='triton' takes CPU tensors only under TRITON_INTERPRET=1, set before Triton is imported"
-        )
-    if device.type not in ("cuda", "cpu"):
-        raise RuntimeError(f"no Triton kernels for device type {device.type!r}: pass impl='reference'")
+    obstacle = _no_native(device, dtype) if impl == "native" else _no_triton(device, dtype)
+    if obstacle is not None:
+        raise RuntimeError(obstacle if "impl=" in obstacle else f"{obstacle}, or pass impl='reference'")
+    return impl or "triton", "asked for" if impl else f"{device.type} tensors"
+
+
+def _no_native(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns why the CPU kernels cannot run, or None."""
+    if device.type != "cpu":
+        return f"the CPU kernels take no tensors on {device.type!r}: pass impl='triton' or 'reference'"
     if dtype == torch.float64:
-        raise RuntimeError("the Triton kernels take no float64: pass impl='reference'")
-    return "triton", "asked for" if impl else f"{device.type} tensors"
+        return "the CPU kernels take no float64: pass impl='reference'"
+    return _native.missing()
+
+
+def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Returns why the Triton kernels cannot run, or None."""
+    if not has_triton():
+        return _TRITON_MISSING
+    if device.type == "cpu" and not interpreting():
+        return "impl='triton' takes CPU tensors only under TRITON_INTERPRET=1, set before Triton is imported"
+    if device.type not in ("cuda", "cpu"):
+        return f"no Triton kernels for device type {device.type!r}: pass impl='reference'"
+    if dtype == torch.float64:
+        return "the Triton kernels take no float64: pass impl='reference'"
+    return None
 
 
 def implementation(room: str, impl: str | None, tensor: torch.Tensor) -> ModuleType:
@@ -73,5 +91,5 @@ def implementation(room: str, impl: str | None, tensor: torch.Tensor) -> ModuleT
 
 
 def checks_values(impl: str | None, tensor: torch.Tensor) -> bool:
-    """Whether an operation reads its inputs' values for errors: on the reference, and when debugging."""
-    return debugging() or choose(impl, tensor.device, tensor.dtype)[0] == "reference"
+    """Whether an operation reads its inputs' values for errors: on the reference and on CPUs, and when debugging."""
+    return debugging() or choose(impl, tensor.device, tensor.dtype)[0] != "triton"

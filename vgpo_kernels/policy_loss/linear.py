@@ -1,8 +1,8 @@
 """From hidden states to results and gradients, a few tokens at a time: the logits of a chunk are all that ever exists.
 
-`passes` is the module that runs the passes over logits: `reference`, or `kernels`. A token is named by its place in
-hidden (..., D): `index` holds one (m,) tensor for each leading dimension, so that masked tokens cost nothing and no
-copy of the states is made.
+`passes` is the module that runs the passes over logits: `reference`, `native` or `kernels`. A token is named by its
+place in hidden (..., D): `index` holds one (m,) tensor for each leading dimension, so that masked tokens cost nothing
+and no copy of the states is made.
 """
 
 from collections.abc import Iterator
@@ -104,14 +104,14 @@ class Chunks:
 
 
 def logprobs(
-    hidden: Tensor, index: Index, head: Head, targets: Tensor, entropy: bool, memory_budget: int | None
+    passes: Any, hidden: Tensor, index: Index, head: Head, targets: Tensor, entropy: bool, memory_budget: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns logps, LSE and entropy, (m,) each, of the targets (m,) of the tokens at `index`."""
     parts = []
     chunks = Chunks(hidden, head, targets.shape[0], memory_budget)
     targets_of = iter(targets.split(chunks.tokens))
     for _, _, logits in chunks(index):
-        found = logprob.logits_logprobs(
+        found = passes.logits_logprobs(
             logits[None], next(targets_of)[None], None, head.temperature, head.softcap, entropy
         )
         parts.append([None if x is None else x[0] for x in found])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vgpo_kernels.policy_loss import linear, terms
+from vgpo_kernels.policy_loss import linear, logprob, terms
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 from vgpo_kernels.policy_loss.logprob import compute_dtype, logits_gradient, logits_kl, logits_logprobs, scale_
 
@@ -52,7 +52,7 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns logps, LSE and entropy (None unless asked for), (m,) each, of hidden (..., D) at `index`."""
     head = linear.Head(weight, bias, temperature, softcap)
-    return linear.logprobs(hidden, index, head, targets, entropy, memory_budget)
+    return linear.logprobs(logprob, hidden, index, head, targets, entropy, memory_budget)
 
 
 def logits_loss(

@@ -1,0 +1,3 @@
+// Every kernel, for the target whose file includes this one.
+#include "product.h"
+#include "elementwise.h"

@@ -1,0 +1,98 @@
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace vgpo {
+namespace {
+
+// Workers sleep between jobs. A job is counted in `generation`, its tasks are drawn from `next`.
+class Pool {
+public:
+    void run(int64_t tasks, int64_t threads, void (*body)(void*, int64_t, int64_t), void* context) {
+        grow(threads - 1);
+        const int64_t helpers = threads - 1 < started_ ? threads - 1 : started_;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            body_ = body, context_ = context, tasks_ = tasks, helpers_ = helpers, working_ = helpers;
+            next_.store(0, std::memory_order_relaxed);
+            ++generation_;
+        }
+        wake_.notify_all();
+        draw(0);
+        std::unique_lock<std::mutex> lock(mutex_);
+        done_.wait(lock, [this] { return working_ == 0; });
+    }
+
+    std::mutex busy;
+
+private:
+    // A system that gives no more threads leaves the work to those there are.
+    void grow(int64_t helpers) {
+        try {
+            for (; started_ < helpers; ++started_) std::thread(&Pool::serve, this, started_ + 1, generation_).detach();
+        } catch (const std::system_error&) {
+        }
+    }
+
+    void serve(int64_t worker, uint64_t seen) {
+        for (;;) {
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return generation_ != seen; });
+                seen = generation_;
+                if (worker > helpers_) continue;
+            }
+            draw(worker);
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (--working_ == 0) done_.notify_one();
+        }
+    }
+
+    void draw(int64_t worker) {
+        for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, task, worker);
+    }
+
+    std::mutex mutex_;
+    std::condition_variable wake_, done_;
+    std::atomic<int64_t> next_{0};
+    void (*body_)(void*, int64_t, int64_t) = nullptr;
+    void* context_ = nullptr;
+    int64_t tasks_ = 0, helpers_ = 0, working_ = 0, started_ = 0;
+    uint64_t generation_ = 0;
+};
+
+// Never destroyed: threads that sleep at exit must find it. After a fork the child has none of the threads, and
+// begins with a pool of its own.
+Pool* pool = nullptr;
+
+void renew() { pool = new Pool; }
+
+Pool& the_pool() {
+    static const bool made = [] {
+        renew();
+        pthread_atfork(nullptr, nullptr, renew);
+        return true;
+    }();
+    (void)made;
+    return *pool;
+}
+
+}  // namespace
+
+void run_parallel(int64_t tasks, int64_t threads, void (*body)(void*, int64_t, int64_t), void* context) {
+    if (threads > tasks) threads = tasks;
+    if (threads > 1) {
+        Pool& shared = the_pool();
+        std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
+        if (lock.owns_lock()) return shared.run(tasks, threads, body, context);
+    }
+    for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
+}
+
+}  // namespace vgpo

@@ -1,0 +1,97 @@
+"""The compiled CPU kernels of csrc/: whether they are there, and how tensors reach them."""
+
+import functools
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CAPABILITY = "VGPO_CPU_CAPABILITY"  # in the environment: the instruction set to use instead of the best
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# As in csrc/view.h.
+_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.int64: 4,
+    torch.int32: 5,
+    torch.uint8: 6,
+    torch.bool: 6,
+}
+_REMEDY = "install a C++17 compiler (on Debian and Ubuntu: apt-get install g++) and install vgpo-kernels again"
+
+
+@functools.cache
+def _load() -> ModuleType | str:
+    """Returns the module, or why there is none."""
+    try:
+        module = importlib.import_module("vgpo_kernels._csrc")
+    except ImportError as error:
+        return f"the CPU kernels are not built ({error}): {_REMEDY}"
+    wanted = os.environ.get(CAPABILITY)
+    if wanted:
+        try:
+            module.set_capability(wanted)
+        except ValueError as error:
+            raise ValueError(f"{CAPABILITY}: {error}") from None
+    return module
+
+
+def missing() -> str | None:
+    """Returns why the CPU kernels cannot run, with the remedy; None where they can."""
+    loaded = _load()
+    return loaded if isinstance(loaded, str) else None
+
+
+def capability() -> str:
+    """Returns the instruction set that the kernels use: "portable", "avx2" or "avx512"."""
+    name: str = _module().capability()
+    return name
+
+
+def capabilities() -> list[str]:
+    """Returns the instruction sets that this processor has, best last."""
+    names: list[str] = _module().capabilities()
+    return names
+
+
+def set_capability(name: str) -> None:
+    """Makes the kernels use that instruction set; ValueError where this processor lacks it."""
+    _module().set_capability(name)
+
+
+def _module() -> ModuleType:
+    loaded = _load()
+    if isinstance(loaded, str):
+        raise RuntimeError(loaded)
+    return loaded
+
+
+def call(kernel: str, *arguments: Any) -> None:
+    """Runs a kernel of csrc/signatures.h, on as many threads as torch was told to use.
+
+    Args:
+        kernel: its name.
+        arguments: as in its signature, but for the number of threads; tensors as tensors of any strides, written to
+            where the signature says so.
+
+    Raises:
+        TypeError: the number of arguments, or the type or rank of one, differs from the signature.
+        ValueError: a tensor is not on the CPU, or a size does not fit.
+    """
+    fields = [_fields(x) if isinstance(x, Tensor) else x for x in arguments]
+    getattr(_module(), kernel)(*fields, torch.get_num_threads())
+
+
+def _fields(tensor: Tensor) -> tuple[int, ...]:
+    """Returns what csrc/module.cpp makes a tensor of."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_neg():
+        raise ValueError(f"expected a plain strided tensor on the CPU, got one on {tensor.device}, {tensor.layout}")
+    code = _CODES.get(tensor.dtype)
+    if code is None:
+        raise TypeError(f"no CPU kernel takes {tensor.dtype}")
+    return (tensor.data_ptr(), code, *tensor.shape, *tensor.stride())
