@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
 import conformance
 import pytest
 
+from vgpo_kernels import _native
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -18,6 +20,24 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def device() -> str:
     """Where kernels are tested."""
     return DEVICE
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs a test that asks for `capability` on every instruction set that this processor has."""
+    if "capability" in metafunc.fixturenames:
+        metafunc.parametrize("capability", _native.capabilities() if not _native.missing() else [None], indirect=True)
+
+
+@pytest.fixture
+def capability(request: pytest.FixtureRequest):
+    """The instruction set that the CPU kernels use in the test; without the kernels the test is skipped, but fails
+    under CI=true."""
+    if _native.missing():
+        (pytest.fail if os.environ.get("CI", "").lower() == "true" else pytest.skip)(_native.missing())
+    before = _native.capability()
+    _native.set_capability(request.param)
+    yield request.param
+    _native.set_capability(before)
 
 
 @pytest.fixture(autouse=True)
