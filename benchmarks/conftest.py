@@ -1,7 +1,11 @@
 """Where benchmarks run, and the sizes that end in minutes there."""
 
+import os
+
 import pytest
 import torch
+
+from vgpo_kernels import _native
 
 
 @pytest.fixture(scope="session")
@@ -16,6 +20,11 @@ def timed(benchmark, device):
     benchmark.extra_info |= {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        # Instruction sets: torch's, its BLAS's where it is told, and ours.
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkl_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", "any"),
+        "native": _native.missing() or _native.capability(),
     }
 
     def run(function, *arguments, rounds=None):

@@ -11,6 +11,7 @@ import vgpo_kernels
 from vgpo_kernels import PolicyLossConfig
 
 ROUNDS = 3
+OURS, PLAIN = "vgpo_kernels", "vgpo_kernels, reference"
 
 
 class States(NamedTuple):
@@ -47,18 +48,19 @@ def assert_close(actual, expected, dtype):
 
 
 @pytest.mark.benchmark(group="log-probs and entropy of hidden states, forward")
-@pytest.mark.parametrize("provider", ["vgpo_kernels", "dense torch", "TRL fused head"])
+@pytest.mark.parametrize("provider", [OURS, PLAIN, "dense torch", "TRL fused head"])
 @torch.no_grad()
 def test_linear_logprobs(provider, timed, states):
     if provider == "TRL fused head":
         pytest.importorskip("trl")
     given = states[:3]
 
-    def ours():
-        return vgpo_kernels.linear_logprobs(*given, entropy=True)[:2]
+    def ours(impl=None):
+        return vgpo_kernels.linear_logprobs(*given, entropy=True, impl=impl)[:2]
 
     providers = {
-        "vgpo_kernels": ours,
+        OURS: ours,
+        PLAIN: lambda: ours("reference"),
         "dense torch": lambda: dense_logprobs(*given),
         "TRL fused head": lambda: trl_fused_head(*given),
     }
@@ -67,7 +69,7 @@ def test_linear_logprobs(provider, timed, states):
 
 
 @pytest.mark.benchmark(group="policy loss of hidden states, forward and backward")
-@pytest.mark.parametrize("provider", ["vgpo_kernels", "dense torch", "TRL fused head", "Liger"])
+@pytest.mark.parametrize("provider", [OURS, PLAIN, "dense torch", "TRL fused head", "Liger"])
 def test_linear_policy_loss(provider, timed, states):
     for library in {"TRL fused head": ["trl"], "Liger": ["liger_kernel"]}.get(provider, []):
         pytest.importorskip(library)
@@ -78,7 +80,8 @@ def test_linear_policy_loss(provider, timed, states):
         return dense_policy_loss(logps, old, advantages[:, None].expand_as(old), mask)
 
     losses = {
-        "vgpo_kernels": lambda: vgpo_kernels.linear_policy_loss(*states, config=config).loss,
+        OURS: lambda: vgpo_kernels.linear_policy_loss(*states, config=config).loss,
+        PLAIN: lambda: vgpo_kernels.linear_policy_loss(*states, config=config, impl="reference").loss,
         "dense torch": lambda: loss_of(dense_logprobs(hidden, weight, targets)[0]),
         "TRL fused head": lambda: loss_of(trl_fused_head(hidden, weight, targets)[0]),
         "Liger": lambda: liger_linear_loss(*states),
@@ -88,5 +91,5 @@ def test_linear_policy_loss(provider, timed, states):
         loss = losses[name]()
         return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
 
-    assert_close(step(provider), step("vgpo_kernels"), hidden.dtype)
+    assert_close(step(provider), step(OURS), hidden.dtype)
     timed(step, provider, rounds=ROUNDS)
