@@ -25,11 +25,11 @@ public:
         }
         wake_.notify_all();
         draw(0);
-        std::unique_lock<std::mutex> lock(mutex_);
-        done_.wait(lock, [this] { return working_ == 0; });
+        std::lock_guard<std::mutex> lock(mutex_);
+        while (working_ > 0) sleep(done_);
     }
 
-    std::mutex busy;
+    std::atomic<bool> busy{false};
 
 private:
     // A system that gives no more threads leaves the work to those there are.
@@ -43,8 +43,8 @@ private:
     void serve(int64_t worker, uint64_t seen) {
         for (;;) {
             {
-                std::unique_lock<std::mutex> lock(mutex_);
-                wake_.wait(lock, [&] { return generation_ != seen; });
+                std::lock_guard<std::mutex> lock(mutex_);
+                while (generation_ == seen) sleep(wake_);
                 seen = generation_;
                 if (worker > helpers_) continue;
             }
@@ -57,6 +57,9 @@ private:
     void draw(int64_t worker) {
         for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, task, worker);
     }
+
+    // std::condition_variable::wait, compiled today, asks for a libstdc++ newer than those that torch's wheels run with.
+    void sleep(std::condition_variable& until) { pthread_cond_wait(until.native_handle(), mutex_.native_handle()); }
 
     std::mutex mutex_;
     std::condition_variable wake_, done_;
@@ -73,24 +76,18 @@ Pool* pool = nullptr;
 
 void renew() { pool = new Pool; }
 
-Pool& the_pool() {
-    static const bool made = [] {
-        renew();
-        pthread_atfork(nullptr, nullptr, renew);
-        return true;
-    }();
-    (void)made;
-    return *pool;
-}
+// When the module is loaded: a lock around the first use could be held while another thread forks.
+const int made = (renew(), pthread_atfork(nullptr, nullptr, renew));
 
 }  // namespace
 
 void run_parallel(int64_t tasks, int64_t threads, void (*body)(void*, int64_t, int64_t), void* context) {
     if (threads > tasks) threads = tasks;
-    if (threads > 1) {
-        Pool& shared = the_pool();
-        std::unique_lock<std::mutex> lock(shared.busy, std::try_to_lock);
-        if (lock.owns_lock()) return shared.run(tasks, threads, body, context);
+    Pool* const shared = pool;
+    if (threads > 1 && !shared->busy.exchange(true, std::memory_order_acquire)) {
+        shared->run(tasks, threads, body, context);
+        shared->busy.store(false, std::memory_order_release);
+        return;
     }
     for (int64_t task = 0; task < tasks; ++task) body(context, task, 0);
 }

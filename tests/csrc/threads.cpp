@@ -1,0 +1,92 @@
+// run_parallel: many jobs, two callers at once, and, built without ThreadSanitizer, forks in between (it does not follow
+// threads that begin after one). Exits 0, or says what is wrong.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/parallel.h"
+
+namespace {
+
+struct Job {
+    std::vector<int64_t> done;  // plain, so that an unordered access is a race
+    std::vector<int64_t> by_worker;
+    std::atomic<int64_t> workers_out_of_range{0};
+};
+
+void body(void* context, int64_t task, int64_t worker) {
+    Job& job = *static_cast<Job*>(context);
+    job.done[task] += task + 1;
+    if (worker < 0 || worker >= static_cast<int64_t>(job.by_worker.size()))
+        ++job.workers_out_of_range;
+    else
+        ++job.by_worker[worker];  // plain too: no two threads may be the same worker
+}
+
+void require(bool truth, const char* what, int64_t tasks, int64_t threads) {
+    if (truth) return;
+    std::fprintf(stderr, "threads: %s, at %lld tasks, %lld threads\n", what, static_cast<long long>(tasks),
+                 static_cast<long long>(threads));
+    std::_Exit(1);
+}
+
+void run_job(int64_t tasks, int64_t threads) {
+    Job job;
+    job.done.assign(tasks, 0), job.by_worker.assign(threads, 0);
+    vgpo::run_parallel(tasks, threads, body, &job);
+    int64_t counted = 0;
+    for (int64_t count : job.by_worker) counted += count;
+    require(job.workers_out_of_range == 0, "a worker's number is out of range", tasks, threads);
+    require(counted == tasks, "tasks were lost or done twice", tasks, threads);
+    for (int64_t task = 0; task < tasks; ++task) require(job.done[task] == task + 1, "a task was not done once", tasks, threads);
+}
+
+void run_jobs(int count, int64_t most_threads) {
+    for (int i = 0; i < count; ++i) run_job(i * 7 % 61, 1 + i % most_threads);
+}
+
+#if !defined(__SANITIZE_THREAD__)
+void fork_and_run(int64_t threads) {
+    const pid_t child = fork();
+    require(child >= 0, "fork failed", 0, threads);
+    if (child == 0) {
+        alarm(60);  // a child that waits for threads it does not have
+        run_jobs(50, threads);
+        std::_Exit(0);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    require(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the child of a fork failed or hung", 0, threads);
+}
+
+void run_forks() {
+    fork_and_run(4);
+    // A fork in the middle of another thread's job: the pool that the child must not touch is busy.
+    std::atomic<bool> stop{false};
+    std::thread busy([&] {
+        while (!stop) run_jobs(20, 4);
+    });
+    for (int i = 0; i < 20; ++i) fork_and_run(3);
+    stop = true;
+    busy.join();
+}
+#endif
+
+}  // namespace
+
+int main() {
+    run_jobs(5000, 8);
+    std::thread other([] { run_jobs(5000, 5); });
+    run_jobs(5000, 3);
+    other.join();
+#if !defined(__SANITIZE_THREAD__)
+    run_forks();
+#endif
+    run_jobs(100, 16);
+    std::puts("threads: all jobs whole");
+}
