@@ -1,4 +1,4 @@
 // Every kernel, for the target whose file includes this one.
 #include "product.h"
 #include "elementwise.h"
-#include "terms.h"
+#include "policy_loss.h"

@@ -179,3 +179,34 @@ def loss_and_gradient(inputs: Inputs, config: PolicyLossConfig, **options) -> tu
     output = inputs.replace(logps=logps).call(config, **options)
     output.loss.backward()
     return output, logps.grad
+
+
+def on(device: str, inputs: Inputs) -> Inputs:
+    """The inputs on that device."""
+    moved = inputs.map(lambda x: x.to(device))
+    return moved.replace(completion_mask=inputs.completion_mask.to(device))
+
+
+def assert_matches_reference(
+    inputs: Inputs, config: PolicyLossConfig, device: str, *, impl: str = "triton", **options
+) -> None:
+    """Loss, per-token loss, gradient and metrics within the error budget."""
+    exact, exact_gradient = loss_and_gradient(inputs.map(lambda x: x.double()), config, impl="reference", **options)
+    torch_output, torch_gradient = loss_and_gradient(inputs, config, impl="reference", **options)
+    output, gradient = loss_and_gradient(on(device, inputs), config, impl=impl, **options)
+
+    weighted = (exact.per_token_loss, inputs.completion_mask, config, options.get("num_items_in_batch"))
+    gradients = (gradient.cpu(), torch_gradient, exact_gradient)
+    if config.importance_sampling_level == "sequence":
+        assert_mean_within_budget("gradient", *gradients, row_mean_magnitude(*weighted))
+    else:
+        assert_error_budget("gradient", *gradients)
+    losses = (x.loss.detach().cpu() for x in (output, torch_output, exact))
+    assert_mean_within_budget("loss", *losses, mean_magnitude(*weighted))
+    assert_error_budget(
+        "per-token loss", output.per_token_loss.cpu(), torch_output.per_token_loss, exact.per_token_loss
+    )
+    # One budget for all: each is a mean of differences of numbers as large as the ratio.
+    metrics = [torch.stack(list(x.metrics.values())).cpu() for x in (output, torch_output, exact)]
+    assert_error_budget("metrics", *metrics)
+    assert (gradient.cpu()[~inputs.completion_mask] == 0).all()

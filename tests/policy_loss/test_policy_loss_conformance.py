@@ -10,7 +10,7 @@ AVERAGES = {"token": "bnpo", "seq": "grpo"}
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 def test_official_loss_and_gradient(conformance_vectors, average, impl, device):
     vectors = {name: array.to(device) for name, array in conformance_vectors.arrays.items()}
     meta = conformance_vectors.meta

@@ -76,7 +76,7 @@ def call(**changes):
             ValueError,
             r"num_items_in_batch: expected shape \(\), got \(2,\)",
         ),
-        ({"impl": "cuda"}, ValueError, "impl: expected one of 'triton', 'reference' or None, got 'cuda'"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of 'triton', 'native', 'reference' or None, got 'cuda'"),
     ],
 )
 def test_bad_arguments(changes, error, message):

@@ -7,14 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_loss_cases import (
-    Inputs,
-    assert_mean_within_budget,
+    assert_matches_reference,
     config_id,
     every_config,
     loss_and_gradient,
-    mean_magnitude,
+    on,
     random_inputs,
-    row_mean_magnitude,
 )
 
 from vgpo_kernels.policy_loss import PolicyLossConfig
@@ -27,34 +25,6 @@ SOME_CONFIGS = [
     PolicyLossConfig("grpo", "sequence", epsilon_high=0.28, delta=1.6, beta=0.1),
     PolicyLossConfig("cispo", "sequence", epsilon_high=1.2),
 ]
-
-
-def on(device: str, inputs: Inputs) -> Inputs:
-    moved = inputs.map(lambda x: x.to(device))
-    return moved.replace(completion_mask=inputs.completion_mask.to(device))
-
-
-def assert_matches_reference(inputs: Inputs, config: PolicyLossConfig, device: str, **options) -> None:
-    """Loss, per-token loss, gradient and metrics within the error budget."""
-    exact, exact_gradient = loss_and_gradient(inputs.map(lambda x: x.double()), config, impl="reference", **options)
-    torch_output, torch_gradient = loss_and_gradient(inputs, config, impl="reference", **options)
-    output, gradient = loss_and_gradient(on(device, inputs), config, impl="triton", **options)
-
-    weighted = (exact.per_token_loss, inputs.completion_mask, config, options.get("num_items_in_batch"))
-    gradients = (gradient.cpu(), torch_gradient, exact_gradient)
-    if config.importance_sampling_level == "sequence":
-        assert_mean_within_budget("gradient", *gradients, row_mean_magnitude(*weighted))
-    else:
-        assert_error_budget("gradient", *gradients)
-    losses = (x.loss.detach().cpu() for x in (output, torch_output, exact))
-    assert_mean_within_budget("loss", *losses, mean_magnitude(*weighted))
-    assert_error_budget(
-        "per-token loss", output.per_token_loss.cpu(), torch_output.per_token_loss, exact.per_token_loss
-    )
-    # One budget for all: each is a mean of differences of numbers as large as the ratio.
-    metrics = [torch.stack(list(x.metrics.values())).cpu() for x in (output, torch_output, exact)]
-    assert_error_budget("metrics", *metrics)
-    assert (gradient.cpu()[~inputs.completion_mask] == 0).all()
 
 
 @pytest.mark.parametrize("config", every_config(), ids=config_id)

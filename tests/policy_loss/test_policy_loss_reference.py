@@ -113,7 +113,7 @@ def test_ratio_of_one_has_the_whole_gradient(advantage):
     torch.testing.assert_close(logps.grad, torch.full((1, 3), -advantage / 3))
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_dual_clip_acts_on_negative_advantages_only(impl, level, device):
     """Ratio 2, dual clip 1.5: a negative advantage stops at 1.5 with no gradient, a positive one at 1.2."""
@@ -131,7 +131,7 @@ def test_dual_clip_acts_on_negative_advantages_only(impl, level, device):
     torch.testing.assert_close(free.per_token_loss, torch.tensor([[-1.2], [2.0]], device=device))
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_overflowing_ratio_is_cut_before_exp(impl, level, device):
     """exp(200) is inf in float32; a clipped token has a finite loss and gradient 0, where 0 * inf would be NaN."""
@@ -146,7 +146,7 @@ def test_overflowing_ratio_is_cut_before_exp(impl, level, device):
     assert output.metrics["ratio_max"] == math.inf
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 def test_overflow_without_a_bound_is_inf_as_in_torch(impl, device):
     logps = torch.full((1, 1), 200.0, device=device, requires_grad=True)
     zero, one = torch.zeros(1, 1, device=device), torch.ones(1, 1, device=device)
@@ -156,7 +156,7 @@ def test_overflow_without_a_bound_is_inf_as_in_torch(impl, device):
     assert logps.grad.item() == math.inf
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_batch_without_a_valid_token(impl, loss_type, level, device):
@@ -263,7 +263,7 @@ def test_gradcheck(inputs, loss_type, level):
     assert torch.autograd.gradcheck(lambda x: inputs.replace(logps=x).call(config).loss, logps)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 @pytest.mark.parametrize("full", [True, False], ids=["all-arguments", "fewest-arguments"])
 def test_opcheck(impl, full, device):
     inputs = random_inputs([4, 2], 5, weights=full).map(lambda x: x.to(device))
@@ -281,7 +281,7 @@ def test_opcheck(impl, full, device):
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 def test_compiles_once_for_all_lengths(impl, device):
     config = PolicyLossConfig("grpo", "sequence", clip_ratio_dual=3.0, beta=0.1)
     torch._dynamo.reset()

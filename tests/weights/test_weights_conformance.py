@@ -25,7 +25,7 @@ def config_of(options):
     )
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "triton", "native"])
 def test_official_reproduces_the_vectors(conformance_vectors, impl, device):
     v, meta = conformance_vectors, conformance_vectors.meta
     visual = (v["input_ids"] == meta["image_token_id"]).to(device)

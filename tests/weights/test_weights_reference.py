@@ -217,7 +217,7 @@ class TestErrors:
             ({"config": VGPOConfig(warmup_steps=3)}, ValueError, "step: expected an int with warmup_steps=3, got None"),
             ({"step": -1}, ValueError, "step: expected at least 0, got -1"),
             ({"step": 1.5}, TypeError, "step: expected an int, got float"),
-            ({"impl": "cuda"}, ValueError, "impl: expected one of 'triton', 'reference' or None, got 'cuda'"),
+            ({"impl": "cuda"}, ValueError, "impl: expected one of 'triton', 'native', 'reference' or None, got 'cuda'"),
         ],
     )
     def test_every_argument_is_checked(self, changed, error, message):

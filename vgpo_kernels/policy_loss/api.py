@@ -73,7 +73,7 @@ def policy_loss(
             or a number (a float that changes recompiles under torch.compile). None: this batch's own tokens.
             The other loss types average over the batch itself; over equally weighted micro-batches divide
             their loss by the number of micro-batches.
-        impl: "triton", "reference", or None to choose by device.
+        impl: "triton", "native" or "reference"; None chooses by device.
 
     Returns:
         PolicyLossOutput(loss, per_token_loss, metrics).
@@ -81,7 +81,7 @@ def policy_loss(
     Raises:
         TypeError: an argument is no tensor, or has a dtype it must not have.
         ValueError: a shape or device does not fit, the batch is empty, `ref_logps` is missing,
-            `num_items_in_batch` does not go with the loss type; on the reference and under VGPO_DEBUG=1 also
+            `num_items_in_batch` does not go with the loss type; on CPUs, on the reference and under VGPO_DEBUG=1 also
             a mask with values other than 0 and 1.
         RuntimeError: `impl` cannot run here.
 

@@ -61,7 +61,7 @@ def vgpo_weights(
         step: optimisation step from 0, needed when `config.warmup_steps` is above 0: the factors have
             the strength min(1, step / warmup_steps).
         advantages: (B,) floating, needed when `config.negative_strength` is not 1.
-        impl: "triton", "reference", or None to choose by device.
+        impl: "triton", "native" or "reference"; None chooses by device.
 
     Returns:
         VGPOWeights. A row with one valid token, or with the same focus at every token, has token weights 1.
@@ -71,7 +71,7 @@ def vgpo_weights(
 
     Raises:
         ValueError: a wrong shape or device, an empty batch, an unknown source, a missing `step` or
-            `advantages`; on the reference and under VGPO_DEBUG=1 also a mask with values other than 0 and 1,
+            `advantages`; on CPUs, on the reference and under VGPO_DEBUG=1 also a mask with values other than 0 and 1,
             a score that is NaN or infinite, and a NaN among the advantages if `config.negative_strength` is
             not 1. Unchecked, the kernels take any mask value but 0 as valid and a NaN advantage as not
             negative; a row with a bad score has NaN factors and stays out of all statistics.
