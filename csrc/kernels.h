@@ -2,3 +2,6 @@
 #include "product.h"
 #include "elementwise.h"
 #include "policy_loss.h"
+#include "terms.h"
+#include "attention.h"
+#include "attention_columns.h"

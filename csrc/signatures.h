@@ -15,5 +15,21 @@ void policy_loss(View<float, 2> loss, View<float, 2> gradient, View<float, 2> ro
                  Maybe<Floats<2>> token_weights, Maybe<Floats<1>> trajectory_weights, View<double, 1> settings,
                  bool sequence, bool row_mean, int64_t threads);
 
+// out (B, Hq, Lq, S) = sums, by segment, of the probabilities exp(score - lse) of the keys in [key_start, key_end) of a
+// query; score = scale * q.k, then softcap * tanh(score / softcap) where softcap > 0. q (B, Hq, Lq, D), k (B, Hkv, Lk, D),
+// lse (B, Hq, Lq), segment_ids (B, Lk): a key outside [0, S) is in no segment; key_start, key_end (B, Lq).
+void attention_mass(View<float, 4> out, Floats<4> q, Floats<4> k, View<float, 3> lse, View<int32_t, 2> segment_ids,
+                    View<int32_t, 2> key_start, View<int32_t, 2> key_end, double scale, double softcap,
+                    int64_t threads);
+
+// out (B, Hq, n) = the sum (reduction 0), mean (1) or maximum (2), over queries, of those probabilities of the keys at
+// positions (B, n); 0 where a position is outside [0, Lk). The mean is over queries with an interval and a finite lse.
+void attention_column_sum(View<float, 3> out, Floats<4> q, Floats<4> k, View<float, 3> lse,
+                          View<int32_t, 2> positions, View<int32_t, 2> key_start, View<int32_t, 2> key_end,
+                          int64_t reduction, double scale, double softcap, int64_t threads);
+
 #undef VGPO_KERNELS
-#define VGPO_KERNELS(X) X(product) X(elementwise) X(policy_loss)
+#define VGPO_KERNELS(X) \
+    X(product) X(elementwise) \
+    X(policy_loss) \
+    X(attention_mass) X(attention_column_sum)

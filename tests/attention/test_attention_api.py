@@ -10,7 +10,7 @@ import vgpo_kernels as vgpo
 B, LENGTHS, D = 2, (23, 40), 32
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "triton", "native"])
 def impl(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -88,7 +88,7 @@ def attention_mass(
         intervals: (key_start, key_end), each (B, Lq) integers, inclusive and exclusive: the whole mask but for
             `key_mask`; `causal` then says nothing.
         reduce_heads: return the mean over heads.
-        impl: "triton" or "reference"; None chooses by device.
+        impl: "triton", "native" or "reference"; None chooses by device.
 
     Returns:
         (B, Hq, Lq', S) fp32 (fp64 for fp64), Lq' the length of the query range; (B, Lq', S) with `reduce_heads`. 0
@@ -96,8 +96,9 @@ def attention_mass(
 
     Raises:
         TypeError: an argument is of another type or dtype.
-        ValueError: shapes, devices or options do not fit; on the reference and under VGPO_DEBUG=1 also a segment
-            or an interval out of range, a mask of other numbers, or an LSE that is not of these scores and masks.
+        ValueError: shapes, devices or options do not fit; on CPUs, on the reference and under VGPO_DEBUG=1 also a
+            segment or an interval out of range, a mask of other numbers, or an LSE that is not of these scores and
+            masks.
         RuntimeError: `impl` cannot run on these tensors.
 
     Example:
