@@ -5,3 +5,4 @@
 #include "terms.h"
 #include "attention.h"
 #include "attention_columns.h"
+#include "focus.h"

@@ -1,14 +1,23 @@
-"""What both implementations promise: corners, padding, invariances, torch.compile."""
+"""What all implementations promise: corners, padding, invariances, torch.compile."""
 
 import pytest
 import torch
 from focus_cases import KINDS, inputs
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from vgpo_kernels import _native
 from vgpo_kernels.focus import visual_focus_score
 
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() or bool(_native.missing()), reason="CPU kernels take CPU tensors"
+    ),
+)
+IMPLEMENTATIONS = ["reference", "triton", NATIVE]
 
-@pytest.fixture(params=["reference", "triton"])
+
+@pytest.fixture(params=IMPLEMENTATIONS)
 def score(request, device):
     """The function with an implementation chosen, its inputs moved to the device."""
 
@@ -148,7 +157,7 @@ def test_no_gradient_flows(score):
     assert not score(states.requires_grad_(), visual, completion).requires_grad
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("kind", ["plain", "packed images"])
 def test_operator(device, impl, kind):
     states, visual, completion, ids = inputs(2, 30, 8, kind=kind)
@@ -157,7 +166,7 @@ def test_operator(device, impl, kind):
     torch.library.opcheck(torch.ops.vgpo.visual_focus_score.default, arguments)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_compiles_whole_and_once_for_all_lengths(device, impl):
     counter = CompileCounterWithBackend("aot_eager")
 

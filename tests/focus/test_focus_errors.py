@@ -4,6 +4,7 @@ import pytest
 import torch
 from focus_cases import inputs
 
+from vgpo_kernels import _native
 from vgpo_kernels.focus import visual_focus_score
 
 
@@ -44,7 +45,7 @@ GENERATED = tuple(arguments()["completion_mask"].nonzero()[5].tolist())
             ValueError,
             "visual_mask: expected a tensor on cpu, got one on meta",
         ),
-        ({"impl": "cuda"}, ValueError, "impl: expected one of 'triton', 'reference' or None, got 'cuda'"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of 'triton', 'native', 'reference' or None, got 'cuda'"),
     ],
 )
 def test_shapes_dtypes_and_devices(changes, error, message):
@@ -79,9 +80,12 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("changes", "message"), VALUES)
-def test_values_on_the_reference(changes, message):
+@pytest.mark.parametrize("impl", ["reference", "native"])
+def test_values_on_cpus(impl, changes, message):
+    if impl == "native" and _native.missing():
+        pytest.skip(_native.missing())
     with pytest.raises(ValueError, match=message):
-        visual_focus_score(**arguments(**changes), impl="reference")
+        visual_focus_score(**arguments(**changes), impl=impl)
 
 
 @pytest.mark.parametrize(("changes", "message"), VALUES)

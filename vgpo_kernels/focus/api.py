@@ -38,7 +38,7 @@ def visual_focus_score(
         seq_ids: (B, L) integers for packed rows, usually (1, L): the sequence each token belongs to, any
             numbers from 0, or -1 for padding. Tokens are compared only with prototypes of their own
             sequence.
-        impl: "triton" or "reference"; None chooses by device.
+        impl: "triton", "native" or "reference"; None chooses by device.
 
     Returns:
         (B, L) float32 (float64 for float64 states) cosines in [-1, 1], and 0 outside the completion and
@@ -46,7 +46,7 @@ def visual_focus_score(
 
     Raises:
         TypeError: an argument is no tensor, or of a dtype not listed above.
-        ValueError: shapes or devices differ; on the reference and under VGPO_DEBUG=1 also: a mask holds
+        ValueError: shapes or devices differ; on CPUs, on the reference and under VGPO_DEBUG=1 also: a mask holds
             anything but 0 and 1, a completion overlaps visual tokens, a visual token has no image, or a
             visual or completion token lies in padding.
         RuntimeError: `impl` cannot run on these tensors.

@@ -4,12 +4,11 @@ Only states that are visual or in the completion are read, each of them once whe
 prototype, and nothing of shape (B, L, D) is written.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels.focus.prototypes import index_prototypes
 
 # Elements in the widest load, 16 bytes at two bytes an element.
 VECTOR = 8
@@ -28,64 +27,6 @@ def prototype_tiles(unit: int, itemsize: int) -> dict[str, int]:
 def cosine_tiles(grouped: bool) -> dict[str, int]:
     """Returns the second kernel's tiles: 256 divides the usual D; more tokens with the loop over prototypes spill."""
     return {"BLOCK_T": 4 if grouped else 8, "BLOCK_D": 256, "num_warps": 4}
-
-
-class Prototypes(NamedTuple):
-    """Which tokens make each of P prototypes, ordered by sequence, and which prototypes a token meets.
-
-    Args:
-        index: (B, L) int32, the prototype a visual token belongs to, or -1.
-        first: (P,) int64, the first token of each prototype, counted through the batch: row * L + position.
-        last: (P,) int64, the last one.
-        begin: (B, L) int32, the first prototype of the token's sequence.
-        end: (B, L) int32, the one after the last; `begin` where the sequence has none.
-    """
-
-    index: Tensor
-    first: Tensor
-    last: Tensor
-    begin: Tensor
-    end: Tensor
-
-
-def index_prototypes(visual_mask: Tensor, image_ids: Tensor | None, seq_ids: Tensor | None) -> Prototypes:
-    """Numbers the prototypes of images and packed sequences; waits for the device, to count them.
-
-    Args:
-        visual_mask: (B, L) bool, contiguous like the ids.
-        image_ids: (B, L) integers or None for one prototype a sequence.
-        seq_ids: (B, L) integers or None for one sequence a row.
-    """
-    rows = torch.arange(len(visual_mask), device=visual_mask.device)[:, None].expand_as(visual_mask)
-    sequence, image = rows.contiguous(), torch.zeros_like(rows)
-    used = visual_mask
-    if seq_ids is not None:
-        sequence = _number(rows, _number(seq_ids))
-        used = used & (seq_ids >= 0)
-    if image_ids is not None:
-        image = _number(image_ids)
-        used = used & (image_ids >= 0)
-    tokens = used.flatten().nonzero().squeeze(1)
-    images = image.max() + 1
-    keys, member, sizes = torch.unique(
-        (sequence * images + image).flatten()[tokens], return_inverse=True, return_counts=True
-    )
-    in_order = tokens[member.argsort(stable=True)]
-    ends = sizes.cumsum(0)
-    index = torch.full(used.shape, -1, dtype=torch.int32, device=used.device)
-    index.view(-1)[tokens] = member.int()
-    sequences = torch.div(keys, images, rounding_mode="floor")
-    begin = torch.searchsorted(sequences, sequence, out_int32=True)
-    end = torch.searchsorted(sequences, sequence, out_int32=True, right=True)
-    return Prototypes(index, in_order[ends - sizes], in_order[ends - 1], begin, end)
-
-
-def _number(ids: Tensor, within: Tensor | None = None) -> Tensor:
-    """Returns (B, L) int64 numbers from 0 for the distinct ids, or for the distinct pairs of two of them."""
-    numbers = torch.unique(ids, return_inverse=True)[1]
-    if within is None:
-        return numbers
-    return torch.unique(numbers * (within.max() + 1) + within, return_inverse=True)[1]
 
 
 @triton.jit
@@ -252,10 +193,13 @@ def visual_focus_score(
     """Returns the (B, L) fp32 focus scores; arguments as in the reference, hidden states not float64."""
     B, L, D = hidden_states.shape
     visual, completion = visual_mask.contiguous(), completion_mask.contiguous()
-    group = None
+    group = index = first = last = None
     if image_ids is not None or seq_ids is not None:
         group = index_prototypes(visual, *(ids if ids is None else ids.contiguous() for ids in (image_ids, seq_ids)))
-    P = B if group is None else len(group.first)
+        index = torch.full_like(visual, -1, dtype=torch.int32)
+        index.view(-1)[group.tokens] = group.member.int()
+        first, last = group.tokens[group.bounds[:-1]], group.tokens[group.bounds[1:] - 1]
+    P = B if first is None else len(first)
     mean = hidden_states.new_empty((P, D), dtype=torch.float32)
     count = hidden_states.new_empty((P,), dtype=torch.int32)
     focus = hidden_states.new_empty((B, L), dtype=torch.float32)
@@ -275,9 +219,9 @@ def visual_focus_score(
     tiles = prototype_tiles(unit, hidden_states.element_size())
     prototype_kernel[(P * triton.cdiv(D, tiles["BLOCK_D"]),)](
         visual_ptr=visual,
-        index_ptr=group and group.index,
-        first_ptr=group and group.first,
-        last_ptr=group and group.last,
+        index_ptr=index,
+        first_ptr=first,
+        last_ptr=last,
         **shared,
         **tiles,
     )
