@@ -28,9 +28,6 @@ void attention_column_sum(View<float, 3> out, Floats<4> q, Floats<4> k, View<flo
                           View<int32_t, 2> positions, View<int32_t, 2> key_start, View<int32_t, 2> key_end,
                           int64_t reduction, double scale, double softcap, int64_t threads);
 
-    X(product) X(elementwise) \
-    X(policy_loss) \
-    X(attention_mass) X(attention_column_sum)
 // focus (B * L) at each of `completion` = the largest cosine of that token's state to the prototypes in [begin, end), or
 // 0 without any; the rest of `focus` stays. states (B, L, D). Tokens are numbered row * L + position; prototype p is the
 // mean state of tokens visual[bounds[p] : bounds[p + 1]]. Where begin and end are None, prototype b is that of row b.
@@ -38,4 +35,8 @@ void visual_focus(View<float, 1> focus, Floats<3> states, View<int64_t, 1> visua
                   View<int64_t, 1> completion, Maybe<View<int32_t, 1>> begin, Maybe<View<int32_t, 1>> end, int64_t threads);
 
 #undef VGPO_KERNELS
-#define VGPO_KERNELS(X) X(product) X(elementwise) X(policy_loss) X(visual_focus)
+#define VGPO_KERNELS(X) \
+    X(product) X(elementwise) \
+    X(policy_loss) \
+    X(attention_mass) X(attention_column_sum) \
+    X(visual_focus)
