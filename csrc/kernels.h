@@ -2,7 +2,7 @@
 #include "product.h"
 #include "elementwise.h"
 #include "policy_loss.h"
-#include "terms.h"
 #include "attention.h"
 #include "attention_columns.h"
 #include "focus.h"
+#include "logits.h"

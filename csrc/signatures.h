@@ -34,9 +34,36 @@ void attention_column_sum(View<float, 3> out, Floats<4> q, Floats<4> k, View<flo
 void visual_focus(View<float, 1> focus, Floats<3> states, View<int64_t, 1> visual, View<int64_t, 1> bounds,
                   View<int64_t, 1> completion, Maybe<View<int32_t, 1>> begin, Maybe<View<int32_t, 1>> end, int64_t threads);
 
+// Logits are (batch, length, V); the softmax is taken of z = softcap tanh(logits / softcap) / temperature, or of
+// z = logits / temperature where softcap is 0. Rows that are not valid are not read; their results are 0. Everything
+// by token is (batch, length); a target outside of the vocabulary gives NaN.
+
+// logps = z[target] - lse, lse = log sum exp z, entropy = lse - sum softmax(z) z.
+void logits_logprobs(View<float, 2> logps, View<float, 2> lse, Maybe<View<float, 2>> entropy, Floats<3> logits,
+                     View<int64_t, 2> targets, Maybe<View<uint8_t, 2>> valid, double temperature, double softcap,
+                     int64_t threads);
+
+// out = the derivative of sum(grad_logps logps + grad_entropy entropy + grad_lse lse) by the logits, which `out` may be.
+void logits_gradient(Floats<3> out, Floats<3> logits, View<int64_t, 2> targets, Maybe<View<uint8_t, 2>> valid,
+                     View<float, 2> lse, Maybe<View<float, 2>> entropy, Maybe<View<float, 2>> grad_logps,
+                     Maybe<View<float, 2>> grad_entropy, Maybe<View<float, 2>> grad_lse, double temperature,
+                     double softcap, int64_t threads);
+
+// logps and entropy as above, and out = the derivative by the logits, which it may be, of the token-level loss of
+// `settings` times row_weights.
+void logits_loss(Floats<3> out, View<float, 2> logps, View<float, 2> entropy, Floats<3> logits,
+                 View<int64_t, 2> targets, Maybe<View<uint8_t, 2>> valid, Maybe<View<float, 2>> old_logps,
+                 View<float, 2> advantages, Maybe<View<float, 2>> ref_logps, Maybe<View<float, 2>> row_weights,
+                 double temperature, double softcap, View<double, 1> settings, int64_t threads);
+
+// out (n) = KL(softmax(z_p) || softmax(z_q)) of each row of logits (n, V).
+void logits_kl(View<float, 1> out, Floats<2> logits_p, Floats<2> logits_q, double temperature, double softcap,
+               int64_t threads);
+
 #undef VGPO_KERNELS
 #define VGPO_KERNELS(X) \
     X(product) X(elementwise) \
     X(policy_loss) \
     X(attention_mass) X(attention_column_sum) \
+    X(logits_logprobs) X(logits_gradient) X(logits_loss) X(logits_kl) \
     X(visual_focus)
