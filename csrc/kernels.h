@@ -6,3 +6,4 @@
 #include "attention_columns.h"
 #include "focus.h"
 #include "logits.h"
+#include "attention_forward.h"

@@ -60,10 +60,18 @@ void logits_loss(Floats<3> out, View<float, 2> logps, View<float, 2> entropy, Fl
 void logits_kl(View<float, 1> out, Floats<2> logits_p, Floats<2> logits_q, double temperature, double softcap,
                int64_t threads);
 
+// Attention with an online softmax: out (B, Hq, Lq, D) of q's type, the probabilities on visual keys summed and the
+// natural log of the softmax's denominator, both (B, Hq, Lq); 0, 0 and -inf where a query sees nothing. k and v
+// (B, Hkv, Lk, D) of q's type. Query i sees the keys from key_start[i] to below key_end[i] (B, Lq) whose key_kinds
+// (B, Lk) is not 0; kind 2 is visual. score = scale * q.k, then softcap * tanh(score / softcap) unless softcap is 0.
+void visual_attention(Floats<4> out, View<float, 3> mass, View<float, 3> lse, Floats<4> q, Floats<4> k, Floats<4> v,
+                      View<uint8_t, 2> key_kinds, View<int32_t, 2> key_start, View<int32_t, 2> key_end, double scale,
+                      double softcap, int64_t threads);
+
 #undef VGPO_KERNELS
 #define VGPO_KERNELS(X) \
     X(product) X(elementwise) \
     X(policy_loss) \
-    X(attention_mass) X(attention_column_sum) \
+    X(attention_mass) X(attention_column_sum) X(visual_attention) \
     X(logits_logprobs) X(logits_gradient) X(logits_loss) X(logits_kl) \
     X(visual_focus)

@@ -1,10 +1,10 @@
-"""The room on CPUs: csrc/attention.h and csrc/attention_columns.h."""
+"""The room on CPUs: csrc/attention.h, csrc/attention_columns.h and csrc/attention_forward.h."""
 
 import torch
 from torch import Tensor
 
 from vgpo_kernels import _native
-from vgpo_kernels.attention.reference import visual_attention, visual_attention_backward
+from vgpo_kernels.attention.reference import visual_attention_backward
 
 __all__ = ["attention_column_sum", "attention_mass", "visual_attention", "visual_attention_backward"]
 REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}  # as csrc/attention_columns.h numbers them
@@ -47,3 +47,24 @@ def attention_column_sum(
         float(scale), softcap or 0.0,
     )  # fmt: skip
     return received
+
+
+def visual_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_kinds: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what the reference returns, from one pass over keys and values."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    mass = q.new_empty(q.shape[:3], dtype=torch.float32)
+    lse = torch.empty_like(mass)
+    kinds = key_kinds.to(torch.int8).view(torch.uint8)
+    _native.call(
+        "visual_attention", out, mass, lse, q, k, v, kinds, key_start.int(), key_end.int(), float(scale), softcap or 0.0
+    )
+    return out, mass, lse
