@@ -13,6 +13,7 @@
 #include <tuple>
 #include <utility>
 
+#include "capability.h"
 #include "view.h"
 
 namespace vgpo::portable {
@@ -35,18 +36,6 @@ using namespace vgpo;
 
 const char* const CAPABILITIES[] = {"portable", "avx2", "avx512"};
 int capability = 0;  // changed only while the interpreter is held
-
-int best_capability() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 && avx512 ? 2 : avx2 ? 1 : 0;
-#else
-    return 0;
-#endif
-}
 
 PyObject* get_capability(PyObject*, PyObject*) { return PyUnicode_FromString(CAPABILITIES[capability]); }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vgpo_kernels import _compile, _dispatch
+from vgpo_kernels import _compile, _dispatch, _native
 
 OPERATIONS = {
     "attention_mass": "attention",
@@ -37,7 +37,7 @@ DISTRIBUTIONS = {
     "trl": ("trl",),
     "peft": ("peft",),
 }
-SWITCHES = ("TRITON_INTERPRET", "VGPO_DEBUG")
+SWITCHES = ("TRITON_INTERPRET", "VGPO_DEBUG", _native.CAPABILITY)
 
 
 def add_command(commands: Any) -> None:
@@ -53,6 +53,7 @@ def run(_: argparse.Namespace) -> int:
     sections: dict[str, Sequence[Sequence[str]]] = {
         "Versions": [("python", platform.python_version()), *installed_versions()],
         "Devices": [*((str(device), what) for device, what in devices), *_no_gpu(devices)],
+        "CPU kernels": cpu_kernels(),
         "Environment": [(name, os.environ.get(name, "not set")) for name in SWITCHES],
         "Operations": [row for row, _ in choices],
     }
@@ -107,6 +108,14 @@ def _no_gpu(devices: Sequence[tuple[torch.device, str]]) -> list[tuple[str, str]
         return []
     built = torch.version.cuda or torch.version.hip
     return [("gpu", "none visible" if built else "none: this torch is built without CUDA and ROCm")]
+
+
+def cpu_kernels() -> list[tuple[str, str]]:
+    """Returns whether the compiled CPU kernels are there, and for which instruction sets, or why not and the remedy."""
+    obstacle = _native.missing()
+    if obstacle is not None:
+        return [("built", f"no: {obstacle}")]
+    return [("built", "yes"), ("in use", _native.capability()), ("usable", ", ".join(_native.capabilities()))]
 
 
 def operation_rows(devices: Sequence[torch.device]) -> list[tuple[tuple[str, ...], bool]]:

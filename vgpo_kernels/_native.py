@@ -22,7 +22,11 @@ _CODES = {
     torch.uint8: 6,
     torch.bool: 6,
 }
-_REMEDY = "install a C++17 compiler (on Debian and Ubuntu: apt-get install g++) and install vgpo-kernels again"
+# pip keeps what it built, so an install again, without these options, would bring the same back.
+_REMEDY = (
+    "install a C++17 compiler (on Debian and Ubuntu: apt-get install g++), then "
+    "pip install --force-reinstall --no-deps --no-cache-dir vgpo-kernels (in a checkout: make native)"
+)
 
 
 @functools.cache

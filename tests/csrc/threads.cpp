@@ -43,7 +43,8 @@ void run_job(int64_t tasks, int64_t threads) {
     for (int64_t count : job.by_worker) counted += count;
     require(job.workers_out_of_range == 0, "a worker's number is out of range", tasks, threads);
     require(counted == tasks, "tasks were lost or done twice", tasks, threads);
-    for (int64_t task = 0; task < tasks; ++task) require(job.done[task] == task + 1, "a task was not done once", tasks, threads);
+    for (int64_t task = 0; task < tasks; ++task)
+        require(job.done[task] == task + 1, "a task was not done once", tasks, threads);
 }
 
 void run_jobs(int count, int64_t most_threads) {

@@ -7,6 +7,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+# Before the first import of the package: as where nothing compiled csrc/.
+WITHOUT_EXTENSION = "import sys; sys.modules['vgpo_kernels._csrc'] = None\n"
 
 
 def python(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,9 +4,9 @@ import importlib.metadata
 
 import pytest
 import torch
-from package_launch import python
+from package_launch import WITHOUT_EXTENSION, python
 
-from vgpo_kernels import __version__, _dispatch, _doctor
+from vgpo_kernels import __version__, _dispatch, _doctor, _native
 from vgpo_kernels.__main__ import main
 
 
@@ -18,11 +18,44 @@ def test_the_report():
     assert ["vgpo-kernels", __version__] in cells
     assert ["VGPO_DEBUG", "1"] in cells
     assert ["TRITON_INTERPRET", "not", "set"] in cells
+    assert ["VGPO_CPU_CAPABILITY", "not", "set"] in cells
     for operation in _doctor.OPERATIONS:
-        assert [operation, "cpu", "reference", "CPU", "tensors"] in cells
+        if not _native.missing():
+            assert [operation, "cpu", "native", "CPU", "tensors"] in cells
         if torch.cuda.is_available():
             assert [operation, "cuda:0", "triton", "cuda", "tensors"] in cells
     assert ("none" in done.stdout) == (not torch.cuda.is_available())
+
+
+def test_the_instruction_set_in_use_is_told(capability):
+    done = python("-m", "vgpo_kernels", "doctor", VGPO_CPU_CAPABILITY=capability)
+    assert done.returncode == 0, done.stderr
+    cells = [line.split() for line in done.stdout.splitlines()]
+    assert ["built", "yes"] in cells
+    assert ["in", "use", capability] in cells
+    assert ["usable", *", ".join(_native.capabilities()).split()] in cells
+    assert ["VGPO_CPU_CAPABILITY", capability] in cells
+
+
+@pytest.mark.skipif(bool(_native.missing()), reason="the CPU kernels are not built")
+def test_an_unknown_instruction_set_is_an_error():
+    done = python("-m", "vgpo_kernels", "doctor", VGPO_CPU_CAPABILITY="mmx")
+    assert done.returncode != 0
+    assert "VGPO_CPU_CAPABILITY: expected a capability that this processor has" in done.stderr
+
+
+def test_without_the_extension_the_reference_runs_and_the_remedy_is_told():
+    done = python("-c", WITHOUT_EXTENSION + "from vgpo_kernels.__main__ import main; sys.exit(main(['doctor']))")
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.splitlines()
+    for operation in _doctor.OPERATIONS:
+        [row] = [row for row in rows if row.split()[:2] == [operation, "cpu"]]
+        assert row.split()[2] == "reference"
+        assert "the CPU kernels are not built" in row
+        assert "--force-reinstall" in row
+    [built] = [row for row in rows if row.split()[:1] == ["built"]]
+    assert "no: the CPU kernels are not built" in built
+    assert "apt-get install g++" in built
 
 
 def test_what_is_not_installed_is_said(monkeypatch):
@@ -60,7 +93,7 @@ def test_one_operation_is_enough(monkeypatch, capsys):
     assert main(["doctor"]) == 0
     report = capsys.readouterr().out
     assert report.count("cannot run") == len(_doctor.OPERATIONS)
-    assert report.count("reference") >= len(_doctor.OPERATIONS)
+    assert report.count("cpu     reference" if _native.missing() else "cpu     native") == len(_doctor.OPERATIONS)
 
 
 def test_a_gpu_is_named_with_its_kernels(monkeypatch, capsys):
@@ -73,14 +106,15 @@ def test_a_gpu_is_named_with_its_kernels(monkeypatch, capsys):
     assert report.count("cuda:0  triton  cuda tensors") == len(_doctor.OPERATIONS)
 
 
-def test_a_broken_triton_is_told(monkeypatch):
+def test_a_module_that_cannot_be_loaded_is_told(monkeypatch):
     def fail(name):
         raise ImportError(f"cannot load {name}")
 
     monkeypatch.setattr(_doctor.importlib, "import_module", fail)
     [(row, runs), *_] = _doctor.operation_rows([torch.device("cpu")])
     assert not runs
-    assert row == ("attention_mass", "cpu", "cannot run", "cannot load vgpo_kernels.attention.reference")
+    module = "reference" if _native.missing() else "native"
+    assert row == ("attention_mass", "cpu", "cannot run", f"cannot load vgpo_kernels.attention.{module}")
 
 
 def test_a_command_is_required(capsys):

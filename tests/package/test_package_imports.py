@@ -1,6 +1,6 @@
 """The package without its heavy dependencies, in fresh processes."""
 
-from package_launch import python
+from package_launch import WITHOUT_EXTENSION, python
 
 WITHOUT = """
 import sys
@@ -9,7 +9,7 @@ for name in ("triton", "transformers", "deepspeed", "liger_kernel", "trl"):
     sys.modules[name] = None  # what makes `import name` fail and find_spec find nothing
 """
 
-EVERY_REFERENCE = """
+EVERY_OPERATION = """
 import torch
 import vgpo_kernels as vk
 
@@ -47,8 +47,24 @@ else:
 """
 
 
-def test_every_reference_runs_without_triton_transformers_and_deepspeed():
-    done = python("-c", WITHOUT + EVERY_REFERENCE)
+NO_NATIVE = """
+try:
+    vk.visual_focus_score(torch.randn(4, 12, 8), visual, completion, impl="native")
+except RuntimeError as error:
+    assert "the CPU kernels are not built" in str(error) and "--force-reinstall" in str(error), error
+    assert "or pass impl='reference'" in str(error), error
+else:
+    raise AssertionError("impl='native' ran without the extension")
+"""
+
+
+def test_everything_runs_without_triton_transformers_and_deepspeed():
+    done = python("-c", WITHOUT + EVERY_OPERATION)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_extension_native_is_refused_with_the_remedy():
+    done = python("-c", WITHOUT + WITHOUT_EXTENSION + EVERY_OPERATION + NO_NATIVE)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, and their threads under
+# ThreadSanitizer: scripts/sanitize.sh [VENV] [pytest's arguments]. Results in build/sanitized.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$(realpath "${1:-.venv}")
+python=$venv/bin/python
+work=$PWD/build/sanitized
+unset PYTHONPATH VGPO_CPU_CAPABILITY
+fail() { echo "sanitize: FAILED: $*" >&2; exit 1; }
+
+rm -rf "$work"
+mkdir -p "$work/objects"
+cp -r vgpo_kernels "$work/vgpo_kernels"
+rm -f "$work"/vgpo_kernels/_csrc.*
+
+# As setup.py compiles, but for what the sanitizers need.
+mapfile -t flags < <(sed -n '/extra_compile_args/,/\]/p' setup.py | grep -o '"-[^"]*"' | tr -d '"' | grep -v '^-[Og]')
+include=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')
+sanitizers=(-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g)
+echo "sanitize: building"
+printf '%s\n' csrc/*.cpp | xargs -P 2 -I{} bash -c \
+    'g++ "${@:3}" -c "$1" -o "$2/$(basename "$1").o"' _ {} "$work/objects" "${flags[@]}" "${sanitizers[@]}" \
+    -fPIC "-I$include"
+g++ -shared -pthread "${sanitizers[@]}" "$work"/objects/*.o -o "$work/vgpo_kernels/_csrc.abi3.so"
+
+# Python knows nothing of the sanitizers, so they are loaded before it; the exceptions of C++ need theirs there too.
+libraries=$(for name in asan ubsan stdc++; do realpath "$(g++ -print-file-name=lib$name.so)"; done | paste -sd:)
+sanitized() {
+    env LD_PRELOAD="$libraries" PYTHONPATH="$work" PYTHONMALLOC=malloc OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" \
+        ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 \
+        UBSAN_OPTIONS=print_stacktrace=1 "$@"
+}
+
+# The sanitizer must be on, and see what torch and Python allocate: a call that lies about a size has to be caught.
+cat >"$work/lie.py" <<'PY'
+import sys
+
+import torch
+
+from vgpo_kernels import _csrc
+
+if sys.argv[1] != _csrc.__file__:
+    sys.exit(f"the extension came from {_csrc.__file__}")
+out, x = torch.zeros(24), torch.zeros(24)
+size = 24 if sys.argv[2] == "truth" else 32
+_csrc.elementwise((out.data_ptr(), 0, size, 1), (x.data_ptr(), 0, size, 1), 0, 1)
+PY
+extension=$work/vgpo_kernels/_csrc.abi3.so
+call() { (cd "$work" && sanitized "$python" lie.py "$extension" "$1") >"$work/$1.log" 2>&1; }
+call truth || fail "an honest call: $(cat "$work/truth.log")"
+call lie && fail "a read out of bounds went unseen"
+grep -q 'SUMMARY: AddressSanitizer: .* in vgpo::' "$work/lie.log" || fail "the lie, otherwise: $(cat "$work/lie.log")"
+echo "sanitize: a read out of bounds is caught; now the tests"
+
+mapfile -t tests < <(find tests -name 'test_*native*.py' | sort)
+test "${#tests[@]}" -gt 0 || fail "no tests of the CPU kernels"
+# pytest alone: `python -m pytest` would put the folder of the sources first.
+sanitized CI=true "$venv/bin/pytest" -x -q -p no:cacheprovider --timeout 900 "${tests[@]}" "${@:2}"
+
+echo "sanitize: threads"
+build_threads() { g++ -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread "$@" tests/csrc/threads.cpp csrc/parallel.cpp; }
+build_threads -fsanitize=thread -o "$work/threads-tsan"
+build_threads -fsanitize=address,undefined -fno-sanitize-recover=undefined -o "$work/threads-asan"
+"$work/threads-tsan" || fail "threads under ThreadSanitizer"
+ASAN_OPTIONS=detect_leaks=0 "$work/threads-asan" || fail "threads and forks"
+echo "sanitize: all well"
