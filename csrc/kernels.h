@@ -2,6 +2,7 @@
 #include "product.h"
 #include "elementwise.h"
 #include "policy_loss.h"
+#include "weights.h"
 #include "attention.h"
 #include "attention_columns.h"
 #include "focus.h"

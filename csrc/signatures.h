@@ -15,6 +15,15 @@ void policy_loss(View<float, 2> loss, View<float, 2> gradient, View<float, 2> ro
                  Maybe<Floats<2>> token_weights, Maybe<Floats<1>> trajectory_weights, View<double, 1> settings,
                  bool sequence, bool row_mean, int64_t threads);
 
+// Token weights, normalized scores and gate (rows, tokens), trajectory weights and scores (rows), as `weights` of
+// vgpo_kernels/weights/reference.py. `options` as in weights.h; `visual`: rows with a visual token, None: all;
+// `negative`: rows whose strength is multiplied by an option, None: none. The score of a row with a focus that is not
+// finite is NaN, and other results are then of no meaning.
+void weights(View<float, 2> token, View<float, 1> trajectory, View<float, 2> normalized, View<uint8_t, 2> gate,
+             View<float, 1> score, Floats<2> focus, View<uint8_t, 2> mask, View<int64_t, 1> groups,
+             Maybe<View<uint8_t, 1>> visual, Maybe<View<uint8_t, 1>> negative, View<double, 1> options, double strength,
+             int64_t threads);
+
 // out (B, Hq, Lq, S) = sums, by segment, of the probabilities exp(score - lse) of the keys in [key_start, key_end) of a
 // query; score = scale * q.k, then softcap * tanh(score / softcap) where softcap > 0. q (B, Hq, Lq, D), k (B, Hkv, Lk, D),
 // lse (B, Hq, Lq), segment_ids (B, Lk): a key outside [0, S) is in no segment; key_start, key_end (B, Lq).
@@ -71,7 +80,7 @@ void visual_attention(Floats<4> out, View<float, 3> mass, View<float, 3> lse, Fl
 #undef VGPO_KERNELS
 #define VGPO_KERNELS(X) \
     X(product) X(elementwise) \
-    X(policy_loss) \
+    X(policy_loss) X(weights) \
     X(attention_mass) X(attention_column_sum) X(visual_attention) \
     X(logits_logprobs) X(logits_gradient) X(logits_loss) X(logits_kl) \
     X(visual_focus)

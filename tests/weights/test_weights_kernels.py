@@ -101,13 +101,13 @@ def test_the_gate_finds_the_kth_largest_exactly(values, kappa, device):
     tail, threshold = tail_thresholds(focus, count, kappa)
     group_ids = torch.zeros(1, dtype=torch.int64)
     config = VGPOConfig.paper(kappa=kappa)
-    for impl in ("triton", "reference"):
+    for impl in ("triton", "native", "reference"):
         w = vgpo_weights(focus.to(device), torch.ones(1, count, device=device), group_ids.to(device), config, impl=impl)
         assert torch.equal(w.gate[:, count // 2 :].cpu(), tail >= threshold)
         assert not w.gate[:, : count // 2].any()
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "native", "reference"])
 @pytest.mark.parametrize(
     ("kappa", "exact", "float64"),
     [
@@ -188,7 +188,7 @@ def test_strided_inputs_are_read_in_place(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "native", "reference"])
 def test_masks_and_groups_of_every_kind(impl, dtype, device):
     focus, mask, group_ids = (x[:3, :20] if x.dim() == 2 else x[:3] for x in batch(device))
     plain = vgpo_weights(focus, mask, group_ids, VGPOConfig.paper(), impl=impl)
@@ -215,7 +215,7 @@ def test_at_most_two_launches(recipe, device, monkeypatch):
     assert launched == ["weights_token_kernel", "weights_group_kernel"]
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "native", "reference"])
 def test_opcheck(impl, device):
     focus, mask, group_ids = (x[:2, :9] if x.dim() == 2 else x[:2] for x in batch(device))
     config = VGPOConfig.balanced(negative_strength=0.5, warmup_steps=4)
@@ -226,7 +226,7 @@ def test_opcheck(impl, device):
     )
 
 
-@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("impl", ["triton", "native", "reference"])
 def test_compiles_whole_and_once_for_all_lengths(impl, device):
     counter = CompileCounterWithBackend("aot_eager")
     config = VGPOConfig.balanced(warmup_steps=100)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from vgpo_kernels import VGPOConfig, vgpo_weights
 
 RECIPES = ["paper", "balanced"]
+TORCH_AND_NATIVE = ["reference", "native"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums are float64 and elementwise work does not depend on the neighbours: at most the last bit differs.
 ATOL = 2.5e-7
@@ -39,33 +40,36 @@ def on_device(inputs):
     return tuple(x.to(DEVICE) for x in inputs)
 
 
+@pytest.mark.parametrize("impl", TORCH_AND_NATIVE)
 @pytest.mark.parametrize("recipe", RECIPES)
 @settings(max_examples=50, deadline=None)
 @given(inputs=batches(), seed=st.integers(0, 1000))
-def test_row_order_never_matters(recipe, inputs, seed):
+def test_row_order_never_matters(impl, recipe, inputs, seed):
     order = torch.randperm(len(inputs[0]), generator=torch.Generator().manual_seed(seed))
-    expected = weigh("reference", recipe, *inputs)
-    found = weigh("reference", recipe, *(x[order] for x in inputs))
+    expected = weigh(impl, recipe, *inputs)
+    found = weigh(impl, recipe, *(x[order] for x in inputs))
     assert_same(found, [x[order] for x in expected])
 
 
+@pytest.mark.parametrize("impl", TORCH_AND_NATIVE)
 @pytest.mark.parametrize("recipe", RECIPES)
 @settings(max_examples=50, deadline=None)
 @given(inputs=batches(), labels=st.permutations([-(2**40), -1, 0, 7, 2**50]))
-def test_group_labels_never_matter(recipe, inputs, labels):
+def test_group_labels_never_matter(impl, recipe, inputs, labels):
     focus, mask, group_ids, sees = inputs
     renamed = torch.tensor(labels)[group_ids + 2]
-    assert_same(weigh("reference", recipe, focus, mask, renamed, sees), weigh("reference", recipe, *inputs))
+    assert_same(weigh(impl, recipe, focus, mask, renamed, sees), weigh(impl, recipe, *inputs))
 
 
+@pytest.mark.parametrize("impl", TORCH_AND_NATIVE)
 @pytest.mark.parametrize("recipe", RECIPES)
 @settings(max_examples=50, deadline=None)
 @given(inputs=batches())
-def test_the_split_into_micro_batches_never_matters(recipe, inputs):
-    expected = weigh("reference", recipe, *inputs)
+def test_the_split_into_micro_batches_never_matters(impl, recipe, inputs):
+    expected = weigh(impl, recipe, *inputs)
     for label in inputs[2].unique():
         rows = inputs[2] == label
-        assert_same(weigh("reference", recipe, *(x[rows] for x in inputs)), [x[rows] for x in expected])
+        assert_same(weigh(impl, recipe, *(x[rows] for x in inputs)), [x[rows] for x in expected])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -85,13 +89,14 @@ def test_order_labels_and_split_never_matter_to_the_kernels(recipe, inputs, labe
     assert_same(weigh("triton", recipe, *(x[rows] for x in changed)), [x[rows] for x in expected])
 
 
+@pytest.mark.parametrize("impl", TORCH_AND_NATIVE)
 @pytest.mark.parametrize("clamp", [(0.1, 2.0), (0.8, 1.2), (1.0, 1.5)])
 @settings(max_examples=60, deadline=None)
 @given(inputs=batches())
-def test_balanced_weights_keep_mean_one_and_their_bounds(clamp, inputs):
+def test_balanced_weights_keep_mean_one_and_their_bounds(impl, clamp, inputs):
     _, mask, group_ids, sees = inputs
     config = VGPOConfig.balanced(token_clamp=clamp, trajectory_clamp=clamp)
-    w = vgpo_weights(*inputs[:3], config, has_visual=sees, impl="reference")
+    w = vgpo_weights(*inputs[:3], config, has_visual=sees, impl=impl)
     for weights in (w.token_weights, w.trajectory_weights):
         assert (weights >= torch.tensor(clamp[0])).all()
         assert (weights <= torch.tensor(clamp[1])).all()
@@ -102,6 +107,7 @@ def test_balanced_weights_keep_mean_one_and_their_bounds(clamp, inputs):
         assert w.trajectory_weights[group_ids == label].double().mean().item() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.parametrize("impl", TORCH_AND_NATIVE)
 @settings(max_examples=100, deadline=None)
 @given(
     values=st.lists(
@@ -110,12 +116,12 @@ def test_balanced_weights_keep_mean_one_and_their_bounds(clamp, inputs):
     repeats=st.integers(1, 3),
     percent=st.integers(0, 100),
 )
-def test_the_gate_is_topk_for_any_floats(values, repeats, percent):
+def test_the_gate_is_topk_for_any_floats(impl, values, repeats, percent):
     row = torch.tensor(values * repeats)[None]
     config = VGPOConfig.paper(gamma=1.0, kappa=percent / 100)
     top = max(1, row.shape[1] * percent // 100)
     expected = row >= torch.topk(row, top).values[:, -1:]
-    w = vgpo_weights(row, torch.ones_like(row), torch.zeros(1, dtype=torch.int64), config, impl="reference")
+    w = vgpo_weights(row, torch.ones_like(row), torch.zeros(1, dtype=torch.int64), config, impl=impl)
     assert torch.equal(w.gate, expected)
 
 

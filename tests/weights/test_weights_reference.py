@@ -7,7 +7,7 @@ from transcribed_weights import weights as transcribed
 from vgpo_kernels import VGPOConfig, VGPOWeights, vgpo_weights
 from vgpo_kernels.testing import ragged_mask
 
-IMPLS = ["reference", "triton"]
+IMPLS = ["reference", "triton", "native"]
 # 37 columns: no multiple of a vector width; a full row, a single token, an empty row, odd and even tails.
 LENGTHS, WIDTH = [37, 1, 0, 5, 22, 36, 17, 30], 37
 GROUPS = [40, -3, 40, -3, 40, -3, -3, 40]
