@@ -4,8 +4,8 @@
 // out (m, n) = left (m, k) @ right (k, n), or that added to `out`.
 void product(View<float, 2> out, Floats<2> left, Floats<2> right, bool add, int64_t threads);
 
-// out (n) = exp(x), or tanh(x) where `which` is 1: for the tests of exp.h.
-void elementwise(View<float, 1> out, View<float, 1> x, int64_t which, int64_t threads);
+// out (n) = exp(x), tanh(x) or x where `which` is 0, 1 or 2: for the tests of exp.h and of conversions.
+void elementwise(Floats<1> out, Floats<1> x, int64_t which, int64_t threads);
 
 // The policy loss of tokens (B, T) and `gradient`, its derivative by logps, times 1 / (tokens of the row) if row_mean;
 // both 0 where mask is. rows (B, 10): what `reduce_rows` of vgpo_kernels/policy_loss/terms.py takes. One ratio a row if
