@@ -38,12 +38,12 @@ compile() {
 # What is not in a target's own namespace is shared by all, whichever copy the linker keeps: it must not be compiled
 # for that target's processors.
 check_shared_code() {
-    local target=$1 object=$2 count
-    count=$(objdump -dC --no-show-raw-insn "$object" | awk -v space="vgpo::$target::" '
+    local target=$1 object=$2 found
+    found=$(objdump -d --no-show-raw-insn "$object" | awk -v space="4vgpo${#target}$target" '
         /^[0-9a-f]+ </ {name = $0; own = index($0, space)}
         /%[yz]mm|\tv[a-z]/ {if (own) good = 1; else {print name ": " $0 > "/dev/stderr"; bad = 1}}
         END {print (bad ? "leaks" : good ? "sound" : "unseen")}')
-    test "$count" = sound || fail "$object: $count: code outside vgpo::$target:: uses its instructions, or none does"
+    test "$found" = sound || fail "$object: $found: code outside vgpo::$target:: uses its instructions, or none does"
 }
 
 for compiler in g++ clang++; do
