@@ -72,6 +72,8 @@ void fill(float& x) { x = next_number(); }
 void fill(bf16& x) { x.bits = random_bits(0x3e00, 0x200); }
 void fill(half& x) { x.bits = random_bits(0, 0x3c00); }
 
+Floats<1> vector(std::vector<float>& values, int64_t count) { return {values.data(), Type::f32, {count}, {1}}; }
+
 template <class T>
 Floats<2> matrix(std::vector<T>& values, int64_t rows, int64_t columns, bool across) {
     return {values.data(), type_of<T>(), {rows, columns}, {across ? 1 : columns, across ? rows : 1}};
@@ -114,19 +116,19 @@ void check_elementwise(Kernel* elementwise) {
     x[0] = 0.0f, x[1] = -infinity, x[2] = infinity, x[3] = -100.0f;
     const int64_t count = x.size();
     std::vector<float> out(count);
-    elementwise({out.data(), {count}, {1}}, {x.data(), {count}, {1}}, 0, 2);
+    elementwise(vector(out, count), vector(x, count), 0, 2);
     require(out[0] == 1.0f && out[1] == 0.0f && out[2] == infinity, "exp of 0 and infinities", 0, out[0], 1);
     for (int64_t i = 3; i < count; ++i) {
         const double expected = std::exp(static_cast<double>(x[i]));
         require(std::abs(out[i] - expected) <= 0x1p-22 * expected + 0x1p-148, "exp", i, out[i], expected);
     }
-    elementwise({out.data(), {count}, {1}}, {x.data(), {count}, {1}}, 1, 2);
+    elementwise(vector(out, count), vector(x, count), 1, 2);
     for (int64_t i = 0; i < count; ++i) require_close("tanh", i, out[i], std::tanh(static_cast<double>(x[i])), 0x1p-21);
     x[0] = std::nanf("");
-    elementwise({out.data(), {1}, {1}}, {x.data(), {1}, {1}}, 0, 1);
+    elementwise(vector(out, 1), vector(x, 1), 0, 1);
     require(std::isnan(out[0]), "exp of NaN", 0, out[0], x[0]);
     try {
-        elementwise({out.data(), {2}, {1}}, {x.data(), {3}, {1}}, 0, 1);
+        elementwise(vector(out, 2), vector(x, 3), 0, 1);
     } catch (const std::invalid_argument&) {
         return;
     }
