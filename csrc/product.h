@@ -34,11 +34,46 @@ VGPO_INLINE void clear(Tile& tile) {
         for (int v = 0; v < TILE_VECTORS; ++v) tile.at[r][v] = F{};
 }
 
+constexpr int TRANSPOSED = 4;
+
+// Four rows of LANES elements, load_row(i) * scale, become the first `count` of LANES rows of four, `width` apart.
+template <class LoadRow>
+VGPO_INLINE void transpose(float* out, int width, int64_t count, float scale, LoadRow load_row) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four rows[4][LANES / 4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const F x = load_row(i) * scale;
+        std::memcpy(rows[i], &x, sizeof(x));
+    }
+#pragma GCC unroll 4
+    for (int part = 0; part < LANES / 4; ++part) {
+        const Four a = rows[0][part], b = rows[1][part], c = rows[2][part], d = rows[3][part];
+        const Four ab = {a[0], b[0], a[1], b[1]}, cd = {c[0], d[0], c[1], d[1]};
+        const Four ab2 = {a[2], b[2], a[3], b[3]}, cd2 = {c[2], d[2], c[3], d[3]};
+        const Four columns[4] = {{ab[0], ab[1], cd[0], cd[1]}, {ab[2], ab[3], cd[2], cd[3]},
+                                 {ab2[0], ab2[1], cd2[0], cd2[1]}, {ab2[2], ab2[3], cd2[2], cd2[3]}};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+            if (part * 4 + i < count) std::memcpy(out + (part * 4 + i) * width, &columns[i], sizeof(Four));
+    }
+}
+
 // Writes `count` rows of `depth` elements, element d of row r to out[d * width + r], and 0 for the rows that lack up to
 // `width`. row(r) is the address of a row's first element.
 template <class T, class Row>
 VGPO_INLINE void pack_across(float* out, int width, int64_t count, int64_t depth, int64_t stride, float scale, Row row) {
-    for (int r = 0; r < width; ++r) {
+    int r = 0;
+    if (stride == 1)
+        for (; r + TRANSPOSED <= count; r += TRANSPOSED) {
+            const T* from[TRANSPOSED];
+            for (int i = 0; i < TRANSPOSED; ++i) from[i] = row(r + i);
+            for (int64_t d = 0; d < depth; d += LANES)
+                transpose(out + d * width + r, width, smaller<int64_t>(LANES, depth - d), scale, [&](int i) {
+                    return depth - d >= LANES ? load(from[i] + d) : load_some(from[i] + d, depth - d);
+                });
+        }
+    for (; r < width; ++r) {
         if (r >= count) {
             for (int64_t d = 0; d < depth; ++d) out[d * width + r] = 0.0f;
             continue;
@@ -64,6 +99,8 @@ VGPO_INLINE void pack_along(float* out, int width, int64_t count, int64_t depth,
         if (width % LANES == 0) {
             for (; r + LANES <= count; r += LANES) store(out + r, load(from + r));
             for (; r < width; r += LANES) store(out + r, r < count ? load_some(from + r, count - r) : F{});
+        } else if (sizeof(T) == sizeof(float) && count == width && width == TILE_ROWS) {
+            std::memcpy(out, from, TILE_ROWS * sizeof(float));
         } else {
             for (; r < count; ++r) out[r] = to_float(from[r]);
             for (; r < width; ++r) out[r] = 0.0f;
@@ -80,10 +117,10 @@ void pack(float* out, int width, const View<T, 2>& matrix, int64_t first, int64_
                    [&](int64_t r) { return matrix.at(first + r, start); });
 }
 
-// Blocks of a product: a panel of the right side stays in the first caches, a block of the left in the second, all
-// panels of a block of the right in the last.
-constexpr int64_t BLOCK_DEPTH = 256;
-constexpr int64_t BLOCK_ROWS = 256;
+// Blocks of a product: a panel of the right side and a block of the left stay in the second cache, all panels of a block
+// of the right in the last. Deep, so that `out` is read and written few times.
+constexpr int64_t BLOCK_DEPTH = 512;
+constexpr int64_t BLOCK_ROWS = 128;
 constexpr int64_t BLOCK_PANELS = 64;
 
 // out (m x n) = left (m x k) times right (n x k) transposed, or that added to `out`. Sums run over k in one order.

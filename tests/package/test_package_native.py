@@ -123,7 +123,7 @@ def check_product(left, right, *, add=False, out=None):
     [
         (1, 1, 1),
         (67, 129, 101),  # tiles cut on every side
-        (8, 256, 48),  # exactly a tile of the widest vectors, and a block of the depth
+        (8, 512, 48),  # exactly a tile of the widest vectors, and a block of the depth
         (261, 40, 37),  # a block of rows and a rest
         (5, 521, 53),  # blocks of the depth and a rest
         (3, 17, 3100),  # more columns than are packed at once
