@@ -9,8 +9,7 @@ namespace vgpo::VGPO_TARGET {
 
 // x = n ln 2 + r with |r| <= ln 2 / 2; a polynomial of degree 7 in r (coefficients of Cephes' expf), scaled by 2^n.
 VGPO_INLINE F exp(F x) {
-    x = select(x > 90.0f, all(90.0f), x);
-    x = select(x < -110.0f, all(-110.0f), x);
+    x = max(all(-110.0f), min(all(90.0f), x));
     const F magic = all(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
     const F n = (x * 1.44269504088896341f + magic) - magic;
     F r = x - n * 0.693359375f;  // exact: few bits
@@ -22,8 +21,8 @@ VGPO_INLINE F exp(F x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
-#if defined(__AVX512F__) && VGPO_LANES == 16
-    return bits<F>(_mm512_scalef_ps(bits<__m512>(p), bits<__m512>(n)));
+#if defined(__x86_64__) && VGPO_LANES == 16
+    return bits<F>(_mm512_maskz_scalef_ps(0xffff, bits<__m512>(p), bits<__m512>(n)));
 #else
     // In two steps: 2^n alone may be no float.
     const I exponent = __builtin_convertvector(select(n == n, n, F{}), I), first = exponent >> 1, second = exponent - first;

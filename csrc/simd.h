@@ -25,7 +25,7 @@ template <class T>
 VGPO_INLINE T larger(T a, T b) { return a < b ? b : a; }
 VGPO_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-VGPO_INLINE F all(float x) { return F{} + x; }
+VGPO_INLINE F all(float x) { return x - F{}; }  // a subtraction of 0 is folded away, an addition is not: -0 + 0 is 0
 VGPO_INLINE I all_of(int32_t x) { return I{} + x; }
 
 template <class To, class From>
@@ -38,8 +38,19 @@ VGPO_INLINE To bits(From from) {
 
 // Element by element: where `mask` is set `a`, else `b`.
 VGPO_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
-VGPO_INLINE F max(F a, F b) { return select(a > b, a, b); }  // of a NaN in a: b; of a NaN in b: b
+
+// Where a or b is a NaN: b. By lanes: where a pragma switches instructions on, GCC before 13 does not define __AVX512F__
+// and the like. The forms with a mask, of all lanes, are those about which GCC does not warn.
+#if defined(__x86_64__) && VGPO_LANES == 16
+VGPO_INLINE F max(F a, F b) { return bits<F>(_mm512_maskz_max_ps(0xffff, bits<__m512>(a), bits<__m512>(b))); }
+VGPO_INLINE F min(F a, F b) { return bits<F>(_mm512_maskz_min_ps(0xffff, bits<__m512>(a), bits<__m512>(b))); }
+#elif defined(__x86_64__) && VGPO_LANES == 8
+VGPO_INLINE F max(F a, F b) { return bits<F>(_mm256_max_ps(bits<__m256>(a), bits<__m256>(b))); }
+VGPO_INLINE F min(F a, F b) { return bits<F>(_mm256_min_ps(bits<__m256>(a), bits<__m256>(b))); }
+#else
+VGPO_INLINE F max(F a, F b) { return select(a > b, a, b); }
 VGPO_INLINE F min(F a, F b) { return select(a < b, a, b); }
+#endif
 
 // --- conversions ---
 
@@ -52,12 +63,12 @@ VGPO_INLINE H narrow(F x, bf16) {
     return __builtin_convertvector((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded, H);
 }
 
-#if defined(__AVX512F__) && VGPO_LANES == 16
-VGPO_INLINE F widen(H h, half) { return bits<F>(_mm512_cvtph_ps(bits<__m256i>(h))); }
+#if defined(__x86_64__) && VGPO_LANES == 16
+VGPO_INLINE F widen(H h, half) { return bits<F>(_mm512_maskz_cvtph_ps(0xffff, bits<__m256i>(h))); }
 VGPO_INLINE H narrow(F x, half) {
-    return bits<H>(_mm512_cvtps_ph(bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    return bits<H>(_mm512_maskz_cvtps_ph(0xffff, bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(__F16C__) && VGPO_LANES == 8
+#elif defined(__x86_64__) && VGPO_LANES == 8
 VGPO_INLINE F widen(H h, half) { return bits<F>(_mm256_cvtph_ps(bits<__m128i>(h))); }
 VGPO_INLINE H narrow(F x, half) {
     return bits<H>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
