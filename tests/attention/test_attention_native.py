@@ -293,8 +293,9 @@ SIZES = st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.i
 def test_any_shape_and_layout(sizes, dtype, layouts, count, reduction, softcap, seed) -> None:
     kv_heads, group, Lq, Lk, D = sizes
     generator = torch.Generator().manual_seed(seed)
+    # Few bits, so that products are exact in any order: the best of torch's roundings in a few numbers is no budget.
     q, k = (
-        torch.randn(shape, generator=generator).to(dtype)
+        (torch.randint(-8, 9, shape, generator=generator) / 4).to(dtype)
         for shape in ((B, kv_heads * group, Lq, D), (B, kv_heads, Lk, D))
     )
     start, end = torch.randint(0, Lk + 1, (2, B, Lq), generator=generator).int()
