@@ -11,3 +11,10 @@
 
 #include "parallel.h"
 #include "view.h"
+
+// Compiled against a newer glibc these three ask for 2.29, of old for any; torch's wheels run from 2.28 on.
+#if defined(__x86_64__) && defined(__GLIBC__)
+__asm__(".symver exp, exp@GLIBC_2.2.5");
+__asm__(".symver log, log@GLIBC_2.2.5");
+__asm__(".symver pow, pow@GLIBC_2.2.5");
+#endif
