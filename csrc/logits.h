@@ -1,188 +1,11 @@
-// The passes over rows of logits: log-probability, LSE and entropy, the gradient of them, KL divergence.
-//
-// A row is walked in blocks that stay in the first cache: converted, scaled, with their largest value known before the
-// first exp. Sums run over a few vectors in float, then over the row in double.
+// The passes over logits: log-probabilities, LSE and entropy, their gradient, the policy loss, KL divergence.
 #pragma once
+#include "logits_row.h"
 #include "terms.h"
 
 namespace vgpo::VGPO_TARGET {
 
-typedef double D __attribute__((vector_size(8 * VGPO_LANES)));
-
-constexpr int64_t LOGITS_BLOCK = 2048;   // elements, whole vectors
 constexpr int64_t LOGITS_TASK = 1 << 16;  // elements of a task, at least one row
-constexpr int SUMMED_VECTORS = 16;       // in float; LOGITS_BLOCK is a multiple
-// exp of it is 0: a logit of -inf becomes it where it is multiplied, so that 0 * log(0) is 0.
-constexpr float LOWEST = -1e4f;
-
-// What the softmax is taken of: softcap * tanh(x / softcap) / temperature, or x / temperature where softcap is 0.
-struct Scale {
-    float inverse, inverse_cap, capped;  // 1 / temperature, 1 / softcap, softcap / temperature
-    bool has_cap;
-
-    VGPO_INLINE Scale(double temperature, double softcap)
-        : inverse(static_cast<float>(1.0 / temperature)), inverse_cap(0.0f), capped(0.0f), has_cap(softcap > 0.0) {
-        if (has_cap) inverse_cap = static_cast<float>(1.0 / softcap), capped = static_cast<float>(softcap / temperature);
-    }
-    // `bent` becomes tanh(x / softcap), where there is one.
-    VGPO_INLINE F operator()(F x, F& bent) const {
-        if (!has_cap) return x * inverse;
-        bent = tanh(x * inverse_cap);
-        return bent * capped;
-    }
-};
-
-// A row of V logits.
-template <class T>
-struct Row {
-    T* data;
-    int64_t size, stride;
-};
-
-template <class T>
-VGPO_INLINE Row<T> row_of(const View<T, 3>& logits, int64_t b, int64_t t) {
-    return {logits.at(b, t), logits.size[2], logits.stride[2]};
-}
-
-template <bool Cap, class T>
-VGPO_INLINE float scaled_block(float* z, float* slope, const Row<T>& row, int64_t start, int64_t count, const Scale& scale) {
-    F highest = all(-INFINITY);
-    const T* from = row.data + start * row.stride;
-    for (int64_t i = 0; i < count; i += LANES, from += LANES * row.stride) {
-        const int64_t some = count - i;
-        F bent{}, x = some >= LANES ? load_some(from, LANES, row.stride) : load_some(from, some, row.stride);
-        if (Cap) {
-            bent = tanh(x * scale.inverse_cap);
-            x = bent * scale.capped;
-            if (slope) store(slope + i, 1.0f - bent * bent);
-        } else {
-            x = x * scale.inverse;
-        }
-        if (some < LANES) x = select(first_lanes(some), x, all(-INFINITY));
-        highest = max(x, highest);
-        store(z + i, x);
-    }
-    return max_lanes(highest);
-}
-
-// Writes the scaled logits [start, start + count) to `z`, -inf up to a whole vector, and the derivative of the soft-cap
-// to `slope` where that is wanted and there is one. Returns the largest; NaN is none.
-template <class T>
-VGPO_INLINE float scaled_block(float* z, float* slope, const Row<T>& row, int64_t start, int64_t count, const Scale& scale) {
-    return scale.has_cap ? scaled_block<true>(z, slope, row, start, count, scale)
-                         : scaled_block<false>(z, slope, row, start, count, scale);
-}
-
-// One scaled logit; NaN for a place that is none.
-template <class T>
-VGPO_INLINE float scaled_one(const Row<T>& row, int64_t place, const Scale& scale, float& slope) {
-    slope = 1.0f;
-    if (place < 0 || place >= row.size) return NAN;
-    F bent{};
-    const F z = scale(all(to_float(row.data[place * row.stride])), bent);
-    if (scale.has_cap) slope = 1.0f - bent[0] * bent[0];
-    return z[0];
-}
-
-VGPO_INLINE double sum_lanes(const D& x) {
-    double sum = 0.0;
-    for (int i = 0; i < LANES; ++i) sum += x[i];
-    return sum;
-}
-
-// Of a row's scaled logits z: the largest, the sum of exp(z - highest), that of (z - highest) exp(z - highest).
-struct Totals {
-    float highest = -INFINITY;
-    double total = 0.0, weighted = 0.0;
-
-    // Makes `higher` the highest.
-    VGPO_INLINE void raise(float higher) {
-        if (!(higher > highest)) return;
-        const double change = static_cast<double>(highest) - static_cast<double>(higher);
-        const bool first = highest == -INFINITY;  // nothing was summed yet, but for NaN
-        const double factor = first ? 0.0 : std::exp(change);
-        weighted = (first ? weighted : weighted + change * total) * factor;
-        total *= factor;
-        highest = higher;
-    }
-    // What exp is taken relative to: where no logit is above -inf, anything.
-    VGPO_INLINE float shift() const { return highest == -INFINITY ? 0.0f : highest; }
-    VGPO_INLINE double log_total() const { return std::log(total); }
-    VGPO_INLINE double lse() const { return static_cast<double>(highest) + log_total(); }
-    VGPO_INLINE double logp(float chosen) const {
-        return static_cast<double>(chosen) - static_cast<double>(highest) - log_total();
-    }
-    VGPO_INLINE double entropy() const { return log_total() - weighted / total; }
-};
-
-template <bool Weighted>
-VGPO_INLINE void add_block(Totals& totals, const float* z, int64_t count) {
-    const F shift = all(totals.shift());
-    D total{}, weighted{};
-    for (int64_t i = 0; i < count; i += SUMMED_VECTORS * LANES) {
-        const int64_t end = smaller(count, i + SUMMED_VECTORS * LANES);
-        F sum{}, by_value{};
-        for (int64_t j = i; j < end; j += LANES) {
-            const F distance = load(z + j) - shift, e = exp(distance);
-            sum += e;
-            if (Weighted) by_value += e * max(distance, all(LOWEST));
-        }
-        total += __builtin_convertvector(sum, D);
-        if (Weighted) weighted += __builtin_convertvector(by_value, D);
-    }
-    totals.total += sum_lanes(total);
-    if (Weighted) totals.weighted += sum_lanes(weighted);
-}
-
-// `z` holds a block.
-template <bool Weighted, class T>
-VGPO_INLINE Totals totals_of(const Row<T>& row, const Scale& scale, float* z) {
-    Totals totals;
-    for (int64_t start = 0; start < row.size; start += LOGITS_BLOCK) {
-        const int64_t count = smaller(LOGITS_BLOCK, row.size - start);
-        totals.raise(scaled_block(z, nullptr, row, start, count, scale));
-        add_block<Weighted>(totals, z, count);
-    }
-    return totals;
-}
-
-// The derivative by a logit x of which z is made: p (factor - by_entropy (log p + entropy)) slope, with
-// p = exp(z - shift), and `at_target` more at the target.
-struct Derivative {
-    float shift, factor, by_entropy, lse, entropy, at_target;
-};
-
-template <bool Entropy, class T, class O>
-VGPO_INLINE void write_gradient(
-    const Row<O>& out, const Row<T>& row, int64_t target, const Scale& scale, const Derivative& by, float* z, float* slope) {
-    const F shift = all(by.shift), factor = all(by.factor);
-    auto derivative = [&](F value) {
-        const F p = exp(value - shift);
-        if (!Entropy) return p * factor;
-        return p * (factor - by.by_entropy * (max(value - by.lse, all(LOWEST)) + by.entropy));
-    };
-    float slope_there;
-    // Before the row is overwritten, where `out` is the logits themselves.
-    const float chosen = scaled_one(row, target, scale, slope_there);
-    for (int64_t start = 0; start < row.size; start += LOGITS_BLOCK) {
-        const int64_t count = smaller(LOGITS_BLOCK, row.size - start);
-        scaled_block(z, slope, row, start, count, scale);
-        O* to = out.data + start * out.stride;
-        for (int64_t i = 0; i < count; i += LANES, to += LANES * out.stride) {
-            F dx = derivative(load(z + i));
-            if (scale.has_cap) dx *= load(slope + i);
-            store_some(to, dx, smaller<int64_t>(LANES, count - i), out.stride);
-        }
-    }
-    if (target >= 0 && target < row.size)
-        from_float(out.data + target * out.stride, (derivative(all(chosen))[0] + by.at_target) * slope_there);
-}
-
-template <class O>
-VGPO_INLINE void write_zeros(const Row<O>& out) {
-    for (int64_t i = 0; i < out.size; i += LANES)
-        store_some(out.data + i * out.stride, F{}, smaller<int64_t>(LANES, out.size - i), out.stride);
-}
 
 // Calls body(b, t, worker) for every row of (batch, length).
 template <class Body>
@@ -286,7 +109,7 @@ void logits_loss(Floats<3> out, View<float, 2> logps, View<float, 2> entropy, Fl
     expect_size("row_weights", row_weights, {batch, length});
     const Settings settings = settings_of(settings_values);
     const Scale scale(temperature, softcap);
-    Scratch<float> blocks(2 * LOGITS_BLOCK, threads);
+    Scratch<float> blocks(2 * LOGITS_BLOCK + divide_up(logits.size[2], LOGITS_BLOCK), threads);
     with_type(logits.type, [&](auto type) {
         with_type(out.type, [&](auto out_type) {
             const auto from = logits.as<decltype(type)>();
@@ -296,10 +119,14 @@ void logits_loss(Floats<3> out, View<float, 2> logps, View<float, 2> entropy, Fl
                 const auto row = row_of(from, b, t);
                 *logps.at(b, t) = *entropy.at(b, t) = 0.0f;
                 if (!is_valid(valid, b, t)) return write_zeros(gradient);
-                float *z = blocks.of(worker), *slope = z + LOGITS_BLOCK, slope_there;
+                float *z = blocks.of(worker), *slope = z + LOGITS_BLOCK, *highest_of = slope + LOGITS_BLOCK;
+                float slope_there;
                 const int64_t target = *targets.at(b, t);
-                const Totals totals = totals_of<true>(row, scale, z);
-                const float logp = static_cast<float>(totals.logp(scaled_one(row, target, scale, slope_there)));
+                const float chosen = scaled_one(row, target, scale, slope_there);
+                // Where the gradient has room for it, exp is taken once.
+                float* kept = gradient.stride == 1 && !scale.has_cap ? as_floats(gradient.data) : nullptr;
+                const Totals totals = totals_of<true>(row, scale, z, kept, highest_of);
+                const float logp = static_cast<float>(totals.logp(chosen));
                 *logps.at(b, t) = logp;
                 *entropy.at(b, t) = static_cast<float>(totals.entropy());
                 const float log_ratio = old_logps.present ? logp - *old_logps.view.at(b, t) : 0.0f;
@@ -308,8 +135,13 @@ void logits_loss(Floats<3> out, View<float, 2> logps, View<float, 2> entropy, Fl
                            all(value_or_0(ref_logps, b, t)), ref_logps.present, loss, by_logp);
                 const float weight = row_weights.present ? *row_weights.view.at(b, t) : 1.0f;
                 const float coefficient = by_logp[0] * weight * scale.inverse;
-                const Derivative by{totals.highest, static_cast<float>(-coefficient / totals.total), 0.0f, 0.0f, 0.0f,
-                                    coefficient};
+                const double factor = -coefficient / totals.total;
+                if (kept) {
+                    scale_kept(kept, row.size, highest_of, totals.highest, factor);
+                    if (target >= 0 && target < row.size) kept[target] += coefficient;
+                    return;
+                }
+                const Derivative by{totals.highest, static_cast<float>(factor), 0.0f, 0.0f, 0.0f, coefficient};
                 write_gradient<false>(gradient, row, target, scale, by, z, slope);
             });
         });

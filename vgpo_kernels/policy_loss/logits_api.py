@@ -41,7 +41,7 @@ def selective_logprobs(
         softcap: bounds the logits before that; None: as they are (models apply theirs to the logits they return).
         entropy: return the entropies, too.
         mask: (...) bool or 0/1, which tokens count; None: all.
-        impl: "triton", "reference", or None to choose by device.
+        impl: "triton", "native" or "reference"; None chooses by device.
 
     Returns:
         LinearLogprobs(logps, entropy, lse).
@@ -110,7 +110,7 @@ def logits_policy_loss(
         inplace: write the gradient where the logits were, which are lost, also without gradients, and in any tensor
             that they are a slice of: no memory of their size is taken. For logits that nothing else reads, and that are
             no leaf.
-        impl: "triton", "reference", or None to choose by device.
+        impl: "triton", "native" or "reference"; None chooses by device.
 
     Returns:
         PolicyLossOutput(loss, per_token_loss, metrics, logps, entropy); the metrics have `entropy`, too.
