@@ -68,7 +68,7 @@ def linear_logprobs(
         softcap: logits become softcap * tanh(logits / softcap); None: as they are.
         mask: (...) bool or 0/1, which tokens count; None: all.
         entropy: return the entropies, too.
-        impl: "triton", "reference", or None to choose by device.
+        impl: "triton", "native" or "reference"; None chooses by device.
 
     Returns:
         LinearLogprobs(logps, entropy, lse).
@@ -136,7 +136,7 @@ def linear_policy_loss(
         softcap: logits become softcap * tanh(logits / softcap) before; None: as they are.
         memory_budget: bytes of the buffers for logits and their gradient, at least one token's and some 4 MiB (12 MiB
             for half precision on a CPU); None: 512 MB on a GPU, 112 MB elsewhere.
-        impl: "triton", "reference", or None to choose by device.
+        impl: "triton", "native" or "reference"; None chooses by device.
 
     Returns:
         PolicyLossOutput(loss, per_token_loss, metrics, logps, entropy); the metrics have `entropy`, too.
