@@ -5,6 +5,9 @@
 #pragma once
 #include "exp.h"
 
+// One copy for all that call it, so that all get the same bits: each copy may fuse other products with sums.
+#define VGPO_ONCE __attribute__((noinline))
+
 namespace vgpo::VGPO_TARGET {
 
 typedef double D __attribute__((vector_size(8 * VGPO_LANES)));
@@ -165,8 +168,8 @@ VGPO_INLINE void add_block(Totals& totals, const float* z, int64_t count, float*
 // `block` holds a block; `kept` takes exp(z - highest), with the highest of all up to its block, which `highest_of`
 // takes for each: both null or none.
 template <bool Weighted, class T>
-VGPO_INLINE Totals totals_of(const Row<T>& row, const Scale& scale, float* block, float* kept = nullptr,
-                             float* highest_of = nullptr) {
+VGPO_ONCE Totals totals_of(const Row<T>& row, const Scale& scale, float* block, float* kept = nullptr,
+                           float* highest_of = nullptr) {
     Totals totals;
     for (int64_t start = 0; start < row.size; start += LOGITS_BLOCK) {
         const int64_t count = smaller(LOGITS_BLOCK, row.size - start);
@@ -199,8 +202,8 @@ struct Derivative {
 };
 
 template <bool Entropy, class T, class O>
-VGPO_INLINE void write_gradient(const Row<O>& out, const Row<T>& row, int64_t target, const Scale& scale,
-                                const Derivative& by, float* z, float* slope) {
+VGPO_ONCE void write_gradient(const Row<O>& out, const Row<T>& row, int64_t target, const Scale& scale,
+                              const Derivative& by, float* z, float* slope) {
     const F shift = all(by.shift), factor = all(by.factor);
     auto derivative = [&](F value) {
         const F p = exp(value - shift);
