@@ -1,5 +1,6 @@
 """Every test sees poisoned uninitialised memory; kernels run on the GPU if there is one, else interpreted."""
 
+import importlib.util
 import os
 
 import torch
@@ -20,6 +21,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def device() -> str:
     """Where kernels are tested."""
     return DEVICE
+
+
+def pytest_configure() -> None:
+    """Draws the same random cases in every run: a red run then says something about the change under test."""
+    if importlib.util.find_spec("hypothesis"):
+        from hypothesis import settings
+
+        settings.register_profile("repeatable", derandomize=True)
+        settings.load_profile("repeatable")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
