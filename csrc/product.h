@@ -124,8 +124,8 @@ constexpr int64_t BLOCK_ROWS = 128;
 constexpr int64_t BLOCK_PANELS = 64;
 
 // out (m x n) = left (m x k) times right (n x k) transposed, or that added to `out`. Sums run over k in one order.
-template <class L, class R>
-void multiply(View<float, 2> out, View<L, 2> left, View<R, 2> right, bool add, int64_t threads) {
+template <class T>
+void multiply(View<float, 2> out, View<T, 2> left, View<T, 2> right, bool add, int64_t threads) {
     const int64_t rows = left.size[0], columns = right.size[0], depth = left.size[1];
     const int64_t wide = BLOCK_PANELS * TILE_COLUMNS;
     const int64_t row_blocks = divide_up(rows, BLOCK_ROWS);
@@ -178,16 +178,16 @@ void multiply(View<float, 2> out, View<L, 2> left, View<R, 2> right, bool add, i
     }
 }
 
-// out (m, n) float = left (m, k) @ right (k, n), or that added to it; left and right of any floating type.
+// out (m, n) float = left (m, k) @ right (k, n), or that added to it; left and right of one type.
 void product(View<float, 2> out, Floats<2> left, Floats<2> right, bool add, int64_t threads) {
     expect_size("right", right, {left.size[1]});
     expect_size("out", out, {left.size[0], right.size[1]});
+    expect(left.type == right.type, "right: expected the type of left");
     if (out.size[0] == 0 || out.size[1] == 0) return;
     const Floats<2> across{right.data, right.type, {right.size[1], right.size[0]}, {right.stride[1], right.stride[0]}};
-    with_type(left.type, [&](auto l) {
-        with_type(right.type, [&](auto r) {
-            multiply(out, left.as<decltype(l)>(), across.as<decltype(r)>(), add, threads);
-        });
+    with_type(left.type, [&](auto type) {
+        using T = decltype(type);
+        multiply(out, left.as<T>(), across.as<T>(), add, threads);
     });
 }
 

@@ -1,7 +1,7 @@
 // What every target defines; included inside a namespace, once for each.
 // `threads` is how many may work. Sizes are checked first: std::invalid_argument names what does not fit.
 
-// out (m, n) = left (m, k) @ right (k, n), or that added to `out`.
+// out (m, n) = left (m, k) @ right (k, n), both of one type, or that added to `out`.
 void product(View<float, 2> out, Floats<2> left, Floats<2> right, bool add, int64_t threads);
 
 // out (n) = exp(x), tanh(x) or x where `which` is 0, 1 or 2: for the tests of exp.h and of conversions.

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vocabulary_cases import PLAIN, Case, Scaling, dense_loss, random_case
 
 from vgpo_kernels import PolicyLossConfig, linear_policy_loss
-from vgpo_kernels.policy_loss import linear
+from vgpo_kernels.policy_loss import linear, reference
 from vgpo_kernels.testing import assert_error_budget
 
 # A full row, an odd one, a single token, a row of padding.

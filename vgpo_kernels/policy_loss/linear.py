@@ -61,6 +61,7 @@ class Chunks:
     """Logits of a few tokens at a time, within a budget of memory, in buffers that every chunk uses again.
 
     Args:
+        passes: the module whose `logits_of` makes them.
         hidden: (..., D).
         head: what makes logits of them.
         tokens: how many there are.
@@ -73,9 +74,17 @@ class Chunks:
     """
 
     def __init__(
-        self, hidden: Tensor, head: Head, tokens: int, budget: int | None, *, buffers: int = 1, gradients: bool = False
+        self,
+        passes: Any,
+        hidden: Tensor,
+        head: Head,
+        tokens: int,
+        budget: int | None,
+        *,
+        buffers: int = 1,
+        gradients: bool = False,
     ) -> None:
-        self.hidden, self.head = hidden, head
+        self.passes, self.hidden, self.head = passes, hidden, head
         vocabulary, size = head.weight.shape
         dtype, gradient = logprob.compute_dtype(hidden), products.gradient_dtype(hidden)
         apart = gradients and gradient != dtype
@@ -100,7 +109,8 @@ class Chunks:
 
     def product(self, states: Tensor, head: Head, buffer: int = 0) -> Tensor:
         """Returns the logits (n, V) of states (n, D) in that buffer."""
-        return products.logits_of(states, head.weight, head.bias, self.logits[buffer][: states.shape[0]])
+        logits: Tensor = self.passes.logits_of(states, head.weight, head.bias, self.logits[buffer][: states.shape[0]])
+        return logits
 
 
 def logprobs(
@@ -108,7 +118,7 @@ def logprobs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns logps, LSE and entropy, (m,) each, of the targets (m,) of the tokens at `index`."""
     parts = []
-    chunks = Chunks(hidden, head, targets.shape[0], memory_budget)
+    chunks = Chunks(passes, hidden, head, targets.shape[0], memory_budget)
     targets_of = iter(targets.split(chunks.tokens))
     for _, _, logits in chunks(index):
         found = passes.logits_logprobs(
@@ -138,7 +148,7 @@ def logprobs_backward(
     """Returns the gradients of log-probs, entropy and LSE, all (...) as `targets`; logits are made once more."""
     gradients = Gradients(hidden, head, wanted)
     index = valid.nonzero(as_tuple=True)
-    chunks = Chunks(hidden, head, index[0].shape[0], None, gradients=True)
+    chunks = Chunks(passes, hidden, head, index[0].shape[0], None, gradients=True)
     for part, states, logits in chunks(index):
         of_part = [None if x is None else x[part][None] for x in (lse, entropy, grad_logps, grad_entropy, grad_lse)]
         out = chunks.gradient[: states.shape[0]]
@@ -190,7 +200,7 @@ def policy_loss(
     weighted = terms.effective_advantages(advantages, valid, token_weights, trajectory_weights, dtype)
     row_weights = terms.row_weights(valid, config, dtype)
     row_weights = None if row_weights is None else row_weights * row_scale
-    chunks = Chunks(hidden, head, index[0].shape[0], memory_budget, gradients=True)
+    chunks = Chunks(passes, hidden, head, index[0].shape[0], memory_budget, gradients=True)
     for part, states, logits in chunks(index):
         of_part = [
             None if x is None else x[part][None].to(dtype) for x in (old_logps, weighted, ref_logps, row_weights)
@@ -215,7 +225,7 @@ def _second_pass(
     memory_budget: int | None,
     gradients: Gradients,
 ) -> None:
-    chunks = Chunks(hidden, head, index[0].shape[0], memory_budget, gradients=True)
+    chunks = Chunks(passes, hidden, head, index[0].shape[0], memory_budget, gradients=True)
     for part, states, logits in chunks(index):
         of_logits = (logits[None], targets[part][None], None)
         _, lse, _ = passes.logits_logprobs(*of_logits, head.temperature, head.softcap, False)
@@ -238,7 +248,7 @@ def visual_dependency(
 ) -> Tensor:
     """Returns how far the log-probs at `index` differ between the two states, (m,); see the public function."""
     if kind == "kl":
-        chunks = Chunks(hidden, head, index[0].shape[0], None, buffers=2)
+        chunks = Chunks(passes, hidden, head, index[0].shape[0], None, buffers=2)
         parts = [
             passes.logits_kl(logits, chunks.product(corrupted[part], corrupted_head, 1), head.temperature, head.softcap)
             for part, _, logits in chunks(index)

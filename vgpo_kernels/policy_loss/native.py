@@ -8,11 +8,20 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import _native
-from vgpo_kernels.policy_loss import linear, terms
+from vgpo_kernels.policy_loss import linear, products, terms
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 from vgpo_kernels.policy_loss.reference import scale_
 
-__all__ = ["linear_logprobs", "logits_gradient", "logits_kl", "logits_logprobs", "logits_loss", "policy_loss", "scale_"]
+__all__ = [
+    "linear_logprobs",
+    "logits_gradient",
+    "logits_kl",
+    "logits_logprobs",
+    "logits_loss",
+    "logits_of",
+    "policy_loss",
+    "scale_",
+]
 
 
 @functools.lru_cache(maxsize=64)
@@ -67,6 +76,17 @@ def _floats(values: Tensor | None) -> Tensor | None:
 def _bytes(mask: Tensor) -> Tensor:
     """Returns the mask as bytes that are 0 where it is."""
     return mask if mask.dtype in (torch.bool, torch.uint8) else mask != 0
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """Returns hidden (n, D) @ weight (V, D)^T + bias (V,), written to `out` (n, V) float32.
+
+    torch's product is the faster one for float32; half-precision operands it would have to be given as float32 copies.
+    """
+    if hidden.dtype == torch.float32 or hidden.dtype != weight.dtype:
+        return products.logits_of(hidden, weight, bias, out)
+    _native.call("product", out, hidden, weight.t(), False)
+    return out if bias is None else out.add_(bias)
 
 
 def linear_logprobs(

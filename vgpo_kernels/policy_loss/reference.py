@@ -1,13 +1,25 @@
 """The policy loss in plain torch: the specification, on any device, in float32 or float64."""
 
+import sys
+
 import torch
 from torch import Tensor
 
-from vgpo_kernels.policy_loss import linear, logprob, terms
+from vgpo_kernels.policy_loss import linear, terms
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 from vgpo_kernels.policy_loss.logprob import compute_dtype, logits_gradient, logits_kl, logits_logprobs, scale_
+from vgpo_kernels.policy_loss.products import logits_of
 
-__all__ = ["linear_logprobs", "logits_gradient", "logits_kl", "logits_logprobs", "logits_loss", "policy_loss", "scale_"]
+__all__ = [
+    "linear_logprobs",
+    "logits_gradient",
+    "logits_kl",
+    "logits_logprobs",
+    "logits_loss",
+    "logits_of",
+    "policy_loss",
+    "scale_",
+]
 
 
 # The gradient is made by autograd, which an outer inference mode must not stop.
@@ -52,7 +64,7 @@ def linear_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns logps, LSE and entropy (None unless asked for), (m,) each, of hidden (..., D) at `index`."""
     head = linear.Head(weight, bias, temperature, softcap)
-    return linear.logprobs(logprob, hidden, index, head, targets, entropy, memory_budget)
+    return linear.logprobs(sys.modules[__name__], hidden, index, head, targets, entropy, memory_budget)
 
 
 def logits_loss(

@@ -7,6 +7,7 @@ from vgpo_kernels.policy_loss.kernels.linear import linear_logprobs
 from vgpo_kernels.policy_loss.kernels.logits import logits_gradient, logits_logprobs, logits_loss
 from vgpo_kernels.policy_loss.kernels.loss import policy_loss
 from vgpo_kernels.policy_loss.kernels.scale import scale_
+from vgpo_kernels.policy_loss.products import logits_of
 
 __all__ = [
     "compile_cases",
@@ -15,6 +16,7 @@ __all__ = [
     "logits_kl",
     "logits_logprobs",
     "logits_loss",
+    "logits_of",
     "policy_loss",
     "scale_",
 ]
