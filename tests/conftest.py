@@ -18,9 +18,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
-def device() -> str:
-    """Where kernels are tested."""
-    return DEVICE
+def device(request: pytest.FixtureRequest) -> str:
+    """Where kernels are tested; those of CPUs on the CPU."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    return "cpu" if parameters.get("impl") == "native" else DEVICE
 
 
 def pytest_configure() -> None:

@@ -39,7 +39,7 @@ def gradients(loss, case: Case, **options):
     return torch.autograd.grad(loss, case.parameters(), **options)
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("scaling", [PLAIN, SCALED], ids=["plain", "scaled"])
 def test_equals_the_loss_of_whole_logits(impl, level, scaling, device):
@@ -150,7 +150,7 @@ def test_chunks_of_any_size_agree():
     case = random_case(LENGTHS, 7, dtype=torch.float64)
     whole = run(case, PolicyLossConfig())
     expected = gradients(whole.loss, case)
-    chunks = linear.Chunks(case.hidden, linear.Head(case.weight, None, 1.0, None), 11, 2 * SMALL_BUDGET)
+    chunks = linear.Chunks(reference, case.hidden, linear.Head(case.weight, None, 1.0, None), 11, 2 * SMALL_BUDGET)
     assert 1 <= chunks.tokens < 11  # else the test shows nothing
     small = run(case, PolicyLossConfig(), memory_budget=2 * SMALL_BUDGET)
     for found, wanted in zip(gradients(small.loss, case), expected, strict=True):
@@ -236,7 +236,7 @@ def test_masked_tokens_may_hold_anything():
     assert not found[0][~case.mask].any()
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_a_batch_without_a_valid_token(impl, level, device):
     """Such a micro-batch keeps ranks in step: its loss is 0, and its backward runs, with zeros."""
@@ -305,7 +305,7 @@ def test_weight_gradient_is_summed_in_float32(device):
     assert weight.grad[:, 0].tolist() == [-2048.0, 2048.0]
 
 
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "native", "triton"])
 def test_repeats_bit_for_bit(impl, device):
     case = random_case(LENGTHS, 7).on(device)
     first, second = (gradients(run(case, PolicyLossConfig(), impl=impl).loss, case) for _ in range(2))
