@@ -27,7 +27,7 @@ g++ -shared -pthread "${sanitizers[@]}" "$work"/objects/*.o -o "$work/vgpo_kerne
 # Python knows nothing of the sanitizers, so they are loaded before it; the exceptions of C++ need theirs there too.
 libraries=$(for name in asan ubsan stdc++; do realpath "$(g++ -print-file-name=lib$name.so)"; done | paste -sd:)
 sanitized() {
-    env LD_PRELOAD="$libraries" PYTHONPATH="$work" PYTHONMALLOC=malloc OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" \
+    env LD_PRELOAD="$libraries" PYTHONPATH="$work" PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
         ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:allocator_may_return_null=1 \
         UBSAN_OPTIONS=print_stacktrace=1 "$@"
 }
@@ -55,8 +55,16 @@ echo "sanitize: a read out of bounds is caught; now the tests"
 
 mapfile -t tests < <(find tests -name 'test_*native*.py' | sort)
 test "${#tests[@]}" -gt 0 || fail "no tests of the CPU kernels"
-# pytest alone: `python -m pytest` would put the folder of the sources first.
-sanitized CI=true "$venv/bin/pytest" -x -q -p no:cacheprovider --timeout 900 "${tests[@]}" "${@:2}"
+# A process a file, two at a time. Not `python -m pytest`: that puts the folder of the sources first.
+export -f sanitized
+export work libraries
+printf '%s\n' "${tests[@]}" | xargs -P 2 -I{} bash -c '
+    log=$work/$(basename "$1").log
+    sanitized CI=true "$2/bin/pytest" -x -q -p no:cacheprovider --timeout 900 "$1" "${@:3}" >"$log" 2>&1
+    status=$?
+    ((status == 0)) || cat "$log"
+    echo "sanitize: $1: $(tail -n 1 "$log")"
+    exit $((status != 0))' _ {} "$venv" "${@:2}" || fail "tests"
 
 echo "sanitize: threads"
 build_threads() { g++ -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread "$@" tests/csrc/threads.cpp csrc/parallel.cpp; }
