@@ -6,7 +6,11 @@
 #include "exp.h"
 
 // One copy for all that call it, so that all get the same bits: each copy may fuse other products with sums.
+#if defined(__clang__)
 #define VGPO_ONCE __attribute__((noinline))
+#else
+#define VGPO_ONCE __attribute__((noinline, noclone))
+#endif
 
 namespace vgpo::VGPO_TARGET {
 

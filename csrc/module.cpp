@@ -50,6 +50,7 @@ PyObject* capabilities(PyObject*, PyObject*) {
 }
 
 PyObject* set_capability(PyObject*, PyObject* name) {
+    if (!PyUnicode_Check(name)) return PyErr_Format(PyExc_TypeError, "expected a str, got %R", name);
     for (int i = 0; i <= best_capability(); ++i) {
         const int differs = PyUnicode_CompareWithASCIIString(name, CAPABILITIES[i]);
         if (differs == 0) {
@@ -87,6 +88,15 @@ std::array<int64_t, 2 + 2 * N> tensor_fields(PyObject* object) {
     return fields;
 }
 
+// Elements must lie where their type may, and somewhere: a tensor whose memory was freed has an address of 0.
+template <int N>
+void check_address(const std::array<int64_t, 2 + 2 * N>& fields, int64_t item_size) {
+    bool empty = false;
+    for (int d = 0; d < N; ++d) empty = empty || fields[2 + d] == 0;
+    if (!empty && fields[0] == 0) fail(PyExc_ValueError, "expected a tensor with memory");
+    if (fields[0] % item_size) fail(PyExc_ValueError, "expected an address that is a multiple of the element's size");
+}
+
 template <class T>
 struct Argument;
 
@@ -112,6 +122,7 @@ struct Argument<View<T, N>> {
         const auto fields = tensor_fields<N>(object);
         using Element = std::remove_const_t<T>;
         if (fields[1] != static_cast<int64_t>(type_of<Element>())) fail(PyExc_TypeError, "expected a tensor of another dtype");
+        check_address<N>(fields, sizeof(Element));
         View<T, N> view{reinterpret_cast<T*>(fields[0]), {}, {}};
         for (int d = 0; d < N; ++d) view.size[d] = fields[2 + d], view.stride[d] = fields[2 + N + d];
         return view;
@@ -123,6 +134,7 @@ struct Argument<Floats<N>> {
         const auto fields = tensor_fields<N>(object);
         if (fields[1] > static_cast<int64_t>(Type::f16) || fields[1] < 0)
             fail(PyExc_TypeError, "expected a tensor of float32, bfloat16 or float16");
+        check_address<N>(fields, fields[1] == static_cast<int64_t>(Type::f32) ? 4 : 2);
         Floats<N> view{reinterpret_cast<void*>(fields[0]), static_cast<Type>(fields[1]), {}, {}};
         for (int d = 0; d < N; ++d) view.size[d] = fields[2 + d], view.stride[d] = fields[2 + N + d];
         return view;
@@ -161,6 +173,8 @@ PyObject* run(void (*kernel)(T...), PyObject* const* arguments, Py_ssize_t count
     if (count != static_cast<Py_ssize_t>(sizeof...(T)))
         return PyErr_Format(PyExc_TypeError, "expected %zu arguments, got %zd", sizeof...(T), count);
     try {
+        // The last argument of every kernel.
+        if (integer(arguments[count - 1]) < 1) fail(PyExc_ValueError, "threads: expected at least 1");
         const std::tuple<T...> converted = arguments_of<T...>(arguments, std::index_sequence_for<T...>{});
         PyThreadState* state = PyEval_SaveThread();
         try {
@@ -177,6 +191,9 @@ PyObject* run(void (*kernel)(T...), PyObject* const* arguments, Py_ssize_t count
         return nullptr;
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
     }
     Py_RETURN_NONE;
 }

@@ -4,8 +4,8 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
 namespace vgpo {
@@ -36,7 +36,7 @@ private:
     void grow(int64_t helpers) {
         try {
             for (; started_ < helpers; ++started_) std::thread(&Pool::serve, this, started_ + 1, generation_).detach();
-        } catch (const std::system_error&) {
+        } catch (const std::exception&) {
         }
     }
 
@@ -54,7 +54,8 @@ private:
         }
     }
 
-    void draw(int64_t worker) {
+    // A body throws nothing: others would work on with what it leaves behind.
+    void draw(int64_t worker) noexcept {
         for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, task, worker);
     }
 

@@ -46,14 +46,14 @@ VGPO_INLINE void add(LossSums& sums, const LossLanes& lanes) {
 
 // The number of valid tokens of a row, and the sum of their log-ratios where the row has one ratio.
 inline void survey(const LossCall& call, int64_t row, float* buffer, double& tokens, double& log_ratio) {
-    const bool sums_ratios = call.sequence && call.old.present;
+    const bool sums_ratios = call.sequence;
     for (int64_t start = 0; start < call.mask.size[1]; start += LOSS_PIECE) {
         const int64_t count = smaller(LOSS_PIECE, call.mask.size[1] - start), stride = call.mask.stride[1];
         const uint8_t* mask = call.mask.at(row, start);
         const float *logps = nullptr, *old = nullptr;
         if (sums_ratios) {
             logps = read_row(call.logps, row, start, count, buffer);
-            old = read_row(call.old.view, row, start, count, buffer + LOSS_PIECE);
+            old = call.old.present ? read_row(call.old.view, row, start, count, buffer + LOSS_PIECE) : logps;
         }
         I valid_count = I{};
         F sum = F{};

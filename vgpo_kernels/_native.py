@@ -80,21 +80,32 @@ def call(kernel: str, *arguments: Any) -> None:
 
     Args:
         kernel: its name.
-        arguments: as in its signature, but for the number of threads; tensors as tensors of any strides, written to
-            where the signature says so.
+        arguments: as in its signature, but for the number of threads; tensors as tensors of any strides. What a caller
+            may hand over to be written to comes first.
 
     Raises:
         TypeError: the number of arguments, or the type or rank of one, differs from the signature.
         ValueError: a tensor is not on the CPU, or a size does not fit.
     """
-    fields = [_fields(x) if isinstance(x, Tensor) else x for x in arguments]
-    getattr(_module(), kernel)(*fields, torch.get_num_threads())
+    placed = [_placed(x) if isinstance(x, Tensor) else x for x in arguments]
+    fields = [_fields(x) if isinstance(x, Tensor) else x for x in placed]
+    run = getattr(_module(), kernel, None)
+    if run is None:
+        raise RuntimeError(f"the CPU kernels were built from other sources, without {kernel!r}: {_REMEDY}")
+    run(*fields, torch.get_num_threads())
+    if placed and placed[0] is not arguments[0]:
+        arguments[0].copy_(placed[0])
+
+
+def _placed(tensor: Tensor) -> Tensor:
+    """Returns the tensor, or a copy where its elements lie across those of memory, as a buffer's may."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_neg():
+        raise ValueError(f"expected a plain strided tensor on the CPU, got one on {tensor.device}, {tensor.layout}")
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def _fields(tensor: Tensor) -> tuple[int, ...]:
     """Returns what csrc/module.cpp makes a tensor of."""
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_neg():
-        raise ValueError(f"expected a plain strided tensor on the CPU, got one on {tensor.device}, {tensor.layout}")
     code = _CODES.get(tensor.dtype)
     if code is None:
         raise TypeError(f"no CPU kernel takes {tensor.dtype}")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vgpo_kernels import _native
+from vgpo_kernels import _native, logits_policy_loss
 from vgpo_kernels.testing import assert_error_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -243,3 +243,50 @@ def test_a_capability_that_is_none():
     with pytest.raises(ValueError, match=f"up to '{_native.capabilities()[-1]}', got 'sse'"):
         _native.set_capability("sse")
     assert _native.capability() == before
+
+
+def test_memory_that_is_not_there_or_lies_between_elements():
+    out, x = torch.empty(4), torch.randn(4)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="argument 1: expected a tensor with memory"):
+        _native.call("elementwise", out, x, EXP)
+    between = (torch.empty(4).data_ptr() + 1, 0, 3, 1)
+    with pytest.raises(ValueError, match="argument 0: expected an address that is a multiple"):
+        _native._module().elementwise(between, between, EXP, 1)
+
+
+def test_elements_that_lie_across_those_of_memory():
+    out, x = (torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1) for _ in range(2))
+    x.copy_(torch.randn(10))
+    _native.call("elementwise", out, x, EXP)
+    torch.testing.assert_close(out, x.exp())
+
+
+def test_logits_that_do_so():
+    found = []
+    for impl, offset in (("native", 1), ("reference", 0)):
+        logits = torch.frombuffer(bytearray(72 + offset), dtype=torch.float32, offset=offset).view(1, 3, 6)
+        logits.copy_(torch.arange(18).view(1, 3, 6).sin()).requires_grad_()
+        given = torch.tensor([[1, 0, 5]]), None, torch.ones(1), torch.ones(1, 3, dtype=torch.bool)
+        loss = logits_policy_loss(logits, *given, impl=impl).loss
+        found.append((loss, *torch.autograd.grad(loss, logits)))
+    torch.testing.assert_close(*found)
+
+
+def test_no_thread_is_refused():
+    csrc = _native._module()
+    vector = (torch.empty(4).data_ptr(), 0, 4, 1)
+    for threads in (0, -1):
+        with pytest.raises(ValueError, match="threads: expected at least 1"):
+            csrc.elementwise(vector, vector, EXP, threads)
+
+
+def test_a_capability_that_is_no_name():
+    for name in (b"avx2", 10**30, None):
+        with pytest.raises(TypeError, match="expected a str, got"):
+            _native.set_capability(name)
+
+
+def test_an_extension_of_other_sources_says_so():
+    with pytest.raises(RuntimeError, match="built from other sources, without 'newer': install a C"):
+        _native.call("newer")

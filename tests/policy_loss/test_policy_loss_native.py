@@ -167,6 +167,20 @@ def test_what_is_no_number_at_a_valid_token_shows_as_in_the_reference(name, valu
     torch.testing.assert_close(output.metrics, expected.metrics, equal_nan=True)
 
 
+@pytest.mark.parametrize("config", every_config()[::9], ids=config_id)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_so_it_does_without_old_logps(value, config):
+    """Its ratio is 1 and not to be computed, but a logp that is no number must not vanish in it."""
+    inputs = random_inputs([19, 19], 19).replace(old_logps=None)
+    inputs.logps[0, 3] = value
+    output, gradient = loss_and_gradient(inputs, config, impl="native")
+    expected, expected_gradient = loss_and_gradient(inputs, config, impl="reference")
+    torch.testing.assert_close(output.per_token_loss, expected.per_token_loss, equal_nan=True)
+    torch.testing.assert_close(gradient, expected_gradient, equal_nan=True)
+    torch.testing.assert_close(output.loss, expected.loss, equal_nan=True)
+    torch.testing.assert_close(output.metrics, expected.metrics, equal_nan=True)
+
+
 @pytest.mark.parametrize("config", SOME_CONFIGS, ids=config_id)
 def test_same_bits_on_any_number_of_threads(config):
     inputs = random_inputs([b % 900 for b in range(90)], 900)  # 81,000 tokens: five tasks
