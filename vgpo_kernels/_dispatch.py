@@ -53,7 +53,8 @@ def choose(impl: str | None, device: torch.device, dtype: torch.dtype = torch.fl
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, got {impl!r}")
     if impl is None and device.type == "cpu":
         obstacle = _no_native(device, dtype)
-        return ("native", "CPU tensors") if obstacle is None else ("reference", obstacle)
+        # What can be done about it the doctor says once, and an error where native is asked for.
+        return ("native", "CPU tensors") if obstacle is None else ("reference", obstacle.partition(":")[0])
     if impl == "reference":
         return "reference", "asked for"
     obstacle = _no_native(device, dtype) if impl == "native" else _no_triton(device, dtype)
@@ -76,7 +77,10 @@ def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if not has_triton():
         return _TRITON_MISSING
     if device.type == "cpu" and not interpreting():
-        return "impl='triton' takes CPU tensors only under TRITON_INTERPRET=1, set before Triton is imported"
+        return (
+            "impl='triton' takes CPU tensors only under TRITON_INTERPRET=1, set before Triton is imported: "
+            "pass impl='native' or 'reference'"
+        )
     if device.type not in ("cuda", "cpu"):
         return f"no Triton kernels for device type {device.type!r}: pass impl='reference'"
     if dtype == torch.float64:

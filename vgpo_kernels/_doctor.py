@@ -112,7 +112,10 @@ def _no_gpu(devices: Sequence[tuple[torch.device, str]]) -> list[tuple[str, str]
 
 def cpu_kernels() -> list[tuple[str, str]]:
     """Returns whether the compiled CPU kernels are there, and for which instruction sets, or why not and the remedy."""
-    obstacle = _native.missing()
+    try:
+        obstacle = _native.missing()
+    except ValueError as error:
+        return [("cannot run", str(error))]
     if obstacle is not None:
         return [("built", f"no: {obstacle}")]
     return [("built", "yes"), ("in use", _native.capability()), ("usable", ", ".join(_native.capabilities()))]
@@ -127,7 +130,7 @@ def _operation_row(operation: str, room: str, device: torch.device) -> tuple[tup
     try:
         name, why = _dispatch.choose(None, device)
         importlib.import_module(f"vgpo_kernels.{room}.{_dispatch.MODULES[name]}")
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, RuntimeError, ValueError) as error:
         return (operation, str(device), "cannot run", str(error)), False
     return (operation, str(device), name, why), True
 

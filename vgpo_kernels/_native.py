@@ -3,11 +3,14 @@
 import functools
 import importlib
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vgpo_kernels._validate import check_choice
 
 CAPABILITY = "VGPO_CPU_CAPABILITY"  # in the environment: the instruction set to use instead of the best
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,11 +25,14 @@ _CODES = {
     torch.uint8: 6,
     torch.bool: 6,
 }
-# pip keeps what it built, so an install again, without these options, would bring the same back.
-_REMEDY = (
-    "install a C++17 compiler (on Debian and Ubuntu: apt-get install g++), then "
-    "pip install --force-reinstall --no-deps --no-cache-dir vgpo-kernels (in a checkout: make native)"
+# A package beside csrc/ is a checkout, which pip's install elsewhere does not change. pip keeps what it built, so an
+# install again, without these options, would bring the same back.
+_BUILD = (
+    "python setup.py build_ext --inplace, in this checkout"
+    if Path(__file__).parents[1].joinpath("csrc", "module.cpp").is_file()
+    else "pip install --force-reinstall --no-deps --no-cache-dir vgpo-kernels; with -v pip says what went wrong"
 )
+_REMEDY = f"install a C++17 compiler (on Debian and Ubuntu: apt-get install g++ python3-dev), then {_BUILD}"
 
 
 @functools.cache
@@ -34,14 +40,14 @@ def _load() -> ModuleType | str:
     """Returns the module, or why there is none."""
     try:
         module = importlib.import_module("vgpo_kernels._csrc")
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return f"the CPU kernels are not built ({error}): {_REMEDY}"
+    except ImportError as error:
+        return f"the CPU kernels cannot be loaded ({error}): {_REMEDY}"
     wanted = os.environ.get(CAPABILITY)
     if wanted:
-        try:
-            module.set_capability(wanted)
-        except ValueError as error:
-            raise ValueError(f"{CAPABILITY}: {error}") from None
+        check_choice(CAPABILITY, wanted, module.capabilities())
+        module.set_capability(wanted)
     return module
 
 
@@ -65,6 +71,7 @@ def capabilities() -> list[str]:
 
 def set_capability(name: str) -> None:
     """Makes the kernels use that instruction set; ValueError where this processor lacks it."""
+    check_choice("capability", name, capabilities())
     _module().set_capability(name)
 
 

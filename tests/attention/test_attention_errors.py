@@ -59,7 +59,7 @@ def good() -> dict:
             ValueError,
             "window: expected None beside intervals, which say the whole mask",
         ),
-        ({"impl": "cuda"}, ValueError, "impl: expected one of 'triton', 'reference' or None, got 'cuda'"),
+        ({"impl": "cuda"}, ValueError, "impl: expected one of 'triton', 'native', 'reference' or None, got 'cuda'"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
 )
