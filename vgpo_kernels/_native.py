@@ -13,7 +13,6 @@ from torch import Tensor
 from vgpo_kernels._validate import check_choice
 
 CAPABILITY = "VGPO_CPU_CAPABILITY"  # in the environment: the instruction set to use instead of the best
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # As in csrc/view.h.
 _CODES = {
     torch.float32: 0,
