@@ -1,44 +1,132 @@
-"""Where benchmarks run, and the sizes that end in minutes there."""
+"""`pytest benchmarks --benchmark-only`: which cases run, and how what was measured reaches pytest-benchmark."""
 
-import os
+import json
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import machine
 import pytest
 import torch
+from room import LEVELS, Case, Outcome, Room, measure
 
-from vgpo_kernels import _native
+CHOICES = {level: (level,) for level in LEVELS} | {"all": ("small", "paper")}
+TESTS_RECORD = machine.ROOT / ".tests.json"
+OUTCOMES, SKIPPED = pytest.StashKey[dict](), pytest.StashKey[list]()
 
 
-@pytest.fixture(scope="session")
-def device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--cases",
+        choices=CHOICES,
+        default="small",
+        help="small: what ends in minutes on this machine (default); paper: the paper's models, which want a GPU; "
+        "all: both; tiny: seconds, to try the benchmarks themselves",
+    )
+
+
+def device() -> torch.device:
+    """Returns the GPU where there is one."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "room(room): a benchmark of this room, one entry a case and provider")
+    config.stash[OUTCOMES], config.stash[SKIPPED] = {}, []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Makes an entry of each provider of each case that `--cases` asks for."""
+    marker = metafunc.definition.get_closest_marker("room")
+    if marker is None:
+        return
+    chosen = marker.args[0].chosen(CHOICES[metafunc.config.getoption("cases")], device().type)
+    metafunc.parametrize(("case", "provider"), [pytest.param(*one, id=f"{one[0].name}-{one[1]}") for one in chosen])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives each entry a clock of its own, which tells pytest-benchmark the times that were measured in turns."""
+    for item in items:
+        if item.get_closest_marker("room"):
+            item.add_marker(pytest.mark.benchmark(timer=Replay().read))
+
+
+class Replay:
+    """A clock that shows what it was given: 0 before a round, its seconds after it."""
+
+    def __init__(self) -> None:
+        self.times: deque[float] = deque()
+
+    def read(self) -> float:
+        return self.times.popleft()
+
+
+@dataclass
+class Entry:
+    """One provider of one case."""
+
+    room: Room
+    case: Case
+    provider: str
+    request: pytest.FixtureRequest
+    benchmark: Any
+
+    def measure(self) -> None:
+        """Reports what was measured of this provider; the first entry of a case measures all of them."""
+        outcome = self._outcome()
+        if outcome.skipped is not None:
+            facts = {"room": self.room.name, "case": self.case.name, "provider": self.provider}
+            self.request.config.stash[SKIPPED].append(facts | {"reason": outcome.skipped})
+            pytest.skip(outcome.skipped)
+        if outcome.wrong is not None:
+            pytest.fail(f"{self.provider}: {outcome.wrong}", pytrace=False)
+        self.benchmark.group = f"{self.room.name} | {self.case.name}"
+        self.benchmark.extra_info |= outcome.info
+        clock = self.request.node.get_closest_marker("benchmark").kwargs["timer"].__self__
+        clock.times.extend(time for seconds in outcome.samples for time in (0.0, seconds))
+        self.benchmark.pedantic(lambda: None, rounds=max(1, len(outcome.samples)), iterations=1)
+
+    def _outcome(self) -> Outcome:
+        outcomes, module = self.request.config.stash[OUTCOMES], self.request.module.__name__
+        group = (self.room.name, self.case.name)
+        if (*group, self.provider) not in outcomes:
+            found = measure(
+                self.room, self.case, self._selected(), device(), module, timed=not self.benchmark.disabled
+            )
+            outcomes |= {(*group, name): outcome for name, outcome in found.items()}
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return outcomes[(*group, self.provider)]
+
+    def _selected(self) -> list[str]:
+        """Returns the providers of this case among the entries that run."""
+        parameters = [item.callspec.params for item in self.request.session.items if hasattr(item, "callspec")]
+        return [one["provider"] for one in parameters if one.get("case") is self.case]
 
 
 @pytest.fixture
-def timed(benchmark, device):
-    """Times a call to its end, also on a GPU, and records what ran it; calls of seconds only `rounds` times."""
-    benchmark.extra_info |= {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        # Instruction sets: torch's, its BLAS's where it is told, and ours.
-        "torch_capability": torch.backends.cpu.get_cpu_capability(),
-        "mkl_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", "any"),
-        "native": _native.missing() or _native.capability(),
-    }
+def entry(request: pytest.FixtureRequest, case: Case, provider: str, benchmark: Any) -> Entry:
+    """One provider of one case of the room that marks the test."""
+    return Entry(request.node.get_closest_marker("room").args[0], case, provider, request, benchmark)
 
-    def run(function, *arguments, rounds=None):
-        def call():
-            result = function(*arguments)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            return result
 
-        if rounds is not None:
-            return benchmark.pedantic(call, rounds=rounds, warmup_rounds=1)
-        # The first calls of a process load what torch needs, and the number of rounds is taken from a first one.
-        for _ in range(3):
-            call()
-        return benchmark(call)
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:  # noqa: ARG001
+    machine_info.get("cpu", {}).pop("flags", None)
 
-    return run
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:  # noqa: ARG001
+    """Adds what could not run and whether the tests of this commit were green; leaves single rounds out."""
+    for one in output_json["benchmarks"]:
+        one["stats"].pop("data", None)
+        one.pop("param", None)
+    output_json["skipped"] = config.stash[SKIPPED]
+    output_json["tests"] = tests_record(TESTS_RECORD)
+
+
+def tests_record(path: Path) -> dict[str, Any] | None:
+    """Returns what the tests of this commit left behind (`make test`), or None where they have not run."""
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text())
+    return record if record.get("commit") == machine.commit()["commit"] else None

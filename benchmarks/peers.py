@@ -1,41 +1,116 @@
 """What the benchmarks measure against, at matched semantics: each peer is checked equal to ours before it is timed."""
 
+import functools
+import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from vgpo_kernels import attention_with_lse
 
-def eager_attention(q: Tensor, k: Tensor) -> Tensor:
-    """The whole causal map (B, Hq, Lq, Lk) as `output_attentions=True` gives it: K repeated, softmax in fp32."""
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function under torch.compile, one compilation for each set of shapes."""
+    return torch.compile(function, dynamic=False)
+
+
+def no_compiler(_: Any) -> str | None:
+    """Returns why torch.compile cannot make code for CPUs, or None."""
+    return None if torch.cuda.is_available() or shutil.which("c++") else "torch.compile needs a C++ compiler"
+
+
+# Attention
+
+
+def visible_keys(sequences: Tensor, queries: int) -> Tensor:
+    """Which keys the last `queries` tokens see, (B, 1, Lq, Lk): earlier ones of their own sequence, -1 for none."""
+    length = sequences.shape[1]
+    earlier = torch.ones(queries, length, dtype=torch.bool, device=sequences.device).tril(length - queries)
+    own = sequences[:, -queries:, None] == sequences[:, None]
+    return (earlier & own & (sequences >= 0)[:, None])[:, None]
+
+
+def eager_attention(q: Tensor, k: Tensor, sequences: Tensor) -> Tensor:
+    """The whole map (B, Hq, Lq, Lk) as `output_attentions=True` gives it: K repeated, softmax in fp32."""
     keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = q @ keys.mT * q.shape[-1] ** -0.5
-    later = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[2])
-    return scores.masked_fill(later, float("-inf")).softmax(-1, dtype=torch.float32)
+    # Rows that see nothing would be NaN; what they hold is left out of every sum.
+    return scores.masked_fill(~visible_keys(sequences, q.shape[2]), -1e30).softmax(-1, dtype=torch.float32)
 
 
-def eager_mass(q: Tensor, k: Tensor, visual_mask: Tensor) -> Tensor:
-    """The map, summed over visual keys."""
-    return (eager_attention(q, k) * visual_mask[:, None, None]).sum(-1)
+def eager_mass(q: Tensor, k: Tensor, sequences: Tensor, segment_ids: Tensor, num_segments: int) -> Tensor:
+    """The map, summed over the keys of each segment."""
+    seen = sequences[:, None, -q.shape[2] :, None] >= 0
+    probabilities = eager_attention(q, k, sequences)
+    sums = [(probabilities * (segment_ids == s)[:, None, None]).sum(-1) for s in range(num_segments)]
+    return torch.stack(sums, -1) * seen
 
 
-def eager_column_sum(q: Tensor, k: Tensor, visual_mask: Tensor) -> Tensor:
-    """The map, summed over queries, at visual keys."""
-    return eager_attention(q, k).sum(2) * visual_mask[:, None]
+def eager_column_sum(q: Tensor, k: Tensor, sequences: Tensor, keys: Tensor) -> Tensor:
+    """The map, summed over queries, at wanted keys."""
+    return eager_attention(q, k, sequences).sum(2) * keys[:, None]
 
 
-def two_lse_mass(q: Tensor, k: Tensor, lse: Tensor, visual: slice) -> Tensor:
-    """exp(LSE over visual keys - LSE over all), the former by a second stock attention, with keys for values.
+def eager_output(q: Tensor, k: Tensor, v: Tensor, sequences: Tensor, visual_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention through the map, with the map's sum over visual keys."""
+    probabilities = eager_attention(q, k, sequences)
+    out = probabilities.to(v.dtype) @ v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    seen = sequences[:, None, -q.shape[2] :, None] >= 0
+    return out * seen, (probabilities * visual_mask[:, None, None]).sum(-1) * seen[..., 0]
 
-    Only for visual keys that lie side by side before every query.
+
+def two_lse_mass(q: Tensor, k: Tensor, lse: Tensor, images: list[tuple[int, int]], backend: str | None) -> Tensor:
+    """exp(LSE over an image's keys - LSE over all), the former by another stock attention, with keys for values.
+
+    Only for images whose keys lie side by side before every query.
     """
-    from vgpo_kernels import attention_with_lse
+    masses = []
+    for start, stop in images:
+        keys = k[:, :, start:stop]
+        _, visual_lse = attention_with_lse(q, keys, keys, causal=False, backend=backend)
+        masses.append((visual_lse - lse).exp())
+    return torch.stack(masses, -1)
 
-    keys = k[:, :, visual]
-    _, visual_lse = attention_with_lse(q, keys, keys, causal=False)
-    return (visual_lse - lse).exp()
+
+def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> tuple[Tensor, Tensor]:
+    """FlexAttention's output and natural-log LSE; compiled on a GPU, where alone its compiler gives the LSE."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    run = compiled(flex_attention) if q.is_cuda else flex_attention
+    out, extra = run(q, k, v, block_mask=block_mask, enable_gqa=True, return_aux=AuxRequest(lse=True))
+    return out, extra.lse
+
+
+def flex_mask(sequences: Tensor, queries: int, visual_mask: Tensor | None = None) -> Any:
+    """FlexAttention's mask of the keys that the last `queries` tokens see, or of the visual ones among them."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows, length = sequences.shape
+    offset = length - queries
+
+    def sees(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        earlier = (key <= query + offset) & (sequences[b, query + offset] == sequences[b, key])
+        seen = earlier & (sequences[b, key] >= 0)
+        return seen if visual_mask is None else seen & visual_mask[b, key]
+
+    return create_block_mask(sees, rows, None, queries, length, device=sequences.device)
+
+
+def colreduce(q: Tensor, k: Tensor, keys: Tensor) -> Tensor:
+    """flash-colreduce's causal column sums, which takes as many key heads as query heads."""
+    from flash_colreduce import flash_colreduce
+
+    whole = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return flash_colreduce(q, whole, "sum", is_causal=True).float() * keys[:, None]
+
+
+# Focus and weights
 
 
 def token_loop_focus(hidden_states: Tensor, visual_mask: Tensor, completion_mask: Tensor) -> Tensor:
@@ -87,8 +162,12 @@ def token_loop_weights(focus: Tensor, completion_mask: Tensor, group_ids: Tensor
     return token_weights.to(focus.device), trajectory_weights.to(focus.device)
 
 
+# Policy loss
+
+
 def dense_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """The clipped loss averaged over tokens, in plain torch under autograd."""
+    """The clipped loss averaged over tokens, in plain torch under autograd; advantages (B,) or (B, T)."""
+    advantages = advantages if advantages.dim() == 2 else advantages[:, None]
     ratio = (logps - old_logps).exp()
     unclipped, clipped = ratio * advantages, ratio.clamp(0.8, 1.28) * advantages
     return -(torch.min(unclipped, clipped) * mask).sum() / mask.sum()
@@ -129,6 +208,30 @@ def trl_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: 
     return GRPOTrainer._compute_loss(trainer, None, batch)
 
 
+def dense_selective(logits: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities of whole logits by log_softmax in fp32, then a gather."""
+    return logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+def trl_selective(logits: Tensor, targets: Tensor) -> Tensor:
+    """TRL's `selective_log_softmax`: its own kernel on a GPU, rows in a loop elsewhere."""
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax(logits, targets)
+
+
+def liger_logits_loss(logits: Tensor, targets: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Liger's Triton GRPO loss ("bnpo", clip 0.2 / 0.28) of logits (B, T + 1, V), of which it leaves the last one out.
+
+    The gradient gets a place of its own: in place, its default, it would overwrite what the next call is to read.
+    """
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    options = {"temperature": 1.0, "beta": 0.0, "eps_low": 0.2, "eps_high": 0.28, "loss_type": "bnpo"}
+    given = (logits, old_logps, None, targets, advantages, mask.float())
+    return triton_grpo_loss(*given, inplace=False, reduce=True, **options)[0]
+
+
 def dense_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies from whole logits, in plain torch under autograd."""
     log_p = (hidden @ weight.T).float().log_softmax(-1)
@@ -151,6 +254,13 @@ def trl_fused_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Ten
         ("log_probs", "entropy"),
     )
     return outputs[0].view(targets.shape), outputs[1].view(targets.shape)
+
+
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities as cut-cross-entropy's negative losses, no gradient filtered out."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, targets, reduction="none", filter_eps=None)
 
 
 def liger_linear_loss(

@@ -1,0 +1,78 @@
+"""What a figure must say of where it comes from: machine, versions, commit."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vgpo_kernels import _doctor, _native
+
+ROOT = Path(__file__).parent.parent
+RESULTS = "benchmarks/results"
+# Peers that the doctor does not ask about.
+PEERS = ("cut-cross-entropy", "flash-attn", "flash-attn-3", "flash-colreduce", "quack-kernels")
+
+
+@functools.cache
+def description(device: torch.device) -> dict[str, Any]:
+    """Returns what the figures of a device depend on."""
+    devices = {kind.type: text for kind, text in reversed(_doctor.present_devices())}
+    cuda = device.type == "cuda"
+    return {
+        "kind": device.type,
+        "device": torch.cuda.get_device_name(device) if cuda else devices["cpu"],
+        "driver": _driver() if cuda else None,
+        "cuda": torch.version.cuda or torch.version.hip,
+        "cpu": devices["cpu"],
+        "threads": torch.get_num_threads(),
+        # Instruction sets: torch's, its BLAS's where it is told, and ours.
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "mkl_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", "any"),
+        "native": _native.missing() or _native.capability(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Returns the version of each package that figures depend on; those not installed are left out."""
+    found = dict(_doctor.installed_versions())
+    for name in (*PEERS, "numpy", "pytest-benchmark"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    # Where the checkout is used without being installed, the package itself knows.
+    return {name: version for name, version in found.items() if version != "not installed"} | {
+        "vgpo-kernels": __import__("vgpo_kernels").__version__
+    }
+
+
+@functools.cache
+def commit() -> dict[str, Any]:
+    """Returns the checkout's commit, and whether files differ from it (results aside); None where git says neither."""
+    identity = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=all", "--", ".", f":!{RESULTS}")
+    return {"commit": identity, "dirty": None if changes is None else bool(changes)}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()

@@ -1,0 +1,115 @@
+"""How far memory rises in a call: by the allocator's count on a GPU, by the resident set of a fresh process elsewhere."""
+
+import ctypes
+import gc
+import importlib
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CUDA, RESIDENT = "CUDA peak over live tensors", "RSS peak of a fresh process over its inputs"
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested tuples, lists and dicts."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from tensors_of(list(values.values()))
+    elif isinstance(values, Sequence) and not isinstance(values, str):
+        for value in values:
+            yield from tensors_of(value)
+
+
+def bytes_of(values: Any) -> int:
+    """Returns the bytes of the storages behind the tensors in `values`, each counted once."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_of(values)}
+    return sum(storages.values())
+
+
+def cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
+    """Returns the bytes that a call takes at its peak, beyond what was live before it and what it returns."""
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    return max(0, torch.cuda.max_memory_allocated(device) - before - bytes_of(result))
+
+
+def resident_peak(call: Callable[[], Any]) -> int:
+    """Returns the bytes that the resident set of this process rises by in a call, beyond what the call returns."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+    before = _status("VmRSS")
+    result = call()
+    return max(0, _status("VmHWM") - before - bytes_of(result))
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}")
+
+
+def fresh_process_peak(module: str, room: str, case: str, provider: str) -> int | None:
+    """Returns `resident_peak` of one provider of a room in a process that ran nothing before; None off Linux.
+
+    Args:
+        module: name of the benchmark module that defines the room.
+        room, case, provider: their names.
+
+    Raises:
+        RuntimeError: the process died, as one that ran out of memory does.
+    """
+    if sys.platform != "linux":
+        return None
+    # Such a process is forked from a server that has imported torch and run nothing.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "vgpo_kernels", "peers"])
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(
+        target=_send_peak, args=(sender, module, room, case, provider, torch.get_num_threads()), daemon=True
+    )
+    worker.start()
+    sender.close()
+    try:
+        answer = receiver.recv()
+    except EOFError:
+        worker.join()
+        raise RuntimeError(f"the process that measured memory died with exit code {worker.exitcode}") from None
+    worker.join()
+    if isinstance(answer, str):
+        raise RuntimeError(f"the process that measured memory failed: {answer}")
+    return answer
+
+
+def _send_peak(sender: Connection, module: str, room: str, case: str, provider: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    try:
+        sender.send(_peak_of(module, room, case, provider))
+    except Exception as error:  # whatever it is, the parent is to say it
+        sender.send(f"{type(error).__name__}: {error}")
+
+
+def _peak_of(module: str, room: str, case: str, provider: str) -> int:
+    importlib.import_module(module)
+    from room import ROOMS
+
+    found = ROOMS[room]
+    chosen, device = found.providers[provider], torch.device("cpu")
+    inputs = found.inputs(found.case(case), device)
+    # What torch loads at the first product and the first backward is no provider's.
+    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()
+    if chosen.compiled:
+        chosen.run(inputs)
+    return resident_peak(lambda: chosen.run(inputs))

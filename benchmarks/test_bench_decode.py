@@ -1,0 +1,91 @@
+"""Attention of one new token a row to its KV cache, with the visual mass."""
+
+from typing import NamedTuple
+
+import peers
+import pytest
+import torch
+from room import OURS, PLAIN, Case, Provider, Room, Work, half_on_gpu
+from sizes import LENGTHS, ROWS, paper_cases, sizes, small, sweep
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+import vgpo_kernels
+
+
+class Cache(NamedTuple):
+    """P + R tokens in the cache of each row, the first V of them visual; all rows are full."""
+
+    q: Tensor  # (B, Hq, 1, D)
+    k: Tensor  # (B, Hkv, P + R, D)
+    v: Tensor  # (B, Hkv, P + R, D)
+    visual_mask: Tensor  # (B, P + R) bool
+    lengths: Tensor  # (B,) int64
+    sequences: Tensor  # (B, P + R) int32, all 0: nothing is padding
+
+
+def inputs(case: Case, device: torch.device) -> Cache:
+    torch.manual_seed(0)
+    dtype, B, length, D = half_on_gpu(device), case["B"], case["P"] + case["R"], case["D"]
+    q = torch.randn(B, case["heads"], 1, D, device=device, dtype=dtype)
+    k, v = torch.randn(2, B, case["kv_heads"], length, D, device=device, dtype=dtype)
+    visual = (torch.arange(length, device=device) < case["V"]).expand(B, length)
+    return Cache(q, k, v, visual, torch.full((B,), length, device=device), torch.zeros_like(visual, dtype=torch.int32))
+
+
+def ours(given: Cache, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    return vgpo_kernels.visual_attention_decode(*given[:5], impl=impl)[:2]
+
+
+def stock(given: Cache) -> Tensor:
+    return scaled_dot_product_attention(given.q, given.k, given.v, enable_gqa=True)
+
+
+def work(case: Case) -> Work:
+    """Two products a cached token and query head; both caches are read once."""
+    tokens, itemsize = case["B"] * (case["P"] + case["R"]), half_on_gpu(torch.device(case.kind or "cpu")).itemsize
+    return Work(
+        4.0 * case["heads"] * tokens * case["D"], 2.0 * case["kv_heads"] * tokens * case["D"] * itemsize + tokens
+    )
+
+
+def sweeps() -> list[Case]:
+    held = sizes("7B", 8, 256, 256, 1792)
+    lengths = sweep("T", LENGTHS, cpu=held | {"B": 1}, gpu=held)
+    rows = sweep("B", ROWS, cpu=held, gpu=held)
+    return [
+        Case(case.name, case.levels, dict(case.sizes) | {"R": case.sizes.get("T", 1792)}, case.axis, case.kind)
+        for case in (*lengths, *rows)
+    ]
+
+
+DECODE = Room(
+    "attention of one token to a cache",
+    cases=[
+        *small(
+            "7B, B 8, 2048 cached (1024 visual)",
+            tiny={"B": 2, "P": 16, "V": 16, "R": 33, "heads": 4, "kv_heads": 2, "D": 32},
+            **sizes("7B", 8, 1024, 1024, 1024),
+        ),
+        *paper_cases(),
+        *sweeps(),
+    ],
+    inputs=inputs,
+    providers={
+        OURS: Provider(ours, "ours"),
+        PLAIN: Provider(lambda given: ours(given, "reference"), "ours, plain"),
+        "SDPA, no mass": Provider(stock, "bound"),
+        "eager map": Provider(lambda given: peers.eager_output(*given[:3], given.sequences, given.visual_mask)),
+        "eager map, torch.compile": Provider(
+            lambda given: peers.compiled(peers.eager_output)(*given[:3], given.sequences, given.visual_mask),
+            compiled=True,
+            obstacle=peers.no_compiler,
+        ),
+    },
+    work=work,
+)
+
+
+@pytest.mark.room(DECODE)
+def test_decode(entry):
+    entry.measure()

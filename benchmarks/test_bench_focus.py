@@ -1,0 +1,95 @@
+"""The focus score: how near each token's state is to the mean visual state."""
+
+from typing import NamedTuple
+
+import peers
+import pytest
+import torch
+from room import OURS, PLAIN, Case, Provider, Room, Work, half_on_gpu
+from sizes import LENGTHS, ROWS, VISUAL, paper_cases, sizes, small, sweep
+from torch import Tensor
+
+import vgpo_kernels
+from vgpo_kernels.testing import ragged_mask
+
+
+class States(NamedTuple):
+    """P prompt tokens, the first V of them visual, then completions of R, R - 16, R - 32, ... tokens."""
+
+    hidden: Tensor  # (B, P + R, hidden)
+    visual_mask: Tensor  # (B, P + R) bool
+    completion_mask: Tensor  # (B, P + R) bool
+    rows_read: int  # visual and completion tokens, of all rows
+
+
+def lengths(case: Case) -> list[int]:
+    """Returns the tokens of each completion."""
+    return [max(1, case["R"] - 16 * (row % 32)) for row in range(case["B"])]
+
+
+def inputs(case: Case, device: torch.device) -> States:
+    torch.manual_seed(0)
+    B, P, V, R = (case[name] for name in ("B", "P", "V", "R"))
+    hidden = torch.randn(B, P + R, case["hidden"], device=device, dtype=half_on_gpu(device))
+    visual = (torch.arange(P + R, device=device) < V).expand(B, P + R)
+    completion = torch.zeros(B, P + R, dtype=torch.bool, device=device)
+    completion[:, P:] = ragged_mask(lengths(case), R).to(device)
+    return States(hidden, visual, completion, B * V + sum(lengths(case)))
+
+
+def work(case: Case) -> Work:
+    """Every visual and completion state once, every score once; a product of two states is two operations a column."""
+    rows, scores = case["B"] * case["V"] + sum(lengths(case)), case["B"] * (case["P"] + case["R"])
+    itemsize = half_on_gpu(torch.device(case.kind or "cpu")).itemsize
+    return Work(4.0 * rows * case["hidden"], float(rows * case["hidden"] * itemsize + scores * 4))
+
+
+def copy_of_rows(given: States) -> Tensor:
+    """What the memory gives: as many bytes as the score reads, read once and written once."""
+    return given.hidden.flatten(0, 1)[: given.rows_read].clone()
+
+
+def sweeps() -> list[Case]:
+    cases = []
+    for axis, values in {"T": LENGTHS, "V": VISUAL, "B": ROWS}.items():
+        held = sizes("7B", 1, 1024, 1024, 1024)
+        for case in sweep(axis, values, cpu=held | {"hidden": 1024}, gpu=held | {"B": 8}):
+            varied = dict(case.sizes)
+            varied["R"] = varied.pop("T", varied["R"])
+            varied["P"] = varied["V"]
+            cases.append(Case(case.name, case.levels, varied, case.axis, case.kind))
+    return cases
+
+
+FOCUS = Room(
+    "focus",
+    cases=[
+        *small(
+            "B 8, P 1024 (1024 visual), R 1024, hidden 3584",
+            tiny={"B": 3, "P": 24, "V": 20, "R": 40, "hidden": 40},
+            **sizes("7B", 8, 1024, 1024, 1024),
+        ),
+        *paper_cases(),
+        *sweeps(),
+    ],
+    inputs=inputs,
+    providers={
+        OURS: Provider(lambda given: vgpo_kernels.visual_focus_score(*given[:3]), "ours"),
+        PLAIN: Provider(lambda given: vgpo_kernels.visual_focus_score(*given[:3], impl="reference"), "ours, plain"),
+        "copy of the rows read": Provider(copy_of_rows, "bound"),
+        "dense torch": Provider(lambda given: peers.dense_focus(*given[:3])),
+        "dense torch, torch.compile": Provider(
+            lambda given: peers.compiled(peers.dense_focus)(*given[:3]), compiled=True, obstacle=peers.no_compiler
+        ),
+        "token loop": Provider(lambda given: peers.token_loop_focus(*given[:3])),
+    },
+    work=work,
+    # The loop's prototype and cosines are rounded to the states' dtype.
+    tolerance=(1e-4, 2e-2),
+    sweep=(OURS, "dense torch"),
+)
+
+
+@pytest.mark.room(FOCUS)
+def test_focus(entry):
+    entry.measure()

@@ -1,0 +1,152 @@
+"""Log-probabilities and the policy loss of hidden states and a head, without logits and with them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import peers
+import pytest
+import torch
+from room import OURS, PLAIN, Case, Provider, Room, Work, half_on_gpu
+from sizes import LENGTHS, ROWS, WORDS, paper_cases, sizes, small, sweep
+from test_bench_policy_loss import BNPO, varied
+from torch import Tensor
+
+import vgpo_kernels
+
+TINY = {"B": 2, "R": 24, "hidden": 40, "vocabulary": 97}
+SMALL = sizes("7B", 2, 1024, 1024, 1024, hidden=512, vocabulary=50_000)
+HELD = sizes("7B", 1, 0, 0, 512, hidden=256, vocabulary=8192)
+
+
+class States(NamedTuple):
+    """The states before R sampled tokens a row, and the head."""
+
+    hidden: Tensor  # (B, R, hidden)
+    weight: Tensor  # (vocabulary, hidden)
+    targets: Tensor  # (B, R) int64
+    old_logps: Tensor  # (B, R) fp32
+    advantages: Tensor  # (B,) fp32
+    mask: Tensor  # (B, R) bool
+
+
+def inputs(case: Case, device: torch.device) -> States:
+    torch.manual_seed(0)
+    B, R, size, words, dtype = case["B"], case["R"], case["hidden"], case["vocabulary"], half_on_gpu(device)
+    hidden = torch.randn(B, R, size, device=device, dtype=dtype).requires_grad_()
+    weight = torch.randn(words, size, device=device, dtype=dtype).mul_(size**-0.5).requires_grad_()
+    targets = torch.randint(0, words, (B, R), device=device)
+    with torch.no_grad():
+        old = vgpo_kernels.linear_logprobs(hidden, weight, targets).logps
+    old += 0.1 * torch.randn_like(old)
+    mask = torch.ones(B, R, dtype=torch.bool, device=device)
+    return States(hidden, weight, targets, old, torch.randn(B, device=device), mask)
+
+
+def products(case: Case, count: int) -> Work:
+    """Counts so many products of states and head, and what they and their gradients are made of, moved once."""
+    tokens, itemsize = case["B"] * case["R"], half_on_gpu(torch.device(case.kind or "cpu")).itemsize
+    moved = (tokens + case["vocabulary"]) * case["hidden"] * itemsize * (2 if count > 1 else 1)
+    return Work(2.0 * count * tokens * case["hidden"] * case["vocabulary"], float(moved))
+
+
+def logits_bytes(copies: int) -> Callable[[Case], float]:
+    """Returns what so many fp32 copies of the logits take."""
+    return lambda case: 4.0 * copies * case["B"] * case["R"] * case["vocabulary"]
+
+
+def without_gradients(logprobs: Callable[..., Any]) -> Callable[[States], Any]:
+    return torch.no_grad()(lambda given: logprobs(*given[:3]))
+
+
+def ours(impl: str | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    return lambda *given: vgpo_kernels.linear_logprobs(*given, entropy=True, impl=impl)[:2]
+
+
+LOGPROBS = Room(
+    "log-probs of hidden states",
+    cases=[
+        *small("B 2, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
+        *paper_cases(),
+        *varied(sweep("T", LENGTHS, cpu=HELD, gpu=sizes("7B", 1, 0, 0, 0))),
+        *varied(sweep("vocab", WORDS, cpu=HELD, gpu=sizes("7B", 8, 0, 0, 1024))),
+    ],
+    inputs=inputs,
+    providers={
+        OURS: Provider(without_gradients(ours(None)), "ours"),
+        PLAIN: Provider(without_gradients(ours("reference")), "ours, plain"),
+        "dense torch": Provider(without_gradients(peers.dense_logprobs), extra_bytes=logits_bytes(4)),
+        "dense torch, torch.compile": Provider(
+            without_gradients(lambda *given: peers.compiled(peers.dense_logprobs)(*given)),
+            compiled=True,
+            extra_bytes=logits_bytes(4),
+            obstacle=peers.no_compiler,
+        ),
+        "TRL fused head": Provider(without_gradients(peers.trl_fused_head), needs=("trl",)),
+        # It has no entropy to give.
+        "cut-cross-entropy, no entropy": Provider(
+            without_gradients(peers.cut_cross_entropy), "bound", needs=("cut_cross_entropy",), gpu=True
+        ),
+    },
+    work=lambda case: products(case, 1),
+)
+
+
+@pytest.mark.room(LOGPROBS)
+def test_linear_logprobs(entry):
+    entry.measure()
+
+
+def with_gradients(loss_of: Callable[[States], Tensor]) -> Callable[[States], tuple[Tensor, ...]]:
+    def run(given: States) -> tuple[Tensor, ...]:
+        loss = loss_of(given)
+        return loss.detach(), *torch.autograd.grad(loss, given[:2])
+
+    return run
+
+
+def linear_loss(impl: str | None) -> Callable[[States], Tensor]:
+    return lambda given: vgpo_kernels.linear_policy_loss(*given, config=BNPO, impl=impl).loss
+
+
+def after(logprobs: Callable[..., Any]) -> Callable[[States], Tensor]:
+    """Returns the dense loss of the log-probabilities that a function makes of states and head."""
+    return lambda given: peers.dense_policy_loss(logprobs(*given[:3])[0], *given[3:])
+
+
+def cut_loss(given: States) -> Tensor:
+    return peers.dense_policy_loss(peers.cut_cross_entropy(*given[:3]), *given[3:])
+
+
+LOSS = Room(
+    "policy loss of hidden states",
+    cases=[
+        *small("B 2, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
+        *paper_cases(),
+        *varied(sweep("T", LENGTHS, cpu=HELD, gpu=sizes("7B", 1, 0, 0, 0))),
+        *varied(sweep("vocab", WORDS, cpu=HELD, gpu=sizes("7B", 8, 0, 0, 1024))),
+        *varied(sweep("B", ROWS, cpu=HELD, gpu=sizes("7B", 0, 0, 0, 1024))),
+    ],
+    inputs=inputs,
+    providers={
+        OURS: Provider(with_gradients(linear_loss(None)), "ours"),
+        PLAIN: Provider(with_gradients(linear_loss("reference")), "ours, plain"),
+        "dense torch": Provider(with_gradients(after(peers.dense_logprobs)), extra_bytes=logits_bytes(5)),
+        "dense torch, torch.compile": Provider(
+            with_gradients(after(lambda *given: peers.compiled(peers.dense_logprobs)(*given))),
+            compiled=True,
+            extra_bytes=logits_bytes(5),
+            obstacle=peers.no_compiler,
+        ),
+        "TRL fused head": Provider(with_gradients(after(peers.trl_fused_head)), needs=("trl",)),
+        "Liger": Provider(
+            with_gradients(lambda given: peers.liger_linear_loss(*given)), needs=("liger_kernel",), compiled=True
+        ),
+        "cut-cross-entropy": Provider(with_gradients(cut_loss), needs=("cut_cross_entropy",), gpu=True),
+    },
+    work=lambda case: products(case, 3),
+)
+
+
+@pytest.mark.room(LOSS)
+def test_linear_policy_loss(entry):
+    entry.measure()

@@ -1,0 +1,76 @@
+"""Token and trajectory weights by the paper's recipe."""
+
+from typing import NamedTuple
+
+import peers
+import pytest
+import torch
+from room import OURS, PLAIN, Case, Provider, Room, Work
+from sizes import LENGTHS, ROWS, paper_cases, sizes, small, sweep
+from torch import Tensor
+
+import vgpo_kernels
+from vgpo_kernels import VGPOConfig
+from vgpo_kernels.testing import ragged_mask
+
+CONFIG = VGPOConfig.paper()
+GROUP = 8  # completions of a prompt
+
+
+class Scores(NamedTuple):
+    """Focus of completions of R, R - 16, R - 32, ... tokens, eight of them for each prompt."""
+
+    focus: Tensor  # (B, R) fp32
+    completion_mask: Tensor  # (B, R) bool
+    group_ids: Tensor  # (B,) int64
+
+
+def inputs(case: Case, device: torch.device) -> Scores:
+    torch.manual_seed(0)
+    B, R = case["B"], case["R"]
+    mask = ragged_mask([max(R // 2, R - 16 * (row % 32)) for row in range(B)], R).to(device)
+    return Scores(torch.rand(B, R, device=device) * 2 - 1, mask, torch.arange(B, device=device) // GROUP)
+
+
+def ours(given: Scores, impl: str | None = None) -> tuple[Tensor, Tensor]:
+    return vgpo_kernels.vgpo_weights(*given, CONFIG, impl=impl)[:2]
+
+
+def work(case: Case) -> Work:
+    """Focus and mask read once, token weights written once; no products."""
+    return Work(0.0, float(case["B"] * case["R"] * (4 + 1 + 4)))
+
+
+def sweeps() -> list[Case]:
+    cases = []
+    for axis, values in {"T": LENGTHS, "B": tuple(GROUP * rows for rows in ROWS)}.items():
+        held = sizes("7B", 64, 1024, 1024, 2048)
+        for case in sweep(axis, values, cpu=held, gpu=held):
+            varied = dict(case.sizes)
+            varied["R"] = varied.pop("T", varied["R"])
+            cases.append(Case(case.name, case.levels, varied, case.axis, case.kind))
+    return cases
+
+
+WEIGHTS = Room(
+    "weights",
+    cases=[
+        *small("B 64, R 2048", tiny={"B": 16, "R": 64}, **sizes("7B", 64, 1024, 1024, 2048)),
+        *paper_cases(),
+        *sweeps(),
+    ],
+    inputs=inputs,
+    providers={
+        OURS: Provider(ours, "ours"),
+        PLAIN: Provider(lambda given: ours(given, "reference"), "ours, plain"),
+        "token loop": Provider(lambda given: peers.token_loop_weights(*given)),
+    },
+    work=work,
+    dtype=lambda _: torch.float32,
+    least=2,
+)
+
+
+@pytest.mark.room(WEIGHTS)
+def test_weights(entry):
+    entry.measure()

@@ -1,0 +1,149 @@
+"""How long calls take: in turns, so that drift hits all alike; on a GPU by events, ahead of which the host runs."""
+
+import functools
+import gc
+import random
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+# A spin before a timed call keeps the GPU busy while the host queues it; longer ones hide nothing more.
+LONGEST_SPIN = 0.02
+
+
+class Ceilings(NamedTuple):
+    """What a machine reaches, measured beside the benchmarks.
+
+    Args:
+        flops: operations a second of a large square matrix product.
+        bandwidth: bytes read plus bytes written a second by a large copy.
+    """
+
+    flops: float
+    bandwidth: float
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float = 1.0,
+    least: int = 3,
+    most: int = 200,
+) -> dict[str, list[float]]:
+    """Times calls in turns, in a shuffled order each turn; slow ones in fewer turns, spread evenly.
+
+    Args:
+        calls: by name; what they return is dropped.
+        device: where they run.
+        seconds: about how long each call is repeated.
+        least: turns that even the slowest call gets.
+        most: turns that the fastest call gets.
+
+    Returns:
+        Seconds of each turn, by name: wall-clock on a CPU, between two events on a GPU.
+    """
+    clocks = {name: _clock(call, device) for name, call in calls.items()}
+    with _undisturbed():
+        # The first calls of a process load what torch needs; the number of turns is taken from the last.
+        expected = {name: min(clock() for _ in range(1 if clock() > 1.0 else 3)) for name, clock in clocks.items()}
+        turns = {name: int(min(most, max(least, seconds / once))) for name, once in expected.items()}
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        order = random.Random(0)
+        last = max(turns.values(), default=0)
+        for turn in range(last):
+            due = [name for name, n in turns.items() if (turn + 1) * n // last > turn * n // last]
+            for name in order.sample(due, len(due)):
+                samples[name].append(clocks[name]())
+    return samples
+
+
+@contextmanager
+def _undisturbed():
+    """No garbage collection inside."""
+    gc.collect()
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _clock(call: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    return _EventClock(call, device) if device.type == "cuda" else functools.partial(_wall, call)
+
+
+def _wall(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class _EventClock:
+    """Times what a call queues on the GPU, without the gaps that the host would leave between launches."""
+
+    def __init__(self, call: Callable[[], object], device: torch.device) -> None:
+        self.call, self.device = call, device
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.spin = 0.0
+
+    def __call__(self) -> float:
+        torch.cuda.synchronize(self.device)
+        if self.spin:
+            torch.cuda._sleep(int(self.spin * _spin_rate(self.device)))
+        queued = time.perf_counter()
+        self.start.record()
+        self.call()
+        self.end.record()
+        self.spin = min(LONGEST_SPIN, 2 * (time.perf_counter() - queued))
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end) / 1e3
+
+
+@functools.cache
+def _spin_rate(device: torch.device) -> float:
+    """Returns how many of the cycles that `torch.cuda._sleep` counts pass in a second."""
+    cycles, (start, end) = 10_000_000, (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):  # the first one loads it
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        torch.cuda.synchronize(device)
+    return cycles / (start.elapsed_time(end) / 1e3)
+
+
+def host_seconds(call: Callable[[], object], device: torch.device, turns: int = 10) -> float:
+    """Returns the median wall-clock time from an idle GPU, before the call, to an idle GPU after it."""
+
+    def waited() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    torch.cuda.synchronize(device)
+    return sorted(_wall(waited) for _ in range(turns))[turns // 2]
+
+
+def launches(call: Callable[[], object], device: torch.device) -> int:
+    """Returns how many kernels, copies and fills a call starts on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profiled.events())
+
+
+@functools.cache
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measures what the machine gives in this process: a large product in `dtype`, a large copy."""
+    side, count = (8192, 1 << 30) if device.type == "cuda" else (2048, 1 << 28)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(count // 4, device=device)
+    target = torch.empty_like(source)
+    samples = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, least=5, most=20)
+    product, copy = (sorted(samples[name])[len(samples[name]) // 2] for name in ("product", "copy"))
+    return Ceilings(2 * side**3 / product, 2 * count / copy)

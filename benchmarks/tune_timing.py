@@ -1,0 +1,126 @@
+"""What tiles cost on a GPU: the call that launches a kernel, whether it gives the same with others, and its time."""
+
+import importlib
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import memory
+import room as rooms
+import torch
+from room import OURS, PLAIN, Case, Room
+from timing import interleaved
+from torch import Tensor
+
+from vgpo_kernels._tuning import Tiles, chosen_tiles
+from vgpo_kernels.testing import assert_error_budget
+
+# The room whose call launches a kernel, and the file that defines it.
+ROOMS = {
+    "attention mass": ("test_bench_attention", "attention mass, given the LSE"),
+    "attention column": ("test_bench_attention", "attention column sum, given the LSE"),
+    "attention forward": ("test_bench_attention", "attention with LSE and mass"),
+    "attention backward keys": ("test_bench_attention", "attention backward with a mass gradient"),
+    "attention backward queries": ("test_bench_attention", "attention backward with a mass gradient"),
+    "attention backward constants": ("test_bench_attention", "attention backward with a mass gradient"),
+    "attention split": ("test_bench_decode", "attention of one token to a cache"),
+    "focus prototype": ("test_bench_focus", "focus"),
+    "focus cosine": ("test_bench_focus", "focus"),
+    "weights token": ("test_bench_weights", "weights"),
+    "weights group": ("test_bench_weights", "weights"),
+    "linear logprobs": ("test_bench_linear_policy_loss", "log-probs of hidden states"),
+    "logits": ("test_bench_policy_loss", "policy loss of logits"),
+}
+# Of the paper's cases: a small model's and a large one's, short and long prompts.
+CASES = ("1: ", "4: ")
+
+
+class Timing(NamedTuple):
+    """Where candidates are timed, those of which target, and for how many seconds each and case."""
+
+    device: torch.device
+    target: str
+    seconds: float
+
+
+def room_of(kernel: str) -> Room:
+    """Returns the room whose call launches a kernel."""
+    module, name = ROOMS[kernel]
+    importlib.import_module(module)
+    return rooms.ROOMS[name]
+
+
+def timed_cases(room: Room) -> list[Case]:
+    """Returns the paper's cases that tiles are timed at."""
+    return [case for case in room.cases if case.kind == "cuda" and case.name.startswith(CASES)]
+
+
+def checked_case(room: Room) -> Case:
+    """Returns the case that float64 takes a moment for."""
+    return next(case for case in room.cases if "small" in case.levels and case.kind == "cpu" and case.axis is None)
+
+
+def objections(kernel: str, room: Room, case: Case, tiles: Mapping[str, Tiles], device: torch.device) -> dict[str, str]:
+    """Returns, of the tiles that are wrong, by name, how: their error is above the budget that the first's error sets.
+
+    Args:
+        kernel: as `configs` calls it.
+        room: whose call launches it.
+        case: sizes to check at.
+        tiles: by name, the kernel's choice first.
+        device: where.
+    """
+    inputs = room.inputs(case, device)
+    exact = _results(room.providers[PLAIN].run, _promoted(inputs))
+    first, *others = tiles
+    present = _results(_with_tiles(kernel, tiles[first], room.providers[OURS].run), inputs)
+    wrong = {}
+    for name in others:
+        try:
+            found = _results(_with_tiles(kernel, tiles[name], room.providers[OURS].run), inputs)
+            for number, results in enumerate(zip(found, present, exact, strict=True)):
+                assert_error_budget(f"result {number}", results[0], results[1], results[2].double())
+        except Exception as error:  # whatever a candidate does, the others are still worth timing
+            wrong[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return wrong
+
+
+def seconds_of(
+    kernel: str, room: Room, case: Case, tiles: Mapping[str, Tiles], timing: Timing
+) -> dict[str, list[float]]:
+    """Returns the times of the room's call with each of the tiles, in turns, by name; inputs come from a cold cache.
+
+    Raises:
+        torch.OutOfMemoryError: the case does not fit the GPU.
+    """
+    copies = itertools.cycle(rooms.cold_copies(room.inputs(case, timing.device), timing.device))
+    calls = {name: _with_tiles(kernel, values, _next_of(room, copies)) for name, values in tiles.items()}
+    return interleaved(calls, timing.device, timing.seconds)
+
+
+def _next_of(room: Room, copies: itertools.cycle) -> Callable[[], Any]:
+    return lambda: room.providers[OURS].run(next(copies))
+
+
+def _with_tiles(kernel: str, tiles: Tiles, run: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        with chosen_tiles(kernel, tiles):
+            return run(*arguments)
+
+    return call
+
+
+def _results(run: Callable[[Any], Any], inputs: Any) -> list[Tensor]:
+    found = (x.detach() for x in memory.tensors_of(run(inputs)))
+    return [x if x.is_floating_point() else x.float() for x in found]
+
+
+def _promoted(inputs: Any) -> Any:
+    """Returns a NamedTuple of inputs with float64 in place of other floating dtypes."""
+    return type(inputs)(*map(_double, inputs))
+
+
+def _double(value: Any) -> Any:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    return value.detach().double().requires_grad_(value.requires_grad)
