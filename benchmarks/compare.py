@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from result_file import OURS, PLAIN, Results, read_results
+from result_file import BOUND, PEER, Results, read_results
 
 FALL = 0.25
 BANNER = "!" * 100
@@ -45,11 +45,10 @@ class Change:
 def ratios(results: Results) -> dict[tuple[str, str, str], float]:
     """Returns how many times longer than ours each peer and each bound takes, by room, case and provider."""
     return {
-        (group.room, group.case, entry.provider): group.ratio(entry)
+        (group.room, group.case, entry.provider): ratio
         for group in results.groups
-        if group.ours
         for entry in group.entries
-        if entry.role not in (OURS, PLAIN)
+        if entry.role in (PEER, BOUND) and (ratio := group.ratio(entry)) is not None
     }
 
 

@@ -9,10 +9,12 @@ from typing import Any
 import machine
 import pytest
 import torch
-from room import LEVELS, Case, Outcome, Room, measure
+from measuring import Outcome, measure
+from room import LEVELS, Case, Room
+from working_tree import ROOT
 
 CHOICES = {level: (level,) for level in LEVELS} | {"all": ("small", "paper")}
-TESTS_RECORD = machine.ROOT / ".tests.json"
+TESTS_RECORD = ROOT / ".tests.json"
 OUTCOMES, SKIPPED = pytest.StashKey[dict](), pytest.StashKey[list]()
 
 
@@ -32,7 +34,6 @@ def device() -> torch.device:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "room(room): a benchmark of this room, one entry a case and provider")
     config.stash[OUTCOMES], config.stash[SKIPPED] = {}, []
 
 
@@ -91,9 +92,7 @@ class Entry:
         outcomes, module = self.request.config.stash[OUTCOMES], self.request.module.__name__
         group = (self.room.name, self.case.name)
         if (*group, self.provider) not in outcomes:
-            found = measure(
-                self.room, self.case, self._selected(), device(), module, timed=not self.benchmark.disabled
-            )
+            found = measure(self.room, self.case, self._selected(), device(), module, timed=not self.benchmark.disabled)
             outcomes |= {(*group, name): outcome for name, outcome in found.items()}
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -129,4 +128,4 @@ def tests_record(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    return record if record.get("commit") == machine.commit()["commit"] else None
+    return record if record.get("commit") == machine.checkout()["commit"] else None

@@ -5,15 +5,13 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
+from working_tree import read_working_tree
 
 from vgpo_kernels import _doctor, _native
 
-ROOT = Path(__file__).parent.parent
-RESULTS = "benchmarks/results"
 # Peers that the doctor does not ask about.
 PEERS = ("cut-cross-entropy", "flash-attn", "flash-attn-3", "flash-colreduce", "quack-kernels")
 
@@ -63,16 +61,10 @@ def versions() -> dict[str, str]:
 
 
 @functools.cache
-def commit() -> dict[str, Any]:
+def checkout() -> dict[str, Any]:
     """Returns the checkout's commit, and whether files differ from it (results aside); None where git says neither."""
-    identity = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--untracked-files=all", "--", ".", f":!{RESULTS}")
-    return {"commit": identity, "dirty": None if changes is None else bool(changes)}
-
-
-def _git(*arguments: str) -> str | None:
     try:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.strip()
+        tree = read_working_tree()
+    except ValueError:
+        return {"commit": None, "dirty": None}
+    return {"commit": tree.commit, "dirty": tree.dirty}

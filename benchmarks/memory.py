@@ -1,4 +1,4 @@
-"""How far memory rises in a call: by the allocator's count on a GPU, by the resident set of a fresh process elsewhere."""
+"""How far memory rises in a call: by the allocator's count on a GPU, else by the resident set of a fresh process."""
 
 import ctypes
 import gc
@@ -13,6 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What providers load at their first call, loaded once for all the processes that measure them.
+PRELOADED = [
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "vgpo_kernels",
+    "liger_kernel.chunked_loss",
+    "trl.trainer.utils",
+]
 CUDA, RESIDENT = "CUDA peak over live tensors", "RSS peak of a fresh process over its inputs"
 
 
@@ -73,9 +81,9 @@ def fresh_process_peak(module: str, room: str, case: str, provider: str) -> int 
     """
     if sys.platform != "linux":
         return None
-    # Such a process is forked from a server that has imported torch and run nothing.
+    # Such a process is forked from a server that has imported much and run nothing.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "vgpo_kernels", "peers"])
+    context.set_forkserver_preload(PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(
         target=_send_peak, args=(sender, module, room, case, provider, torch.get_num_threads()), daemon=True
@@ -105,11 +113,8 @@ def _peak_of(module: str, room: str, case: str, provider: str) -> int:
     importlib.import_module(module)
     from room import ROOMS
 
-    found = ROOMS[room]
-    chosen, device = found.providers[provider], torch.device("cpu")
-    inputs = found.inputs(found.case(case), device)
-    # What torch loads at the first product and the first backward is no provider's.
-    torch.ones(64, 64, requires_grad=True).matmul(torch.ones(64, 64)).sum().backward()
-    if chosen.compiled:
-        chosen.run(inputs)
-    return resident_peak(lambda: chosen.run(inputs))
+    found, device = ROOMS[room], torch.device("cpu")
+    run, inputs = found.providers[provider].run, found.inputs(found.case(case), device)
+    # What a first call loads, or compiles for these sizes, is not what calls take.
+    run(inputs if found.providers[provider].compiled else found.inputs(found.tiny, device))
+    return resident_peak(lambda: run(inputs))

@@ -17,6 +17,7 @@ from working_tree import RESULTS, ROOT, read_working_tree
 # The tests that say of every kernel measured that its results are right.
 NEEDED = ("tests/attention", "tests/focus", "tests/weights", "tests/policy_loss")
 COUNTS = ("passed", "failed", "errors", "skipped", "deselected")
+NAMED = 8  # changed files that a refusal lists
 RECORDED = ("commit", "dirty", "green", "paths", "device", *COUNTS)
 
 
@@ -79,7 +80,10 @@ def objections_to_tree(root: Path = ROOT) -> list[str]:
         changed = read_working_tree(root).changed
     except ValueError as error:
         return [str(error)]
-    return [f"{root}: uncommitted changes: {', '.join(changed)}"] if changed else []
+    if not changed:
+        return []
+    more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+    return [f"{root}: uncommitted changes: {', '.join(changed[:NAMED])}{more}"]
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:

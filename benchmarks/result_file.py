@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-OURS, PLAIN, PEER = "ours", "ours, plain", "peer"
+OURS, PLAIN, PEER, BOUND = "ours", "ours, plain", "peer", "bound"  # roles
+HEADLINE = "vgpo_kernels"  # what callers get who choose nothing: ratios are to it, not to the fastest of ours
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class Group:
 
     @property
     def ours(self) -> Entry | None:
-        """The fastest entry of ours, None where none was measured."""
-        return min((x for x in self.entries if x.role == OURS), key=lambda x: x.median, default=None)
+        """The entry that ratios are to, None where it was not measured."""
+        return next((x for x in self.entries if x.provider == HEADLINE), None)
 
     @property
     def plain(self) -> Entry | None:
@@ -74,8 +75,10 @@ class Group:
     @property
     def leanest_peer(self) -> Entry | None:
         """The peer that takes the least memory."""
-        known = (x for x in self.entries if x.role == PEER and x.memory is not None)
-        return min(known, key=lambda x: x.memory, default=None)
+        known = [
+            (x.memory, place, x) for place, x in enumerate(self.entries) if x.role == PEER and x.memory is not None
+        ]
+        return min(known)[-1] if known else None
 
     def ratio(self, entry: Entry | None) -> float | None:
         """How many times longer than ours an entry takes; None where either was not measured."""

@@ -1,22 +1,17 @@
-"""What a benchmark consists of, and how the entries of one case are checked, then measured together.
+"""What a benchmark consists of.
 
 A room is a task (attention mass, focus, ...); a case is one set of sizes of it; a provider is one way to do it. All
-providers of a case get the same inputs, are held to our result, and are timed in turns.
+providers of a case get the same inputs; `measuring` holds them to our result and times them in turns.
 """
 
 import importlib.util
-import itertools
-import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import machine
-import memory
 import psutil
 import torch
-from timing import ceilings, host_seconds, interleaved, launches
-from torch import Tensor
 
 OURS, PLAIN = "vgpo_kernels", "vgpo_kernels, plain torch"
 ROLES = ("ours", "ours, plain", "peer", "bound")
@@ -141,12 +136,27 @@ class Room:
             if wanted.intersection(case.levels) and case.kind in (None, kind):
                 yield from ((case, name) for name in (self.sweep if case.axis else self.providers))
 
+    @property
+    def tiny(self) -> Case:
+        """The first of the smallest cases."""
+        return next(case for case in self.cases if "tiny" in case.levels)
+
     def case(self, name: str, kind: str = "cpu") -> Case:
         """Returns the case of that name."""
         return next(case for case in self.cases if case.name == name and case.kind in (None, kind))
 
 
 ROOMS: dict[str, Room] = {}
+# Which implementation "ours" is: None chooses by device. "triton" under TRITON_INTERPRET=1 checks the kernels of GPUs.
+IMPL = os.environ.get("VGPO_BENCH_IMPL") or None
+
+
+def ours_of(run: Callable[[Any, str | None], Any]) -> dict[str, Provider]:
+    """Returns our two providers of a function of the inputs and `impl`: what users get, and plain torch."""
+    return {
+        OURS: Provider(lambda inputs: run(inputs, IMPL), "ours"),
+        PLAIN: Provider(lambda inputs: run(inputs, "reference"), "ours, plain"),
+    }
 
 
 def half_on_gpu(device: torch.device) -> torch.dtype:
@@ -157,175 +167,3 @@ def half_on_gpu(device: torch.device) -> torch.dtype:
 def free_bytes(device: torch.device) -> int:
     """Returns the memory that can be had."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
-class Wrong(AssertionError):
-    """A result that is not ours, or ours that is not right."""
-
-
-@dataclass
-class Outcome:
-    """What came of one provider: times and what else is said of them, or why there are none."""
-
-    samples: list[float] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
-    skipped: str | None = None
-    wrong: str | None = None
-
-
-def measure(
-    room: Room, case: Case, names: Sequence[str], device: torch.device, module: str, *, timed: bool = True
-) -> dict[str, Outcome]:
-    """Checks the providers of a case against ours, then measures those that agree, together.
-
-    Args:
-        room, case: what is measured.
-        names: of the providers wanted.
-        device: where.
-        module: that defines the room, for the processes that measure memory.
-        timed: False only checks.
-    """
-    torch.manual_seed(0)
-    outcomes = {name: Outcome(skipped=room.providers[name].missing(case, device)) for name in names}
-    running = [name for name in names if outcomes[name].skipped is None]
-    if not running:
-        return outcomes
-    inputs = room.inputs(case, device)
-    for name, (kind, why) in _objections(room, case, running, inputs, device).items():
-        setattr(outcomes[name], kind, why)
-    running = [name for name in running if outcomes[name].skipped is None and outcomes[name].wrong is None]
-    if not timed or not running:
-        return outcomes
-    facts = _facts(room, case, inputs, device)
-    for name in running:
-        outcomes[name].info = facts | {"provider": name, "role": room.providers[name].role}
-        outcomes[name].info["peer"] = room.providers[name].role == "peer"
-        outcomes[name].info["memory"] = _memory(room, case, name, inputs, device, module)
-    copies = itertools.cycle(cold_copies(inputs, device))
-    calls = {name: _call(room.providers[name].run, copies) for name in running}
-    seconds, least = (room.seconds, room.least) if case.axis is None else (room.seconds / 4, 2)
-    for name, samples in interleaved(calls, device, seconds, least).items():
-        outcomes[name].samples = samples
-        outcomes[name].info |= _achieved(facts, sorted(samples)[len(samples) // 2])
-        if device.type == "cuda":
-            outcomes[name].info |= {
-                "host_seconds": host_seconds(calls[name], device),
-                "launches": launches(calls[name], device),
-            }
-        if room.details is not None:
-            outcomes[name].info |= room.details(inputs, name)
-    return outcomes
-
-
-def _call(run: Callable[[Any], Any], copies: Iterator[Any]) -> Callable[[], Any]:
-    return lambda: run(next(copies))
-
-
-def _objections(
-    room: Room, case: Case, names: Sequence[str], inputs: Any, device: torch.device
-) -> dict[str, tuple[str, str]]:
-    """Returns, for those that cannot be timed, ("skipped" or "wrong", why)."""
-    half = room.dtype(device) != torch.float32
-    try:
-        expected = [x.detach() for x in memory.tensors_of(room.providers[OURS].run(inputs))]
-    except Exception as error:  # a broken kernel fails all of the case, with its own words
-        return {name: ("wrong", f"{OURS} does not run: {type(error).__name__}: {error}") for name in names}
-    objections, agreeing = {}, []
-    for name in names:
-        provider = room.providers[name]
-        try:
-            found = [x.detach() for x in memory.tensors_of(provider.run(inputs))]
-        except torch.OutOfMemoryError as error:
-            objections[name] = ("skipped", f"out of memory: {str(error).splitlines()[0]}")
-            continue
-        except Exception as error:
-            objections[name] = ("wrong", f"does not run: {type(error).__name__}: {error}")
-            continue
-        if provider.role == "bound":
-            continue
-        allowed = provider.tolerance or room.tolerance[half]
-        distances = [distance(one, other) for one, other in zip(found, expected, strict=True)]
-        if all(there <= allowed for there in distances):
-            agreeing += [name] if name != OURS else []
-        else:
-            far = ", ".join(f"{there:.1e}" for there in distances)
-            objections[name] = ("wrong", f"differs from {OURS} by {far} of the norm, {allowed:.0e} is allowed")
-    others = [name for name in names if name != OURS and objections.get(name, ("", ""))[0] == "wrong"]
-    if OURS in names and others and (not agreeing or PLAIN in others):
-        why = f"{'our own plain torch' if PLAIN in others else 'no other result'} agrees with it"
-        objections[OURS] = ("wrong", why if PLAIN not in others else why.replace("agrees", "disagrees"))
-    return objections
-
-
-def distance(actual: Tensor, expected: Tensor) -> float:
-    """Returns the norm of the difference over the norm of `expected`; infinite where shapes or non-finite values differ."""
-    if actual.shape != expected.shape:
-        return math.inf
-    actual, expected = actual.double(), expected.double()
-    finite = expected.isfinite()
-    if not torch.equal(actual[~finite], expected[~finite]) or not actual[finite].isfinite().all():
-        return math.inf
-    difference = (actual[finite] - expected[finite]).norm()
-    return float(difference / expected[finite].norm()) if difference else 0.0
-
-
-def cold_copies(inputs: Any, device: torch.device) -> list[Any]:
-    """Returns as many copies of a NamedTuple of inputs as its second-level cache cannot hold: no call finds its own.
-
-    On a CPU, and for inputs that are larger than that cache, the inputs alone.
-    """
-    if device.type != "cuda":
-        return [inputs]
-    size = max(1, memory.bytes_of(inputs))
-    count = 1 + 2 * torch.cuda.get_device_properties(device).L2_cache_size // size
-    return [inputs, *(type(inputs)(*map(_copied, inputs)) for _ in range(count - 1))]
-
-
-def _copied(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
-
-
-def _memory(room: Room, case: Case, name: str, inputs: Any, device: torch.device, module: str) -> dict[str, Any]:
-    if device.type == "cuda":
-        peak = memory.cuda_peak(lambda: room.providers[name].run(inputs), device)
-        return {"peak_extra_bytes": peak, "how": memory.CUDA}
-    peak = memory.fresh_process_peak(module, room.name, case.name, name)
-    return {"peak_extra_bytes": peak, "how": memory.RESIDENT}
-
-
-def _facts(room: Room, case: Case, inputs: Any, device: torch.device) -> dict[str, Any]:
-    """Returns what holds for every provider of a case."""
-    work, dtype = room.work(case), room.dtype(device)
-    ceiling = ceilings(device, dtype)
-    floors = {"flops": work.flops / ceiling.flops, "bytes": work.bytes / ceiling.bandwidth}
-    bound = max(floors, key=floors.__getitem__)
-    named = zip(getattr(inputs, "_fields", ()), inputs, strict=False) if isinstance(inputs, tuple) else ()
-    return {
-        "room": room.name,
-        "case": case.name,
-        "levels": list(case.levels),
-        "axis": case.axis and {"name": case.axis[0], "value": case.axis[1]},
-        "dtype": str(dtype).removeprefix("torch."),
-        "shapes": {key: list(value.shape) for key, value in named if isinstance(value, Tensor)},
-        "sizes": dict(case.sizes),
-        "work": work._asdict(),
-        "floor": floors[bound],
-        "bound_by": bound,
-        "ceilings": {"tflops": ceiling.flops / 1e12, "gbs": ceiling.bandwidth / 1e9},
-        "machine": machine.description(device),
-        "versions": machine.versions(),
-        **machine.commit(),
-    }
-
-
-def _achieved(facts: Mapping[str, Any], median: float) -> dict[str, Any]:
-    work = facts["work"]
-    return {
-        "achieved": {
-            "tflops": work["flops"] / median / 1e12,
-            "gbs": work["bytes"] / median / 1e9,
-            "of_ceiling": facts["floor"] / median,
-        }
-    }

@@ -32,7 +32,8 @@ class Growth:
         if self.entries[0].role != OURS:
             return []
         pairs = {"time": (self.time, self.floor), "memory": (self.memory, self.bytes)}
-        return [name for name, (own, least) in pairs.items() if None not in (own, least) and own - least > MARGIN]
+        known = {name: (own, least) for name, (own, least) in pairs.items() if own is not None and least is not None}
+        return [name for name, (own, least) in known.items() if own - least > MARGIN]
 
 
 def exponent(points: Iterable[tuple[float, float | None]]) -> float | None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import peers
 import pytest
 import torch
-from room import OURS, PLAIN, Case, Provider, Room, Work, half_on_gpu
+from room import IMPL, OURS, Case, Provider, Room, Work, half_on_gpu, ours_of
 from sizes import LENGTHS, ROWS, VISUAL, paper_cases, sizes, small, sweep
 from torch import Tensor
 
@@ -163,7 +163,7 @@ def sweeps(*axes: str, **cpu: int) -> list[Case]:
     return cases
 
 
-def mass(given: Attention, impl: str | None = None) -> Tensor:
+def mass(given: Attention, impl: str | None) -> Tensor:
     q, k, lse = given.q, given.k, given.lse
     return vgpo_kernels.attention_mass(q, k, lse, given.segment_ids, given.num_segments, impl=impl, **given.masks)
 
@@ -198,8 +198,7 @@ MASS = Room(
     ],
     inputs=attention_inputs,
     providers={
-        OURS: Provider(mass, "ours"),
-        PLAIN: Provider(lambda given: mass(given, "reference"), "ours, plain"),
+        **ours_of(mass),
         "two LSEs, torch": Provider(two_lse(None), obstacle=not_side_by_side),
         "two LSEs, flash-attn 2": Provider(
             two_lse("flash_attn_2"), needs=("flash_attn",), gpu=True, obstacle=not_side_by_side
@@ -226,7 +225,7 @@ def test_attention_mass(entry):
     entry.measure()
 
 
-def column_sum(given: Attention, impl: str | None = None) -> Tensor:
+def column_sum(given: Attention, impl: str | None) -> Tensor:
     q, k, lse = given.q, given.k, given.lse
     return vgpo_kernels.attention_column_sum(q, k, lse, given.visual_mask, impl=impl, **given.masks)
 
@@ -244,8 +243,7 @@ COLUMN = Room(
     ],
     inputs=attention_inputs,
     providers={
-        OURS: Provider(column_sum, "ours"),
-        PLAIN: Provider(lambda given: column_sum(given, "reference"), "ours, plain"),
+        **ours_of(column_sum),
         "flash-colreduce": Provider(
             # It returns sums in the queries' dtype.
             lambda given: peers.colreduce(given.q, given.k, given.visual_mask),
@@ -253,9 +251,7 @@ COLUMN = Room(
             gpu=True,
             obstacle=masked,
         ),
-        "eager map": Provider(
-            lambda given: peers.eager_column_sum(*eager_column_sum(given)), extra_bytes=map_bytes
-        ),
+        "eager map": Provider(lambda given: peers.eager_column_sum(*eager_column_sum(given)), extra_bytes=map_bytes),
         "eager map, torch.compile": Provider(
             lambda given: peers.compiled(peers.eager_column_sum)(*eager_column_sum(given)),
             compiled=True,
@@ -283,7 +279,7 @@ def whole_inputs(case: Case, device: torch.device) -> Attention:
     return given
 
 
-def fused(given: Attention, impl: str | None = None) -> tuple[Tensor, Tensor]:
+def fused(given: Attention, impl: str | None) -> tuple[Tensor, Tensor]:
     found = vgpo_kernels.visual_attention(given.q, given.k, given.v, given.visual_mask, impl=impl)
     return found.out, of_completion(given, found.visual_mass)
 
@@ -292,7 +288,9 @@ def stock_and_mass(given: Attention) -> tuple[Tensor, Tensor]:
     """The fastest stock kernel at hand, and our mass from its LSE."""
     out, lse = vgpo_kernels.attention_with_lse(given.q, given.k, given.v)
     asked = (given.prepared["prompt"], given.q.shape[2])
-    return out, vgpo_kernels.attention_mass(given.q, given.k, lse, given.segment_ids, 1, query_range=asked)[..., 0]
+    return out, vgpo_kernels.attention_mass(given.q, given.k, lse, given.segment_ids, 1, query_range=asked, impl=IMPL)[
+        ..., 0
+    ]
 
 
 def flex_output(given: Attention) -> tuple[Tensor, Tensor]:
@@ -320,9 +318,8 @@ FORWARD = Room(
     ],
     inputs=whole_inputs,
     providers={
-        OURS: Provider(fused, "ours"),
+        **ours_of(fused),
         "vgpo_kernels, mass after a stock kernel": Provider(stock_and_mass, "ours"),
-        PLAIN: Provider(lambda given: fused(given, "reference"), "ours, plain"),
         "stock kernel, no mass": Provider(
             lambda given: vgpo_kernels.attention_with_lse(given.q, given.k, given.v), "bound"
         ),
@@ -348,7 +345,7 @@ def backward(name: str, forward: Callable[[Attention], tuple[Tensor, ...]], *, o
     """Returns the gradients of q, k and v; the forward runs once, before anything is timed."""
 
     def run(given: Attention) -> tuple[Tensor, ...]:
-        key = (name, given.q.data_ptr())
+        key = (name, id(given.q))
         if key not in given.prepared:
             given.prepared[key] = forward(given)
         outputs = given.prepared[key][: 1 + of_mass]
@@ -384,9 +381,8 @@ BACKWARD = Room(
     ],
     inputs=lambda case, device: attention_inputs(case, device, whole=True, gradients=True),
     providers={
-        OURS: Provider(backward("ours", forward_of(None)), "ours"),
-        PLAIN: Provider(backward("plain", forward_of("reference")), "ours, plain"),
-        "vgpo_kernels, no mass gradient": Provider(backward("ours", forward_of(None), of_mass=False), "bound"),
+        **ours_of(lambda given, impl: backward(impl or "ours", forward_of(impl))(given)),
+        "vgpo_kernels, no mass gradient": Provider(backward(IMPL or "ours", forward_of(IMPL), of_mass=False), "bound"),
         "SDPA, no mass gradient": Provider(backward("sdpa", sdpa_forward, of_mass=False), "bound"),
         "FlexAttention, twice": Provider(backward("flex", flex_forward), gpu=True, compiled=True),
         "eager map": Provider(backward("eager", eager_forward), extra_bytes=lambda case: 2 * whole_map_bytes(case)),
@@ -398,5 +394,3 @@ BACKWARD = Room(
 @pytest.mark.room(BACKWARD)
 def test_attention_backward(entry):
     entry.measure()
-
-

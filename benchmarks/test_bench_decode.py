@@ -5,7 +5,7 @@ from typing import NamedTuple
 import peers
 import pytest
 import torch
-from room import OURS, PLAIN, Case, Provider, Room, Work, half_on_gpu
+from room import Case, Provider, Room, Work, half_on_gpu, ours_of
 from sizes import LENGTHS, ROWS, paper_cases, sizes, small, sweep
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -33,7 +33,7 @@ def inputs(case: Case, device: torch.device) -> Cache:
     return Cache(q, k, v, visual, torch.full((B,), length, device=device), torch.zeros_like(visual, dtype=torch.int32))
 
 
-def ours(given: Cache, impl: str | None = None) -> tuple[Tensor, Tensor]:
+def ours(given: Cache, impl: str | None) -> tuple[Tensor, Tensor]:
     return vgpo_kernels.visual_attention_decode(*given[:5], impl=impl)[:2]
 
 
@@ -72,8 +72,7 @@ DECODE = Room(
     ],
     inputs=inputs,
     providers={
-        OURS: Provider(ours, "ours"),
-        PLAIN: Provider(lambda given: ours(given, "reference"), "ours, plain"),
+        **ours_of(ours),
         "SDPA, no mass": Provider(stock, "bound"),
         "eager map": Provider(lambda given: peers.eager_output(*given[:3], given.sequences, given.visual_mask)),
         "eager map, torch.compile": Provider(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import peers
 import pytest
 import torch
-from room import OURS, PLAIN, Case, Provider, Room, Work, half_on_gpu
+from room import OURS, Case, Provider, Room, Work, half_on_gpu, ours_of
 from sizes import LENGTHS, ROWS, VISUAL, paper_cases, sizes, small, sweep
 from torch import Tensor
 
@@ -74,8 +74,7 @@ FOCUS = Room(
     ],
     inputs=inputs,
     providers={
-        OURS: Provider(lambda given: vgpo_kernels.visual_focus_score(*given[:3]), "ours"),
-        PLAIN: Provider(lambda given: vgpo_kernels.visual_focus_score(*given[:3], impl="reference"), "ours, plain"),
+        **ours_of(lambda given, impl: vgpo_kernels.visual_focus_score(*given[:3], impl=impl)),
         "copy of the rows read": Provider(copy_of_rows, "bound"),
         "dense torch": Provider(lambda given: peers.dense_focus(*given[:3])),
         "dense torch, torch.compile": Provider(
@@ -84,8 +83,6 @@ FOCUS = Room(
         "token loop": Provider(lambda given: peers.token_loop_focus(*given[:3])),
     },
     work=work,
-    # The loop's prototype and cosines are rounded to the states' dtype.
-    tolerance=(1e-4, 2e-2),
     sweep=(OURS, "dense torch"),
 )
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import peers
 import pytest
 import torch
-from room import OURS, PLAIN, Case, Provider, Room, Work, half_on_gpu
+from room import Case, Provider, Room, Work, half_on_gpu, ours_of
 from sizes import LENGTHS, ROWS, WORDS, paper_cases, sizes, small, sweep
 from test_bench_policy_loss import BNPO, varied
 from torch import Tensor
@@ -54,12 +54,13 @@ def logits_bytes(copies: int) -> Callable[[Case], float]:
     return lambda case: 4.0 * copies * case["B"] * case["R"] * case["vocabulary"]
 
 
-def without_gradients(logprobs: Callable[..., Any]) -> Callable[[States], Any]:
-    return torch.no_grad()(lambda given: logprobs(*given[:3]))
+def without_gradients(function: Callable[..., Any]) -> Callable[[States], Any]:
+    return torch.no_grad()(lambda given: function(*given[:3]))
 
 
-def ours(impl: str | None) -> Callable[..., tuple[Tensor, Tensor]]:
-    return lambda *given: vgpo_kernels.linear_logprobs(*given, entropy=True, impl=impl)[:2]
+@torch.no_grad()
+def logprobs(given: States, impl: str | None) -> tuple[Tensor, Tensor]:
+    return vgpo_kernels.linear_logprobs(*given[:3], entropy=True, impl=impl)[:2]
 
 
 LOGPROBS = Room(
@@ -72,8 +73,7 @@ LOGPROBS = Room(
     ],
     inputs=inputs,
     providers={
-        OURS: Provider(without_gradients(ours(None)), "ours"),
-        PLAIN: Provider(without_gradients(ours("reference")), "ours, plain"),
+        **ours_of(logprobs),
         "dense torch": Provider(without_gradients(peers.dense_logprobs), extra_bytes=logits_bytes(4)),
         "dense torch, torch.compile": Provider(
             without_gradients(lambda *given: peers.compiled(peers.dense_logprobs)(*given)),
@@ -108,9 +108,9 @@ def linear_loss(impl: str | None) -> Callable[[States], Tensor]:
     return lambda given: vgpo_kernels.linear_policy_loss(*given, config=BNPO, impl=impl).loss
 
 
-def after(logprobs: Callable[..., Any]) -> Callable[[States], Tensor]:
+def after(function: Callable[..., Any]) -> Callable[[States], Tensor]:
     """Returns the dense loss of the log-probabilities that a function makes of states and head."""
-    return lambda given: peers.dense_policy_loss(logprobs(*given[:3])[0], *given[3:])
+    return lambda given: peers.dense_policy_loss(function(*given[:3])[0], *given[3:])
 
 
 def cut_loss(given: States) -> Tensor:
@@ -128,8 +128,7 @@ LOSS = Room(
     ],
     inputs=inputs,
     providers={
-        OURS: Provider(with_gradients(linear_loss(None)), "ours"),
-        PLAIN: Provider(with_gradients(linear_loss("reference")), "ours, plain"),
+        **ours_of(lambda given, impl: with_gradients(linear_loss(impl))(given)),
         "dense torch": Provider(with_gradients(after(peers.dense_logprobs)), extra_bytes=logits_bytes(5)),
         "dense torch, torch.compile": Provider(
             with_gradients(after(lambda *given: peers.compiled(peers.dense_logprobs)(*given))),

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import peers
 import pytest
 import torch
-from room import OURS, PLAIN, Case, Provider, Room, Work, half_on_gpu
+from room import Case, Provider, Room, Work, half_on_gpu, ours_of
 from sizes import LENGTHS, ROWS, WORDS, paper_cases, sizes, small, sweep
 from torch import Tensor
 
@@ -77,8 +77,7 @@ LOGPS = Room(
     ],
     inputs=logps_inputs,
     providers={
-        OURS: Provider(with_gradient(logps_loss(None)), "ours"),
-        PLAIN: Provider(with_gradient(logps_loss("reference")), "ours, plain"),
+        **ours_of(lambda given, impl: with_gradient(logps_loss(impl))(given)),
         "dense torch": Provider(with_gradient(lambda given: peers.dense_policy_loss(*given))),
         "dense torch, torch.compile": Provider(
             with_gradient(lambda given: peers.compiled(peers.dense_policy_loss)(*given)),
@@ -167,8 +166,7 @@ LOGITS = Room(
     cases=[*small("B 1, R 512, vocabulary 50,000", tiny=TINY, **SMALL), *paper_cases(), *SWEPT],
     inputs=logits_inputs,
     providers={
-        OURS: Provider(of_logits(logits_loss(None)), "ours"),
-        PLAIN: Provider(of_logits(logits_loss("reference")), "ours, plain"),
+        **ours_of(lambda given, impl: of_logits(logits_loss(impl))(given)),
         "dense torch": Provider(of_logits(after(peers.dense_selective)), extra_bytes=dense_bytes),
         "dense torch, torch.compile": Provider(
             of_logits(after(lambda *given: peers.compiled(peers.dense_selective)(*given))),
@@ -188,16 +186,16 @@ def test_logits_policy_loss(entry):
     entry.measure()
 
 
+def selective(given: Logits, impl: str | None) -> Tensor:
+    return vgpo_kernels.selective_logprobs(given.logits, given.targets, impl=impl).logps
+
+
 SELECTIVE = Room(
     "selective log-probs of logits",
     cases=[*small("B 1, R 512, vocabulary 50,000", tiny=TINY, **SMALL), *paper_cases()],
     inputs=logits_inputs,
     providers={
-        OURS: Provider(torch.no_grad()(lambda g: vgpo_kernels.selective_logprobs(g.logits, g.targets).logps), "ours"),
-        PLAIN: Provider(
-            torch.no_grad()(lambda g: vgpo_kernels.selective_logprobs(g.logits, g.targets, impl="reference").logps),
-            "ours, plain",
-        ),
+        **ours_of(torch.no_grad()(selective)),
         "dense torch": Provider(
             torch.no_grad()(lambda g: peers.dense_selective(g.logits, g.targets)), extra_bytes=dense_bytes
         ),

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import peers
 import pytest
 import torch
-from room import OURS, PLAIN, Case, Provider, Room, Work
+from room import Case, Provider, Room, Work, ours_of
 from sizes import LENGTHS, ROWS, paper_cases, sizes, small, sweep
 from torch import Tensor
 
@@ -32,7 +32,7 @@ def inputs(case: Case, device: torch.device) -> Scores:
     return Scores(torch.rand(B, R, device=device) * 2 - 1, mask, torch.arange(B, device=device) // GROUP)
 
 
-def ours(given: Scores, impl: str | None = None) -> tuple[Tensor, Tensor]:
+def ours(given: Scores, impl: str | None) -> tuple[Tensor, Tensor]:
     return vgpo_kernels.vgpo_weights(*given, CONFIG, impl=impl)[:2]
 
 
@@ -61,8 +61,7 @@ WEIGHTS = Room(
     ],
     inputs=inputs,
     providers={
-        OURS: Provider(ours, "ours"),
-        PLAIN: Provider(lambda given: ours(given, "reference"), "ours, plain"),
+        **ours_of(ours),
         "token loop": Provider(lambda given: peers.token_loop_weights(*given)),
     },
     work=work,

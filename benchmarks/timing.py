@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -124,7 +125,7 @@ def host_seconds(call: Callable[[], object], device: torch.device, turns: int = 
         torch.cuda.synchronize(device)
 
     torch.cuda.synchronize(device)
-    return sorted(_wall(waited) for _ in range(turns))[turns // 2]
+    return median(_wall(waited) for _ in range(turns))
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int:
@@ -145,5 +146,5 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     source = torch.randn(count // 4, device=device)
     target = torch.empty_like(source)
     samples = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, device, least=5, most=20)
-    product, copy = (sorted(samples[name])[len(samples[name]) // 2] for name in ("product", "copy"))
+    product, copy = (median(samples[name]) for name in ("product", "copy"))
     return Ceilings(2 * side**3 / product, 2 * count / copy)

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -9,10 +11,15 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it is set before any kernel module is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Last of all, so that its plain names hide nobody's.
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
 import conformance
 import pytest
 
 from vgpo_kernels import _native
+
+pytest_plugins = ["record"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

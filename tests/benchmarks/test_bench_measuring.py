@@ -1,0 +1,182 @@
+"""How entries are held to ours before they are timed, and what is said of those that are not."""
+
+import math
+from typing import NamedTuple
+
+import measuring
+import pytest
+import room
+import torch
+from room import OURS, PLAIN, Case, Provider, Room, Work
+from torch import Tensor
+
+CASE = Case("one case", ("small",), {"n": 40})
+CPU = torch.device("cpu")
+
+
+class Given(NamedTuple):
+    x: Tensor
+    factor: float
+
+
+def inputs(case: Case, device: torch.device) -> Given:
+    return Given(torch.arange(1.0, case["n"] + 1, device=device), 2.0)
+
+
+def double(given: Given) -> Tensor:
+    return given.x * given.factor
+
+
+@pytest.fixture
+def make_room(monkeypatch: pytest.MonkeyPatch):
+    """Makes a room that the next test does not see; memory is somebody else's test."""
+    monkeypatch.setattr(room, "ROOMS", {})
+    monkeypatch.setattr(measuring, "_memory", lambda *_: {"peak_extra_bytes": 0, "how": "not measured"})
+
+    def make(**providers: Provider) -> Room:
+        named = {{"ours": OURS, "plain": PLAIN}.get(name, name): one for name, one in providers.items()}
+        options = {"seconds": 0.001, "work": lambda _: Work(1e6, 1e6)}
+        return Room("a room", [CASE], inputs, {OURS: Provider(double, "ours"), **named}, **options)
+
+    return make
+
+
+def measured(made: Room, **options: bool) -> dict[str, measuring.Outcome]:
+    return measuring.measure(made, CASE, list(made.providers), CPU, __name__, **options)
+
+
+def test_those_that_agree_are_timed_and_described(make_room):
+    made = make_room(plain=Provider(lambda g: g.x + g.x, "ours, plain"), sum=Provider(lambda g: g.x + g.x))
+    outcomes = measured(made)
+    for name, outcome in outcomes.items():
+        assert (outcome.wrong, outcome.skipped) == (None, None)
+        assert len(outcome.samples) >= made.least
+        assert all(seconds > 0 for seconds in outcome.samples)
+        assert outcome.info["provider"] == name
+        assert outcome.info["shapes"] == {"x": [40]}
+        assert outcome.info["work"] == {"flops": 1e6, "bytes": 1e6}
+        assert outcome.info["floor"] > 0
+        assert outcome.info["achieved"]["of_ceiling"] > 0
+        assert {"machine", "versions", "commit", "dirty"} <= outcome.info.keys()
+    assert [outcomes[name].info["peer"] for name in (OURS, PLAIN, "sum")] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda g: double(g) * 1.001,
+        lambda g: double(g)[:-1],
+        lambda g: torch.where(g.x == 3, math.nan, double(g)),
+        lambda g: (double(g), g.x),
+        lambda _: [],
+        lambda _: 1 / 0,
+    ],
+    ids=["a thousandth off", "shorter", "a NaN", "one more", "nothing", "raises"],
+)
+def test_a_wrong_peer_is_not_timed(make_room, run):
+    made = make_room(plain=Provider(double, "ours, plain"), wrong=Provider(run))
+    outcomes = measured(made)
+    assert outcomes["wrong"].wrong
+    assert not outcomes["wrong"].samples
+    assert outcomes[OURS].samples
+    assert outcomes[PLAIN].samples
+
+
+def test_ours_is_wrong_where_our_plain_torch_says_so(make_room):
+    made = make_room(
+        ours=Provider(lambda g: g.x, "ours"),
+        plain=Provider(double, "ours, plain"),
+        copied=Provider(lambda g: g.x.clone()),
+    )
+    outcomes = measured(made)
+    assert PLAIN in outcomes[OURS].wrong
+    assert not outcomes[OURS].samples
+
+
+def test_ours_is_wrong_where_nobody_agrees(make_room):
+    outcomes = measured(make_room(ours=Provider(lambda g: g.x, "ours"), a=Provider(double), b=Provider(double)))
+    assert all(outcome.wrong for outcome in outcomes.values())
+
+
+def test_a_kernel_that_does_not_run_fails_the_case(make_room):
+    outcomes = measured(make_room(ours=Provider(lambda _: 1 / 0, "ours"), other=Provider(double)))
+    assert all("ZeroDivisionError" in outcome.wrong for outcome in outcomes.values())
+
+
+def test_bounds_are_not_compared(make_room):
+    assert measured(make_room(copy=Provider(lambda g: g.x.clone(), "bound")))["copy"].samples
+
+
+@pytest.mark.parametrize(
+    ("provider", "reason"),
+    [
+        (Provider(double, needs=("no_such_package",)), "no_such_package is not installed"),
+        (Provider(double, gpu=True), "needs a GPU"),
+        (Provider(double, extra_bytes=lambda _: 1e18), "takes 1000000000.0 GB"),
+        (Provider(double, obstacle=lambda case: f"not {case.name}"), "not one case"),
+    ],
+)
+def test_what_cannot_run_is_skipped_with_its_reason(make_room, provider, reason):
+    outcome = measured(make_room(other=provider))["other"]
+    assert outcome.skipped.startswith(reason)
+    assert not outcome.samples
+
+
+def test_out_of_memory_is_no_error_of_the_peer(make_room):
+    def exhausted(_: Given) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 77 GiB\nmore")
+
+    outcome = measured(make_room(other=Provider(exhausted)))["other"]
+    assert outcome.skipped == "out of memory: CUDA out of memory. Tried to allocate 77 GiB"
+
+
+def test_a_run_without_times_only_checks(make_room):
+    outcomes = measured(make_room(wrong=Provider(lambda g: g.x)), timed=False)
+    assert outcomes["wrong"].wrong
+    assert not outcomes[OURS].samples
+
+
+def test_a_room_needs_ours_and_a_name_of_its_own(make_room):
+    made = make_room()
+    with pytest.raises(ValueError, match="there is a room 'a room' already"):
+        make_room()
+    with pytest.raises(ValueError, match="providers: expected 'vgpo_kernels' among them"):
+        Room("another", [CASE], inputs, {"peer": Provider(double)}, made.work)
+    with pytest.raises(ValueError, match="role: expected one of ours"):
+        Room("another", [CASE], inputs, {OURS: Provider(double, "mine")}, made.work)
+
+
+def test_distance():
+    x = torch.tensor([3.0, 4.0, -math.inf])
+    assert measuring.distance(x, x) == 0.0
+    assert measuring.distance(torch.tensor([3.0, 4.5, -math.inf]), x) == pytest.approx(0.1)
+    assert measuring.distance(torch.tensor([3.0, 4.0, 0.0]), x) == math.inf
+    assert measuring.distance(torch.tensor([math.nan, 4.0, -math.inf]), x) == math.inf
+    assert measuring.distance(torch.zeros(2), torch.zeros(2)) == 0.0
+    assert measuring.distance(torch.ones(2), torch.zeros(2)) == math.inf
+
+
+class Cached(NamedTuple):
+    x: Tensor
+    y: Tensor
+    prepared: dict
+
+
+def test_cold_copies_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch):
+    class Properties:
+        L2_cache_size = 10_000
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    # Rows that lie apart, as those of transposed heads do.
+    given = Cached(torch.randn(4, 50).T.requires_grad_(), torch.arange(100), {})
+    copies = measuring.cold_copies(given, torch.device("cuda"))
+    assert sum(measuring.memory.bytes_of(copy) for copy in copies) > 2 * Properties.L2_cache_size
+    places = {copy.x.untyped_storage().data_ptr() for copy in copies}
+    assert len(places) == len(copies)
+    for copy in copies:
+        assert torch.equal(copy.x, given.x)
+        assert copy.x.requires_grad
+        assert copy.x.is_leaf
+        assert copy.x.stride() == given.x.stride()
+        assert copy.prepared is given.prepared
+    assert measuring.cold_copies(given, CPU) == [given]
