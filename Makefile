@@ -8,6 +8,10 @@ CONFIG ?= vgpo_train/configs/quickstart.yaml
 # Two processes show ZeRO-3 at work without a GPU; a machine with one GPU has room for one.
 PROCESSES ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c GPU)),1,2)
 OVERRIDES ?=
+# What `make bench` measures and where it leaves it; what the machine is called there.
+CASES ?= small
+MACHINE ?= $(shell hostname)
+RESULTS ?= benchmarks/results/$(MACHINE).json
 # A free port, so that two runs on a machine do not meet.
 PORT ?= $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])")
 
@@ -51,11 +55,13 @@ $(DATA)/checkpoint/.ready: $(DATA)/pictures/.ready
 	python -m vgpo_train.tiny_model $(DATA)/checkpoint --pictures $(DATA)/pictures --seed $(SEED)
 	@touch $@
 
+# The record says of which commit the tests were green: figures measured after it can be reported.
 test: $(NATIVE) ## Run all tests.
-	python -m pytest tests
+	python -m pytest tests --record .tests.json
 
-bench: $(NATIVE) ## Run the benchmarks.
-	python -m pytest benchmarks --benchmark-only
+bench: $(NATIVE) ## Run the benchmarks: RESULTS=FILE, CASES=small|paper|all.
+	@mkdir -p $(dir $(RESULTS))
+	python -m pytest benchmarks --benchmark-only --cases $(CASES) --benchmark-json $(RESULTS)
 
 lint: $(READY) ## Check style and types.
 	ruff check .

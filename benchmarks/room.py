@@ -31,6 +31,7 @@ class Case:
         sizes: by name, as in `case["B"]`.
         axis: (name, value) of the size that varies in a sweep; the others are held.
         kind: "cpu" or "cuda" where it is for one of them only.
+        providers: the only ones of its room that do it; None is all of them.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Case:
     sizes: Mapping[str, Any]
     axis: tuple[str, int] | None = None
     kind: str | None = None
+    providers: tuple[str, ...] | None = None
 
     def __getitem__(self, size: str) -> Any:
         return self.sizes[size]
@@ -104,7 +106,6 @@ class Room:
         details: more to say of an entry once it is timed, from the inputs and the provider's name.
         seconds: about how long each provider is repeated.
         least: turns that each provider gets at least.
-        sweep: the providers of cases with an axis.
     """
 
     name: str
@@ -117,7 +118,6 @@ class Room:
     details: Callable[[Any, str], dict[str, Any]] | None = None
     seconds: float = 0.5
     least: int = 3
-    sweep: tuple[str, ...] = (OURS,)
 
     def __post_init__(self) -> None:
         if OURS not in self.providers:
@@ -134,7 +134,7 @@ class Room:
         wanted = set(levels)
         for case in self.cases:
             if wanted.intersection(case.levels) and case.kind in (None, kind):
-                yield from ((case, name) for name in (self.sweep if case.axis else self.providers))
+                yield from ((case, name) for name in case.providers or self.providers)
 
     @property
     def tiny(self) -> Case:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from room import Case
+from room import OURS, Case
 
 HEAD_DIM, VOCABULARY = 128, 152_064
 
@@ -62,10 +62,26 @@ def small(name: str, *, tiny: dict[str, Any], **sizes_of_cpu: Any) -> list[Case]
     ]
 
 
-def sweep(axis: str, values: tuple[int, ...], *, cpu: dict[str, Any], gpu: dict[str, Any]) -> list[Case]:
-    """Returns the cases in which one size varies, small ones for CPUs and the paper's for GPUs."""
+def sweep(
+    axis: str,
+    values: tuple[int, ...],
+    *,
+    cpu: dict[str, Any],
+    gpu: dict[str, Any],
+    varies: str | None = None,
+    providers: tuple[str, ...] = (OURS,),
+) -> list[Case]:
+    """Returns the cases in which one size varies, small ones for CPUs and the paper's for GPUs.
+
+    Args:
+        axis: what the size is called in tables.
+        values: of it.
+        cpu, gpu: the sizes that are held.
+        varies: the size's own name, where it is another.
+        providers: those that are swept.
+    """
     return [
-        Case(f"{axis} {value}", (level,), held | {axis: value}, axis=(axis, value), kind=kind)
+        Case(f"{axis} {value}", (level,), held | {varies or axis: value}, (axis, value), kind, providers)
         for kind, level, held in (("cpu", "small", cpu), ("cuda", "paper", gpu))
         for value in values
     ]

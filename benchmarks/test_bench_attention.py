@@ -1,17 +1,20 @@
 """Attention toward visual tokens: mass and column sums given the LSE, attention that returns the mass, its backward."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import peers
 import pytest
 import torch
-from room import IMPL, OURS, Case, Provider, Room, Work, half_on_gpu, ours_of
+from room import IMPL, OURS, PLAIN, Case, Provider, Room, Work, half_on_gpu, ours_of
 from sizes import LENGTHS, ROWS, VISUAL, paper_cases, sizes, small, sweep
 from torch import Tensor
 
 import vgpo_kernels
 
+# Those that take any mask, or say that they do not.
+ANY_MASK = (OURS, PLAIN, "two LSEs, torch", "FlexAttention", "eager map")
 TINY = {"B": 2, "P": 24, "V": 16, "R": 24, "heads": 4, "kv_heads": 2, "D": 32}
 
 
@@ -121,7 +124,7 @@ def masked(case: Case) -> str | None:
 
 
 def edge_cases() -> list[Case]:
-    """Returns unusual rows: two heads' sizes, padding, packing, several images or none, few queries on many keys."""
+    """Returns unusual rows: padding, packing, several images or none, other head sizes, few queries on many keys."""
     kinds = {
         "packed rows": {"B": 1, "packed": True},
         "left padding": {"left_padded": True},
@@ -130,37 +133,32 @@ def edge_cases() -> list[Case]:
         "D 64": {"D": 64},
         "D 96": {"D": 96},
     }
-    cases = []
+    few = sizes("7B", 1, 16_320, 16_000, 64)
+    cases = [("64 queries on 16,384 keys", few, few | {"B": 8})]
+    tiny = []
     for name, extra in kinds.items():
         cpu, gpu = sizes("7B", 2, 512, 384, 512) | extra, sizes("7B", 8, 1536, 1024, 2560) | extra
-        cases += [
-            Case(name, ("small",), cpu, kind="cpu"),
-            Case(name, ("paper",), gpu, kind="cuda"),
-            Case(f"tiny, {name}", ("tiny",), cpu | TINY | extra),
+        cases.append((name, cpu, gpu))
+        tiny.append(Case(f"tiny, {name}", ("tiny",), cpu | TINY | extra, providers=ANY_MASK))
+    for name, cpu, gpu in cases:
+        tiny += [
+            Case(name, ("small",), cpu, kind="cpu", providers=ANY_MASK),
+            Case(name, ("paper",), gpu, kind="cuda", providers=ANY_MASK),
         ]
-    few = sizes("7B", 1, 16_320, 16_000, 64)
-    return [
-        *cases,
-        Case("64 queries on 16,384 keys", ("small",), few, kind="cpu"),
-        Case("64 queries on 16,384 keys", ("paper",), few | {"B": 8}, kind="cuda"),
-    ]
+    return tiny
 
 
-def sweeps(*axes: str, **cpu: int) -> list[Case]:
-    """Returns one sweep for each axis: T completions, V visual tokens, B rows."""
-    held_cpu = sizes("7B", 1, 1024, 1024, 1024, heads=4, kv_heads=1) | cpu
-    held_gpu = sizes("7B", 1, 1024, 1024, 2560)
-    values = {"T": LENGTHS, "V": VISUAL, "B": ROWS}
-    cases = []
-    for axis in axes:
-        for case in sweep(axis, values[axis], cpu=held_cpu, gpu=held_gpu):
-            varied = dict(case.sizes)
-            if axis == "T":
-                varied["R"] = varied.pop("T")
-            elif axis == "V":
-                varied["P"] = varied["V"]
-            cases.append(Case(case.name, case.levels, varied, case.axis, case.kind))
-    return cases
+def sweeps(*axes: str, providers: tuple[str, ...] = (OURS,), **held: int) -> list[Case]:
+    """Returns one sweep for each axis: T tokens of a completion, V visual tokens, B rows."""
+    cpu = sizes("7B", 1, 1024, 1024, 1024, heads=4, kv_heads=1) | held
+    gpu = sizes("7B", 1, 1024, 1024, 2560)
+    found = {
+        "T": sweep("T", LENGTHS, cpu=cpu, gpu=gpu, varies="R", providers=providers),
+        # The image fills the prompt.
+        "V": [replace(case, sizes={**case.sizes, "P": case["V"]}) for case in sweep("V", VISUAL, cpu=cpu, gpu=gpu)],
+        "B": sweep("B", ROWS, cpu=cpu, gpu=gpu),
+    }
+    return [case for axis in axes for case in found[axis]]
 
 
 def mass(given: Attention, impl: str | None) -> Tensor:
@@ -194,7 +192,7 @@ MASS = Room(
         *small("7B, B 1, P 1024 (1024 visual), R 2048", tiny=TINY, **sizes("7B", 1, 1024, 1024, 2048)),
         *paper_cases(),
         *edge_cases(),
-        *sweeps("T", "V", "B"),
+        *sweeps("T", "V", "B", providers=(OURS, "two LSEs, torch")),
     ],
     inputs=attention_inputs,
     providers={
@@ -216,7 +214,6 @@ MASS = Room(
         ),
     },
     work=lambda case: work_of(case, passes=1, whole=False, visual_only=True),
-    sweep=(OURS, "two LSEs, torch"),
 )
 
 

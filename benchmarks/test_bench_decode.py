@@ -49,15 +49,7 @@ def work(case: Case) -> Work:
     )
 
 
-def sweeps() -> list[Case]:
-    held = sizes("7B", 8, 256, 256, 1792)
-    lengths = sweep("T", LENGTHS, cpu=held | {"B": 1}, gpu=held)
-    rows = sweep("B", ROWS, cpu=held, gpu=held)
-    return [
-        Case(case.name, case.levels, dict(case.sizes) | {"R": case.sizes.get("T", 1792)}, case.axis, case.kind)
-        for case in (*lengths, *rows)
-    ]
-
+HELD = sizes("7B", 8, 256, 256, 1792)
 
 DECODE = Room(
     "attention of one token to a cache",
@@ -68,7 +60,8 @@ DECODE = Room(
             **sizes("7B", 8, 1024, 1024, 1024),
         ),
         *paper_cases(),
-        *sweeps(),
+        *sweep("T", LENGTHS, cpu=HELD | {"B": 1}, gpu=HELD, varies="R"),
+        *sweep("B", ROWS, cpu=HELD, gpu=HELD),
     ],
     inputs=inputs,
     providers={

@@ -1,5 +1,6 @@
 """The focus score: how near each token's state is to the mean visual state."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import peers
@@ -50,15 +51,13 @@ def copy_of_rows(given: States) -> Tensor:
 
 
 def sweeps() -> list[Case]:
-    cases = []
-    for axis, values in {"T": LENGTHS, "V": VISUAL, "B": ROWS}.items():
-        held = sizes("7B", 1, 1024, 1024, 1024)
-        for case in sweep(axis, values, cpu=held | {"hidden": 1024}, gpu=held | {"B": 8}):
-            varied = dict(case.sizes)
-            varied["R"] = varied.pop("T", varied["R"])
-            varied["P"] = varied["V"]
-            cases.append(Case(case.name, case.levels, varied, case.axis, case.kind))
-    return cases
+    held = sizes("7B", 1, 1024, 1024, 1024)
+    cpu, gpu = held | {"hidden": 1024}, held | {"B": 8}
+    return [
+        *sweep("T", LENGTHS, cpu=cpu, gpu=gpu, varies="R", providers=(OURS, "dense torch")),
+        *(replace(case, sizes={**case.sizes, "P": case["V"]}) for case in sweep("V", VISUAL, cpu=cpu, gpu=gpu)),
+        *sweep("B", ROWS, cpu=cpu, gpu=gpu),
+    ]
 
 
 FOCUS = Room(
@@ -83,7 +82,6 @@ FOCUS = Room(
         "token loop": Provider(lambda given: peers.token_loop_focus(*given[:3])),
     },
     work=work,
-    sweep=(OURS, "dense torch"),
 )
 
 

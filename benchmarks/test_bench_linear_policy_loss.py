@@ -8,7 +8,7 @@ import pytest
 import torch
 from room import Case, Provider, Room, Work, half_on_gpu, ours_of
 from sizes import LENGTHS, ROWS, WORDS, paper_cases, sizes, small, sweep
-from test_bench_policy_loss import BNPO, varied
+from test_bench_policy_loss import BNPO
 from torch import Tensor
 
 import vgpo_kernels
@@ -68,8 +68,8 @@ LOGPROBS = Room(
     cases=[
         *small("B 2, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
         *paper_cases(),
-        *varied(sweep("T", LENGTHS, cpu=HELD, gpu=sizes("7B", 1, 0, 0, 0))),
-        *varied(sweep("vocab", WORDS, cpu=HELD, gpu=sizes("7B", 8, 0, 0, 1024))),
+        *sweep("T", LENGTHS, cpu=HELD, gpu=sizes("7B", 1, 0, 0, 0), varies="R"),
+        *sweep("vocabulary", WORDS, cpu=HELD, gpu=sizes("7B", 8, 0, 0, 1024)),
     ],
     inputs=inputs,
     providers={
@@ -122,9 +122,9 @@ LOSS = Room(
     cases=[
         *small("B 2, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
         *paper_cases(),
-        *varied(sweep("T", LENGTHS, cpu=HELD, gpu=sizes("7B", 1, 0, 0, 0))),
-        *varied(sweep("vocab", WORDS, cpu=HELD, gpu=sizes("7B", 8, 0, 0, 1024))),
-        *varied(sweep("B", ROWS, cpu=HELD, gpu=sizes("7B", 0, 0, 0, 1024))),
+        *sweep("T", LENGTHS, cpu=HELD, gpu=sizes("7B", 1, 0, 0, 0), varies="R"),
+        *sweep("vocabulary", WORDS, cpu=HELD, gpu=sizes("7B", 8, 0, 0, 1024)),
+        *sweep("B", ROWS, cpu=HELD, gpu=sizes("7B", 0, 0, 0, 1024)),
     ],
     inputs=inputs,
     providers={

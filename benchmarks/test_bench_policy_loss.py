@@ -23,22 +23,6 @@ def completions(case: Case, device: torch.device) -> Tensor:
     return ragged_mask([max(1, case["R"] - 16 * (row % 32)) for row in range(case["B"])], case["R"]).to(device)
 
 
-def varied(cases: list[Case]) -> list[Case]:
-    """Returns the cases of sweeps with their own names for sizes: T is R, N a vocabulary."""
-    return [
-        Case(
-            case.name,
-            case.levels,
-            dict(case.sizes)
-            | ({"R": case["T"]} if "T" in case.sizes else {})
-            | ({"vocabulary": case["vocab"]} if "vocab" in case.sizes else {}),
-            case.axis,
-            case.kind,
-        )
-        for case in cases
-    ]
-
-
 class Logps(NamedTuple):
     """What the loss is made of once log-probabilities are known."""
 
@@ -72,8 +56,8 @@ LOGPS = Room(
     cases=[
         *small("B 64, R 2048", tiny={"B": 4, "R": 48}, **sizes("7B", 64, 1024, 1024, 2048)),
         *paper_cases(),
-        *varied(sweep("T", LENGTHS, cpu=sizes("7B", 16, 0, 0, 0), gpu=sizes("7B", 64, 0, 0, 0))),
-        *varied(sweep("B", ROWS, cpu=sizes("7B", 0, 0, 0, 8192), gpu=sizes("7B", 0, 0, 0, 8192))),
+        *sweep("T", LENGTHS, cpu=sizes("7B", 16, 0, 0, 0), gpu=sizes("7B", 64, 0, 0, 0), varies="R"),
+        *sweep("B", ROWS, cpu=sizes("7B", 0, 0, 0, 8192), gpu=sizes("7B", 0, 0, 0, 8192)),
     ],
     inputs=logps_inputs,
     providers={
@@ -157,8 +141,8 @@ def read(case: Case, times: int) -> Work:
 TINY = {"B": 2, "R": 9, "vocabulary": 97}
 SMALL = sizes("7B", 1, 1024, 1024, 512, vocabulary=50_000)
 SWEPT = [
-    *varied(sweep("T", LENGTHS, cpu=sizes("7B", 1, 0, 0, 0, vocabulary=4096), gpu=sizes("7B", 1, 0, 0, 0))),
-    *varied(sweep("vocab", WORDS, cpu=sizes("7B", 1, 0, 0, 256), gpu=sizes("7B", 8, 0, 0, 1024))),
+    *sweep("T", LENGTHS, cpu=sizes("7B", 1, 0, 0, 0, vocabulary=4096), gpu=sizes("7B", 1, 0, 0, 0), varies="R"),
+    *sweep("vocabulary", WORDS, cpu=sizes("7B", 1, 0, 0, 256), gpu=sizes("7B", 8, 0, 0, 1024)),
 ]
 
 LOGITS = Room(

@@ -41,23 +41,15 @@ def work(case: Case) -> Work:
     return Work(0.0, float(case["B"] * case["R"] * (4 + 1 + 4)))
 
 
-def sweeps() -> list[Case]:
-    cases = []
-    for axis, values in {"T": LENGTHS, "B": tuple(GROUP * rows for rows in ROWS)}.items():
-        held = sizes("7B", 64, 1024, 1024, 2048)
-        for case in sweep(axis, values, cpu=held, gpu=held):
-            varied = dict(case.sizes)
-            varied["R"] = varied.pop("T", varied["R"])
-            cases.append(Case(case.name, case.levels, varied, case.axis, case.kind))
-    return cases
-
+HELD = sizes("7B", 64, 1024, 1024, 2048)
 
 WEIGHTS = Room(
     "weights",
     cases=[
         *small("B 64, R 2048", tiny={"B": 16, "R": 64}, **sizes("7B", 64, 1024, 1024, 2048)),
         *paper_cases(),
-        *sweeps(),
+        *sweep("T", LENGTHS, cpu=HELD, gpu=HELD, varies="R"),
+        *sweep("B", tuple(GROUP * rows for rows in ROWS), cpu=HELD, gpu=HELD),
     ],
     inputs=inputs,
     providers={
