@@ -33,7 +33,7 @@ def cases() -> list[Case]:
     """Returns a small model for CPUs, and 3B's shape with moderate and with the paper's lengths for GPUs."""
     found = [
         Case("tiny", ("tiny",), TINY),
-        Case(_name("6M parameters", SMALL), ("small",), SMALL, kind="cpu"),
+        Case(_name("5M parameters", SMALL), ("small",), SMALL, kind="cpu"),
         Case(_name("3B", MODERATE), ("small",), MODERATE, kind="cuda"),
     ]
     return found + [Case(_name("3B", PAPER), ("paper",), PAPER, kind=kind) for kind in ("cuda", "cpu")]
