@@ -227,13 +227,20 @@ def _run_torch_efficient(
 def _run_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float | None) -> tuple[Tensor, Tensor]:
     """Runs torch's flash attention for CPUs on blocks of queries and the keys they see.
 
-    Blocks are long because each call lays K and V out anew; the mask of a block is all that is made of one.
+    A causal row is one call, which needs no mask. Other blocks are long because each call lays K and V out anew; the
+    mask of a block is all that is made of one.
     """
     Lq = q.shape[2]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     size = max(1, MASK_ELEMENTS // k.shape[2])
     for row in range(len(q)):
+        if _is_causal(mask, row):
+            whole = slice(row, row + 1)
+            out[whole], lse[whole] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q[whole], k[whole], v[whole], 0.0, True, scale=scale
+            )
+            continue
         for first in range(0, Lq, size):
             queries = slice(first, min(first + size, Lq))
             start, end = mask.key_start[row, queries], mask.key_end[row, queries]
@@ -254,6 +261,14 @@ def _run_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float
             out[row, :, queries] = b_out[0].masked_fill(empty[:, None], 0.0)
             lse[row, :, queries] = b_lse[0].masked_fill(empty, -math.inf)
     return out, lse
+
+
+def _is_causal(mask: Mask, row: int) -> bool:
+    """Whether each query of a row sees all keys up to its own, none of them hidden."""
+    start, end, kinds = mask.key_start[row], mask.key_end[row], mask.key_kinds[row]
+    if end.shape != kinds.shape or start.any() or not kinds.all():
+        return False
+    return torch.equal(end, torch.arange(1, len(end) + 1, dtype=end.dtype, device=end.device))
 
 
 def _run_ours(
