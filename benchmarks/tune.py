@@ -107,14 +107,16 @@ def tuned(
     configs: Sequence[_tuning.Config], targets: Sequence[str], timing: Timing | None, jobs: int
 ) -> Iterator[list[Result]]:
     """Yields the results of each kernel on each target, the best first."""
-    for config, target in itertools.product(configs, targets):
-        tried = _compile.attempts(config, target)
-        rows = _compile.attempted_rows(tried, jobs)
+    groups = [_compile.attempts(config, target) for config, target in itertools.product(configs, targets)]
+    rows = _compile.attempted_rows([attempt for group in groups for attempt in group], jobs)
+    if timing is not None:
+        rows = iter(list(rows))  # nothing compiles while the clock runs
+    for group in groups:
         results = [
             Result(attempt, present=not index, row=row, error=row.error)
-            for index, (attempt, row) in enumerate(zip(tried, rows, strict=True))
+            for index, (attempt, row) in enumerate(zip(group, rows, strict=False))
         ]
-        if timing is not None and target == timing.target:
+        if timing is not None and group[0].target == timing.target:
             time_them(results, timing)
         yield sorted(results, key=lambda result: result.order)
 
@@ -124,13 +126,15 @@ def time_them(results: Sequence[Result], timing: Timing) -> None:
     if results[0].error is not None:
         return
     kernel = results[0].attempt.config.kernel
-    room = tune_timing.room_of(kernel)
+    room = tune_timing.room_named(tune_timing.ROOMS[kernel])
     running = {str(index): result for index, result in enumerate(results) if result.error is None}
     tiles = {name: result.attempt.tiles for name, result in running.items()}
     wrong = tune_timing.objections(kernel, room, tune_timing.checked_case(room), tiles, timing.device)
     for name, why in wrong.items():
         running[name].error = f"{WRONG}{why}"
         del tiles[name]
+    if results[0].error is not None:
+        return
     for case in tune_timing.timed_cases(room):
         try:
             samples = tune_timing.seconds_of(kernel, room, case, tiles, timing)
@@ -174,7 +178,7 @@ def _number(value: float | None, scale: float, digits: int) -> str | None:
 def report(results: Sequence[Result], timing: Timing | None) -> dict[str, Any]:
     """Returns what is written to a file: all results, the machine, versions and commit."""
     device = torch.device("cpu") if timing is None else timing.device
-    facts = {"machine": machine.description(device), "versions": machine.versions(), **machine.commit()}
+    facts = {"machine": machine.description(device), "versions": machine.versions(), **machine.checkout()}
     return {**facts, "timed": timing is not None, "results": [result.record() for result in results]}
 
 

@@ -3,11 +3,13 @@
 import importlib
 import itertools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import memory
 import room as rooms
 import torch
+from measuring import cold_copies
 from room import OURS, PLAIN, Case, Room
 from timing import interleaved
 from torch import Tensor
@@ -15,21 +17,21 @@ from torch import Tensor
 from vgpo_kernels._tuning import Tiles, chosen_tiles
 from vgpo_kernels.testing import assert_error_budget
 
-# The room whose call launches a kernel, and the file that defines it.
+# The room whose call launches a kernel.
 ROOMS = {
-    "attention mass": ("test_bench_attention", "attention mass, given the LSE"),
-    "attention column": ("test_bench_attention", "attention column sum, given the LSE"),
-    "attention forward": ("test_bench_attention", "attention with LSE and mass"),
-    "attention backward keys": ("test_bench_attention", "attention backward with a mass gradient"),
-    "attention backward queries": ("test_bench_attention", "attention backward with a mass gradient"),
-    "attention backward constants": ("test_bench_attention", "attention backward with a mass gradient"),
-    "attention split": ("test_bench_decode", "attention of one token to a cache"),
-    "focus prototype": ("test_bench_focus", "focus"),
-    "focus cosine": ("test_bench_focus", "focus"),
-    "weights token": ("test_bench_weights", "weights"),
-    "weights group": ("test_bench_weights", "weights"),
-    "linear logprobs": ("test_bench_linear_policy_loss", "log-probs of hidden states"),
-    "logits": ("test_bench_policy_loss", "policy loss of logits"),
+    "attention mass": "attention mass, given the LSE",
+    "attention column": "attention column sum, given the LSE",
+    "attention forward": "attention with LSE and mass",
+    "attention backward keys": "attention backward with a mass gradient",
+    "attention backward queries": "attention backward with a mass gradient",
+    "attention backward constants": "attention backward with a mass gradient",
+    "attention split": "attention of one token to a cache",
+    "focus prototype": "focus",
+    "focus cosine": "focus",
+    "weights token": "weights",
+    "weights group": "weights",
+    "linear logprobs": "log-probs of hidden states",
+    "logits": "policy loss of logits",
 }
 # Of the paper's cases: a small model's and a large one's, short and long prompts.
 CASES = ("1: ", "4: ")
@@ -43,10 +45,15 @@ class Timing(NamedTuple):
     seconds: float
 
 
-def room_of(kernel: str) -> Room:
-    """Returns the room whose call launches a kernel."""
-    module, name = ROOMS[kernel]
-    importlib.import_module(module)
+def room_named(name: str) -> Room:
+    """Returns a room of these benchmarks.
+
+    Raises:
+        KeyError: none of the `test_bench_*.py` defines it.
+    """
+    for path in sorted(Path(__file__).parent.glob("test_bench_*.py")):
+        if name not in rooms.ROOMS:
+            importlib.import_module(path.stem)
     return rooms.ROOMS[name]
 
 
@@ -72,16 +79,18 @@ def objections(kernel: str, room: Room, case: Case, tiles: Mapping[str, Tiles], 
     """
     inputs = room.inputs(case, device)
     exact = _results(room.providers[PLAIN].run, _promoted(inputs))
-    first, *others = tiles
-    present = _results(_with_tiles(kernel, tiles[first], room.providers[OURS].run), inputs)
+    present: list[Tensor] = []
     wrong = {}
-    for name in others:
+    for name, values in tiles.items():
         try:
-            found = _results(_with_tiles(kernel, tiles[name], room.providers[OURS].run), inputs)
+            found = _results(_with_tiles(kernel, values, room.providers[OURS].run), inputs)
+            present = present or found
             for number, results in enumerate(zip(found, present, exact, strict=True)):
                 assert_error_budget(f"result {number}", results[0], results[1], results[2].double())
-        except Exception as error:  # whatever a candidate does, the others are still worth timing
+        except Exception as error:  # whatever one does, others may still be worth timing
             wrong[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            if not present:
+                break  # nothing to hold the others to
     return wrong
 
 
@@ -93,7 +102,7 @@ def seconds_of(
     Raises:
         torch.OutOfMemoryError: the case does not fit the GPU.
     """
-    copies = itertools.cycle(rooms.cold_copies(room.inputs(case, timing.device), timing.device))
+    copies = itertools.cycle(cold_copies(room.inputs(case, timing.device), timing.device))
     calls = {name: _with_tiles(kernel, values, _next_of(room, copies)) for name, values in tiles.items()}
     return interleaved(calls, timing.device, timing.seconds)
 

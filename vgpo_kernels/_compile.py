@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgpo_kernels import _dispatch
+from vgpo_kernels import _dispatch, _tuning
 
 if TYPE_CHECKING:
     from vgpo_kernels._triton import CompileCase
@@ -90,9 +90,8 @@ def run(options: argparse.Namespace, cases: Sequence["CompileCase"] | None = Non
         options: of the command line.
         cases: what to compile in place of the package's own kernels, in this process.
     """
-    obstacle = _obstacle()
-    if obstacle:
-        print(obstacle, file=sys.stderr)
+    if found := obstacle():
+        print(found, file=sys.stderr)
         return 2
     every = list(_own_cases().values()) if cases is None else cases
     wanted = [case for case in every if options.kernel is None or options.kernel in case.name]
@@ -119,7 +118,8 @@ def run(options: argparse.Namespace, cases: Sequence["CompileCase"] | None = Non
     return 1 if failed else 0
 
 
-def _obstacle() -> str | None:
+def obstacle() -> str | None:
+    """Returns why nothing can be compiled here, or None."""
     if not _dispatch.has_triton():
         return "Triton is not installed: pip install 'vgpo-kernels[triton]'"
     if _dispatch.interpreting():
@@ -166,6 +166,33 @@ def compiled_rows(cases: Sequence["CompileCase"], targets: Sequence[str], jobs: 
 
 def _own_row(name: str, target: str) -> Row:
     return _row(_own_cases()[name], target)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """Tiles to try on a target: what a kernel's own choice is there, or what might be better."""
+
+    config: _tuning.Config
+    target: str
+    tiles: _tuning.Tiles
+
+
+def attempts(config: _tuning.Config, target: str) -> list[Attempt]:
+    """Returns the kernel's choice on a target, then its candidates."""
+    chosen = _own_cases()[config.case].chosen(target)
+    others = [tiles for tiles in config.candidates[target] if tiles != chosen]
+    return [Attempt(config, target, tiles) for tiles in (chosen, *others)]
+
+
+def attempted_rows(tried: Sequence[Attempt], jobs: int) -> Iterator[Row]:
+    """Yields what each attempt's compile case comes to, in order."""
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(_attempted_row, tried)
+
+
+def _attempted_row(attempt: Attempt) -> Row:
+    with _tuning.chosen_tiles(attempt.config.kernel, attempt.tiles):
+        return _own_row(attempt.config.case, attempt.target)
 
 
 def _row(case: "CompileCase", target: str) -> Row:

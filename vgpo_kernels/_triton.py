@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+from vgpo_kernels._tuning import LAUNCH_OPTIONS
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,15 @@ class CompileCase:
     options: dict[str, int] = field(default_factory=dict)
     tiles: Callable[[str], dict[str, int]] | None = None
 
+    def chosen(self, target: str) -> dict[str, int]:
+        """Returns what the launcher chooses on the target of that name."""
+        return {} if self.tiles is None else self.tiles(target)
+
     def on(self, target: str) -> tuple[dict[str, Any], dict[str, int]]:
         """Returns the compile-time arguments and the options on the target of that name."""
-        tiles = {} if self.tiles is None else self.tiles(target)
-        options = {name: value for name, value in tiles.items() if name in _LAUNCH_OPTIONS}
-        constexprs = {name: value for name, value in tiles.items() if name not in _LAUNCH_OPTIONS}
+        tiles = self.chosen(target)
+        options = {name: value for name, value in tiles.items() if name in LAUNCH_OPTIONS}
+        constexprs = {name: value for name, value in tiles.items() if name not in LAUNCH_OPTIONS}
         return self.constexprs | constexprs, self.options | options
 
 

@@ -8,25 +8,8 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels.focus.configs import VECTOR, cosine_tiles, prototype_tiles
 from vgpo_kernels.focus.prototypes import index_prototypes
-
-# Elements in the widest load, 16 bytes at two bytes an element.
-VECTOR = 8
-
-
-def prototype_tiles(unit: int, itemsize: int) -> dict[str, int]:
-    """Returns the first kernel's tiles: 64 columns fill a cache line at two bytes an element.
-
-    A tile of 16 KiB (8 rows of D 3584 make 448 programs) keeps enough bytes in flight; longer ones spill.
-    Without whole units each element has its own address, so the tile is shorter.
-    """
-    length = 256 // itemsize if unit == VECTOR else 32
-    return {"BLOCK_SEARCH": 2048, "BLOCK_L": length, "BLOCK_D": 64, "num_warps": 4}
-
-
-def cosine_tiles(grouped: bool) -> dict[str, int]:
-    """Returns the second kernel's tiles: 256 divides the usual D; more tokens with the loop over prototypes spill."""
-    return {"BLOCK_T": 4 if grouped else 8, "BLOCK_D": 256, "num_warps": 4}
 
 
 @triton.jit
@@ -262,22 +245,20 @@ def _compile_pair(dtype: str, grouped: bool, unit: int) -> list[CompileCase]:
     flags = {"GROUPED": grouped, "UNIT": unit}
     prototype = {"index_ptr": "*i32", "first_ptr": "*i64", "last_ptr": "*i64"}
     cosine = {"begin_ptr": "*i32", "end_ptr": "*i32"}
+    itemsize = 4 if dtype == "fp32" else 2
     return [
-        _compile_case(
+        CompileCase(
             f"focus prototype {variant}",
             prototype_kernel,
             shared | {"visual_ptr": "*i1"} | (prototype if grouped else {}),
-            flags | prototype_tiles(unit, 4 if dtype == "fp32" else 2) | ({} if grouped else dict.fromkeys(prototype)),
+            flags | ({} if grouped else dict.fromkeys(prototype)),
+            tiles=lambda _: prototype_tiles(unit, itemsize),
         ),
-        _compile_case(
+        CompileCase(
             f"focus cosine {variant}",
             cosine_kernel,
             shared | {"completion_ptr": "*i1", "focus_ptr": "*fp32"} | (cosine if grouped else {}),
-            flags | cosine_tiles(grouped) | ({} if grouped else dict.fromkeys(cosine)),
+            flags | ({} if grouped else dict.fromkeys(cosine)),
+            tiles=lambda _: cosine_tiles(grouped),
         ),
     ]
-
-
-def _compile_case(name: str, kernel, signature: dict, constexprs: dict) -> CompileCase:
-    options = {"num_warps": constexprs.pop("num_warps")}
-    return CompileCase(name, kernel, signature, constexprs, options)

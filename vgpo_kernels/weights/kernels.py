@@ -5,17 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase
+from vgpo_kernels._triton import CompileCase, target_of
 from vgpo_kernels.weights.config import VGPOConfig
+from vgpo_kernels.weights.configs import group_tiles, token_tiles
 from vgpo_kernels.weights.group_kernels import weights_group_kernel
 from vgpo_kernels.weights.token_kernels import weights_token_kernel
-
-_TOKEN_BLOCK = 512
-_ROW_BLOCK = 256
-_LAUNCH = {"num_warps": 4}
-if torch.version.hip is None:
-    # Left alone, ptxas spills a register or two of the token kernel to fit one more block on a processor.
-    _LAUNCH["maxnreg"] = 128
 
 
 def weights(
@@ -56,7 +50,7 @@ def weights(
         strength=warmup,
         HAS_VISUAL=has_visual is not None,
         **_token_options(config, source, advantages is not None),
-        **_LAUNCH,
+        **token_tiles(target_of(focus)),
     )
     if not config.inter:
         return token, torch.ones_like(score), normalized, gate, score
@@ -71,7 +65,7 @@ def weights(
         stride_advantage=0 if advantages is None else advantages.stride(0),
         strength=warmup,
         **_group_options(config, advantages is not None),
-        **_LAUNCH,
+        **group_tiles(target_of(focus)),
     )
     return token, trajectory, normalized, gate, score
 
@@ -99,7 +93,6 @@ def _token_options(config: VGPOConfig, source: str, signed: bool) -> dict[str, A
         "SCORE": config.trajectory_score,
         "NEGATIVE": float(config.negative_strength),
         "NEUTRAL": config.corners == "neutral",
-        "BLOCK": _TOKEN_BLOCK,
         **_clamp_options(config.token_clamp, config.preserve_mean),
     }
 
@@ -109,7 +102,6 @@ def _group_options(config: VGPOConfig, signed: bool) -> dict[str, Any]:
         "SIGNED": signed,
         "CONSECUTIVE": config.grouping == "consecutive",
         "NEGATIVE": float(config.negative_strength),
-        "BLOCK": _ROW_BLOCK,
         **_clamp_options(config.trajectory_clamp, config.preserve_mean),
     }
 
@@ -137,13 +129,13 @@ def compile_cases() -> list[CompileCase]:
         signed = config.negative_strength != 1
         token = {"HAS_VISUAL": True, **_token_options(config, "similarity", signed)}
         cases += [
-            CompileCase(f"weights_token[{name}]", weights_token_kernel, _TOKEN_SIGNATURE, token, _LAUNCH),
+            CompileCase(f"weights_token[{name}]", weights_token_kernel, _TOKEN_SIGNATURE, token, tiles=token_tiles),
             CompileCase(
                 f"weights_group[{name}]",
                 weights_group_kernel,
                 _GROUP_SIGNATURE,
                 _group_options(config, signed),
-                _LAUNCH,
+                tiles=group_tiles,
             ),
         ]
     return cases

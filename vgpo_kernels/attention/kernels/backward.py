@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.kernels import backward_keys, backward_queries
+from vgpo_kernels.attention.kernels.configs import constants_tiles, keys_tiles, queries_tiles
 from vgpo_kernels.attention.kernels.forward import with_whole_rows
 from vgpo_kernels.attention.kernels.keys import find_keys, load_tile, row_intervals
 from vgpo_kernels.attention.kernels.shared import (
@@ -19,8 +20,6 @@ from vgpo_kernels.attention.kernels.shared import (
     strides_in_units,
 )
 
-# A few rows a warp: nothing is used twice, and loads of D 128 in half precision are 256 bytes a row.
-CONSTANTS = {"BLOCK_M": 16, "num_warps": 4}
 PADDED_TILE = backward_keys.PADDED_TILE.value
 
 
@@ -123,8 +122,8 @@ def visual_attention_backward(
     q, k, v, grad_out = (with_whole_rows(x) for x in (q, k, v, grad_out.to(q.dtype)))
     constants = _constants(grad_out, grad_mass, grad_lse, key_start, key_end, out, mass, lse)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    key_tiles = backward_keys.keys_tiles(target, itemsize, head)
-    query_tiles = backward_queries.queries_tiles(target, itemsize, head)
+    key_tiles = keys_tiles(target, itemsize, head)
+    query_tiles = queries_tiles(target, itemsize, head)
     keys = find_keys(key_kinds, key_start, key_end, key_tiles["BLOCK_N"])
     shared = {
         "q_ptr": q,
@@ -172,7 +171,8 @@ def _constants(
     start = key_start.new_empty((B, L_padded))
     padded = None if grad_mass is None else torch.empty_like(lse2)
     constants = Constants(start, torch.empty_like(start), lse2, torch.empty_like(lse2), padded)
-    constants_kernel[(B * H * (L_padded // CONSTANTS["BLOCK_M"]),)](
+    tiles = constants_tiles()
+    constants_kernel[(B * H * (L_padded // tiles["BLOCK_M"]),)](
         start_ptr=key_start.contiguous(),
         end_ptr=key_end.contiguous(),
         out_ptr=out.contiguous(),
@@ -192,7 +192,7 @@ def _constants(
         HEAD=D,
         BLOCK_D=padded_head(D),
         **strides_in_units(g=grad_out),
-        **CONSTANTS,
+        **tiles,
     )
     return constants
 
@@ -209,6 +209,6 @@ def _compile_constants(dtype: str, D: int, unit: int) -> CompileCase:
     floats = ("mass_ptr", "grad_mass_ptr", "grad_lse_ptr", "lse_ptr", "lse2_ptr", "delta_ptr", "padded_grad_mass_ptr")
     signature |= dict.fromkeys(floats, "*fp32")
     signature |= dict.fromkeys(("H", "L", "L_padded", "stride_gb_units", "stride_gh_units", "stride_gl_units"), "i32")
-    constexprs = {"HEAD": D, "UNIT": unit, "BLOCK_D": padded_head(D), "BLOCK_M": CONSTANTS["BLOCK_M"]}
-    name, options = f"attention backward constants {dtype} D {D}", {"num_warps": CONSTANTS["num_warps"]}
-    return CompileCase(name, constants_kernel, signature, constexprs, options)
+    constexprs = {"HEAD": D, "UNIT": unit, "BLOCK_D": padded_head(D)}
+    name = f"attention backward constants {dtype} D {D}"
+    return CompileCase(name, constants_kernel, signature, constexprs, tiles=lambda _: constants_tiles())

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vgpo_kernels._triton import CompileCase, tanh, tl, triton
+from vgpo_kernels.attention.kernels.configs import keys_tiles
 from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, load_tile, products, tile_ranges, whole_tile
 from vgpo_kernels.attention.kernels.shared import VECTOR, padded_head
 
@@ -15,27 +16,6 @@ PADDED_TILE = tl.constexpr(128)
 def apart(head: int) -> bool:
     """Whether dK and dV are made one after the other: registers hold a single accumulator of the largest heads."""
     return head > 128
-
-
-def keys_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
-    """Returns the tiles of the kernel of dK and dV for heads padded to `head`.
-
-    A block of 64 keys a warp group; its accumulators stay in registers, which bounds the tile of queries beside them.
-    Single precision unrolls its products, so its tiles are small.
-    """
-    if itemsize == 4:
-        keys, warps = 16 if head <= 64 else 32, 4 if head <= 64 and target != "sm_80" else 8
-        return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1}
-    keys, queries, cut, stages = (128, 64, 64, 2) if head <= 64 else (128, 32, 32, 2)
-    if target == "gfx942":  # masks live in scalar registers, of which there are few
-        keys, queries, cut, stages = (64, 32, 16, 1) if head <= 64 else (64 if head <= 128 else 32, 16, 16, 1)
-    elif target == "sm_120":
-        keys, queries, cut = (64, 32, 32) if head <= 128 else (32, 16, 16)
-    elif target == "sm_100" and head > 64:  # accumulators live in tensor memory, but pass through registers
-        keys, stages = 64, 2 if head <= 128 else 1
-    elif target == "sm_80":
-        keys, queries, cut = {64: (128, 32, 32), 128: (64, 64, 32)}.get(max(head, 64), (64, 32, 32))
-    return {"BLOCK_M": queries, "CUT_M": cut, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
 
 
 @triton.jit

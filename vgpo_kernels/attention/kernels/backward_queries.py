@@ -4,22 +4,8 @@ from typing import Any
 
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.attention.kernels.backward_keys import PADDED_TILE, STRIDES, compile_case, probabilities
+from vgpo_kernels.attention.kernels.configs import queries_tiles
 from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, key_ranges, load_tile, products, whole_tile
-
-
-def queries_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
-    """Returns the tiles of the kernel of dQ: as forward, with narrower tiles of keys for its two maps of scores."""
-    if itemsize == 4:
-        warps = 4 if target == "sm_80" and head <= 64 else 8
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": warps, "num_stages": 1}
-    queries, keys, cut, stages = (128, 64, 32, 2) if head <= 128 else (64, 32, 32, 2)
-    if target == "gfx942":  # masks live in scalar registers, of which there are few
-        queries, keys, cut, stages = 64, 32 if head <= 64 else 16, 16, 1
-    elif target == "sm_120":
-        queries, keys = (64, 32) if head <= 128 else (32, 32)
-    elif target == "sm_90" and head > 128:
-        queries = 128
-    return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
 
 
 @triton.jit

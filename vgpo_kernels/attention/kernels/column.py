@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton, with_unit_columns
+from vgpo_kernels.attention.kernels.configs import column_tiles
 from vgpo_kernels.attention.kernels.shared import (
     CHUNK,
     VECTOR,
@@ -29,27 +30,6 @@ SPLIT_BLOCKS = 8
 
 _RUN_TIME = ["heads", "group", "n_positions", "Lq", "splits", "stride_lb", "stride_lh", "stride_ll"]
 _STRIDES = [f"stride_{name}{axis}_units" for name in "qk" for axis in "bhl"]
-
-
-def column_tiles(D_PAD: int, itemsize: int, target: str, *, unit: int, softcap: bool) -> dict[str, int]:
-    """Returns the tiles of a target: BLOCK_N positions stay, blocks of BLOCK_M queries pass by."""
-    amd = target == "gfx942"
-    small = softcap or D_PAD > 128
-    if amd and softcap and D_PAD > 128:
-        tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4 if itemsize == 2 else 8, "num_stages": 2}
-    elif itemsize == 4:
-        tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    elif unit == 1:  # an address an element
-        tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
-    elif amd:
-        tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    else:
-        tiles = {"BLOCK_M": 64, "BLOCK_N": 64 if small else 128, "num_warps": 8, "num_stages": 3}
-        if target == "sm_90" and D_PAD <= 128:
-            # Two programs share a multiprocessor: one's exp hides behind the other's product.
-            tiles["maxnreg"] = 128
-    # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
-    return tiles | {"maxnreg": 255 if itemsize == 4 else 168} if target == "sm_100" else tiles
 
 
 @triton.jit(do_not_specialize=["Lq"])
@@ -266,7 +246,7 @@ def attention_column_sum(
     q, k, lse, positions = with_unit_columns(q), with_unit_columns(k), lse.float(), positions.contiguous()
     strides = strides_in_units(q=q, k=k)
     tiles = column_tiles(
-        padded_head(D), q.element_size(), target_of(q), unit=strides["UNIT"], softcap=softcap is not None
+        target_of(q), q.element_size(), padded_head(D), unit=strides["UNIT"], softcap=softcap is not None
     )
     entries, counts = _block_lists(positions, key_start, key_end, tiles["BLOCK_M"], tiles["BLOCK_N"])
     blocks = B * Hq * triton.cdiv(n, tiles["BLOCK_N"])
@@ -379,5 +359,5 @@ def _compile_case(
         column_kernel,
         signature,
         constexprs,
-        tiles=lambda target: column_tiles(padded_head(D), itemsize, target, unit=unit, softcap=softcap),
+        tiles=lambda target: column_tiles(target, itemsize, padded_head(D), unit=unit, softcap=softcap),
     )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.intervals import VISUAL
+from vgpo_kernels.attention.kernels.configs import split_tiles
 from vgpo_kernels.attention.kernels.keys import load_tile, products
 from vgpo_kernels.attention.kernels.shared import (
     log2_scores,
@@ -28,24 +29,9 @@ def takes(Lq: int, group: int) -> bool:
     return Lq * group <= MOST_ROWS
 
 
-def split_tiles(target: str, itemsize: int, rows: int, unit: int) -> dict[str, int]:
-    """Returns the tiles for `rows` queries.
-
-    The keys stream once, so what counts is bytes in flight: three tiles of 64 keys where they fit. Single precision
-    unrolls its products, rows off 16 bytes have an address for each element, and masks on AMD live in scalar registers,
-    so their tiles are small.
-    """
-    block = max(16, int(triton.next_power_of_2(rows)))
-    keys, warps, stages = 64, 8, 3
-    if itemsize == 4:
-        keys, warps, stages = 16, 4 if block == 16 else 8, 1
-    elif unit == 1 or target == "gfx942":
-        keys, stages = 16, 1
-    elif target == "sm_120":
-        keys, warps, stages = 32, 4 if block == 16 else 8, 2
-    elif target == "sm_80" and block == 64:
-        keys = 32
-    return {"BLOCK_R": block, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+def padded_rows(rows: int) -> int:
+    """Returns the rows of a tile that takes `rows` queries: the next power of two that a matrix product takes."""
+    return max(16, int(triton.next_power_of_2(rows)))
 
 
 @triton.jit(do_not_specialize=["Hkv", "group", "Lq", "Lk", "n_splits", *STRIDES, "inner", "outer"])
@@ -219,12 +205,12 @@ def split_attention(
     B, Hq, Lq, D = q.shape
     Hkv, Lk = k.shape[1:3]
     group, head = Hq // Hkv, padded_head(D)
-    rows = Lq * group
+    rows, block = Lq * group, padded_rows(Lq * group)
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
     mass = torch.empty_like(lse) if with_mass else None
     strides = strides_in_units(q=q, k=k, v=v)
-    tiles = split_tiles(target_of(q), q.element_size(), rows, strides["UNIT"])
+    tiles = split_tiles(target_of(q), q.element_size(), block, strides["UNIT"])
     n_splits = splits(B * Hkv, Lk, tiles["BLOCK_N"], _processors(q.device))
     acc = q.new_empty((B * Hkv, n_splits, rows, D), dtype=torch.float32)
     stats = q.new_empty((B * Hkv, n_splits, 3, rows), dtype=torch.float32)
@@ -243,6 +229,7 @@ def split_attention(
         Lk=Lk,
         n_splits=n_splits,
         HEAD=D,
+        BLOCK_R=block,
         BLOCK_D=head,
         **strides,
         **score_scales(scale, softcap),
@@ -291,19 +278,19 @@ def compile_cases() -> list[CompileCase]:
 
 
 def _compile_split(dtype: str, D: int, rows: int, softcap: bool = False, unit: int = 8) -> CompileCase:
-    head, itemsize = padded_head(D), 4 if dtype == "fp32" else 2
+    head, block, itemsize = padded_head(D), padded_rows(rows), 4 if dtype == "fp32" else 2
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {"kinds_ptr": "*i8"}
     signature |= dict.fromkeys(("start_ptr", "end_ptr"), "*i32") | dict.fromkeys(("acc_ptr", "stats_ptr"), "*fp32")
     signature |= dict.fromkeys(("Hkv", "group", "Lq", "Lk", "n_splits", *STRIDES), "i32")
     signature |= {"inner": "fp32", "outer": "fp32"}
-    constexprs: dict[str, Any] = {"SOFTCAP": softcap, "HEAD": D, "UNIT": unit, "BLOCK_D": head}
+    constexprs: dict[str, Any] = {"SOFTCAP": softcap, "HEAD": D, "UNIT": unit, "BLOCK_R": block, "BLOCK_D": head}
     variant = f"{dtype} D {D} rows {rows}{' softcap' * softcap}{' any strides' * (unit == 1)}"
     return CompileCase(
         f"attention split {variant}",
         split_kernel,
         signature,
         constexprs,
-        tiles=lambda target: split_tiles(target, itemsize, rows, unit),
+        tiles=lambda target: split_tiles(target, itemsize, block, unit),
     )
 
 

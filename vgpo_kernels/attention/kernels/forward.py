@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton, with_unit_columns
 from vgpo_kernels.attention.kernels import decode
+from vgpo_kernels.attention.kernels.configs import forward_tiles
 from vgpo_kernels.attention.kernels.keys import (
     MIXED_BLOCK,
     VISUAL_BLOCK,
@@ -28,29 +29,6 @@ from vgpo_kernels.attention.kernels.shared import (
 )
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkv" for axis in "bhl")
-
-
-def forward_tiles(target: str, itemsize: int, head: int) -> dict[str, int]:
-    """Returns the tiles for heads padded to `head`.
-
-    Two warp groups of 64 queries each, as many keys as registers hold beside the accumulator and shared memory twice;
-    tiles that an interval cuts are narrower, since their masks take registers, too. Single precision has no tensor
-    cores: a product is unrolled, so its tiles are small.
-    """
-    if itemsize == 4:
-        warps = 4 if head <= (64 if target == "sm_120" else 128) else 8
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": warps, "num_stages": 1}
-    queries, keys, cut = 128, 128, 64
-    if target == "gfx942":  # masks live in scalar registers, of which there are few
-        queries, keys, cut = {64: (128, 64, 16), 128: (128, 32, 16)}.get(max(head, 64), (64, 16, 16))
-    elif head > 128:
-        queries, keys, cut = {"sm_90": (128, 64, 32), "sm_120": (64, 32, 32)}.get(target, (64, 64, 32))
-    elif target in ("sm_80", "sm_120"):
-        keys, cut = 64, 32
-    elif target == "sm_100" and head == 128:
-        cut = 32
-    stages = 1 if target == "gfx942" else 2
-    return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton, with_unit_columns
+from vgpo_kernels.attention.kernels.configs import mass_tiles
 from vgpo_kernels.attention.kernels.shared import (
     CHUNK,
     VECTOR,
@@ -24,23 +25,6 @@ from vgpo_kernels.attention.kernels.tiles import tile_lists
 
 _RUN_TIME = ["kv_heads", "group", "Lq", "Lk", "num_segments", "capacity", "stride_lb", "stride_lh", "stride_ll"]
 _STRIDES = [f"stride_{name}{axis}_units" for name in "qk" for axis in "bhl"]
-
-
-def mass_tiles(D_PAD: int, itemsize: int, target: str, *, unit: int, softcap: bool) -> dict[str, int]:
-    """Returns the tiles of a target: BLOCK_M rows stay, tiles of BLOCK_N keys pass by."""
-    amd = target == "gfx942"
-    if itemsize == 4:
-        tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8 if target == "sm_100" else 4, "num_stages": 2}
-    elif unit == 1:  # an address an element
-        tiles = {"BLOCK_M": 32 if amd else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-    else:
-        # On sm_90 these leave room for two programs on a multiprocessor: one's exp hides behind the other's product.
-        small = softcap or (D_PAD > 128 and target != "sm_90")
-        keys = 32 if amd and softcap and D_PAD > 128 else 64
-        stages = 2 if amd else 3
-        tiles = {"BLOCK_M": 64 if small else 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
-    # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
-    return tiles | {"maxnreg": 255 if itemsize == 4 else 168} if target == "sm_100" else tiles
 
 
 @triton.jit
@@ -214,7 +198,7 @@ def attention_mass(
     q, k, lse = with_unit_columns(q), with_unit_columns(k), lse.float()
     strides = strides_in_units(q=q, k=k)
     tiles = mass_tiles(
-        padded_head(D), q.element_size(), target_of(q), unit=strides["UNIT"], softcap=softcap is not None
+        target_of(q), q.element_size(), padded_head(D), unit=strides["UNIT"], softcap=softcap is not None
     )
     s_block = segment_block(num_segments)
     lists = tile_lists(segment_ids.contiguous(), num_segments, s_block, tiles["BLOCK_N"])
@@ -281,5 +265,5 @@ def _compile_case(dtype: str, D: int, segments: int, *, softcap: bool = False, u
         mass_kernel,
         signature,
         constexprs,
-        tiles=lambda target: mass_tiles(padded_head(D), itemsize, target, unit=unit, softcap=softcap),
+        tiles=lambda target: mass_tiles(target, itemsize, padded_head(D), unit=unit, softcap=softcap),
     )

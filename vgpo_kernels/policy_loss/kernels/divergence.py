@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
+from vgpo_kernels.policy_loss.kernels.configs import divergence_tiles
 from vgpo_kernels.policy_loss.kernels.rows import (
+    VECTOR,
     bounded,
     edges,
     finite,
     first_vector,
-    row_tiles,
     scores,
     softcap_scales,
     tile_columns,
@@ -18,8 +19,6 @@ from vgpo_kernels.policy_loss.kernels.rows import (
     whole_vectors,
 )
 
-# Vectors a thread has of a tile of either row.
-VECTORS = 1
 RUN_TIME = ("vocabulary", "p_stride", "q_stride")
 
 
@@ -152,7 +151,8 @@ def logits_kl(logits_p: Tensor, logits_q: Tensor, temperature: float, softcap: f
             p_stride=logits_p.stride(0),
             q_stride=logits_q.stride(0),
             Q_ALIGNED=vectors_match(logits_p, logits_q),
-            **row_tiles(vocabulary, logits_p.element_size(), VECTORS, target_of(logits_p), softcap=softcap is not None),
+            VEC=VECTOR // logits_p.element_size(),
+            **divergence_tiles(vocabulary, logits_p.element_size(), target_of(logits_p), softcap=softcap is not None),
         )
     return kl
 
@@ -173,6 +173,6 @@ def _compile_case(name: str, dtype: str, *, softcap: bool, aligned: bool) -> Com
         name,
         logits_kl_kernel,
         signature,
-        {"SOFTCAP": softcap, "Q_ALIGNED": aligned},
-        tiles=lambda target: row_tiles(152064, itemsize, VECTORS, target, softcap=softcap),
+        {"SOFTCAP": softcap, "Q_ALIGNED": aligned, "VEC": VECTOR // itemsize},
+        tiles=lambda target: divergence_tiles(152064, itemsize, target, softcap=softcap),
     )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tanh, target_of, tl, triton, with_unit_columns
+from vgpo_kernels.policy_loss.kernels.configs import linear_tiles
 
 LOG2E = math.log2(math.e)
 MERGE_BLOCK = 128
@@ -27,21 +28,6 @@ START = 0.5
 _RUN_TIME = [
     *("tokens", "vocabulary", "width_units", "stride_w_units", "stride_bias", "tiles_per_split", "splits", "group"),
 ]
-
-
-def linear_tiles(itemsize: int, target: str, *, unit: int, softcap: bool) -> dict[str, int]:
-    """Returns the tiles of a target: BLOCK_M tokens by BLOCK_N of the vocabulary, BLOCK_K of the width at a time.
-
-    On sm_90 the product is 256 by 128: with as many elements the other way around, a row's maximum keeps too many
-    registers busy, and smaller ones want more of the second-level cache than it gives.
-    """
-    if itemsize == 4 or unit == 1:  # products without tensor cores, or an address an element
-        columns = 16 if unit == 1 else 32
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": columns, "num_warps": 8, "num_stages": 2}
-    rows = 256 if target == "sm_90" else 128
-    words = 64 if target == "gfx942" and softcap else 128
-    stages = {"sm_90": 4, "sm_100": 4, "gfx942": 2}.get(target, 3)
-    return {"BLOCK_M": rows, "BLOCK_N": words, "BLOCK_K": 64, "num_warps": 8, "num_stages": stages}
 
 
 @functools.lru_cache(maxsize=4096)

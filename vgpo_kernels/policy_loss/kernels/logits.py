@@ -10,12 +10,11 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
+from vgpo_kernels.policy_loss.kernels.configs import logits_tiles
 from vgpo_kernels.policy_loss.kernels.passes import row_statistics, write_gradient, write_zeros
-from vgpo_kernels.policy_loss.kernels.rows import row_tiles, scores, softcap_scales, vectors_match, whole_vectors
+from vgpo_kernels.policy_loss.kernels.rows import VECTOR, scores, softcap_scales, vectors_match, whole_vectors
 from vgpo_kernels.policy_loss.kernels.terms import kl_to_reference, surrogate, term_constants
 
-# Vectors a thread has of a tile.
-VECTORS = 2
 RUN_TIME = (
     "length",
     "vocabulary",
@@ -265,7 +264,8 @@ def _launch(
         STATISTICS=statistics,
         OUT_ALIGNED=out is not None and vectors_match(logits, out),
         **term_constants(PolicyLossConfig() if config is None else config),
-        **row_tiles(vocabulary, logits.element_size(), VECTORS, target_of(logits), softcap=softcap is not None),
+        VEC=VECTOR // logits.element_size(),
+        **logits_tiles(vocabulary, logits.element_size(), target_of(logits), softcap=softcap is not None),
     )
 
 
@@ -312,6 +312,6 @@ def _compile_case(
         name,
         logits_kernel,
         signature,
-        absent | constants,
-        tiles=lambda target: row_tiles(vocabulary, itemsize, VECTORS, target, softcap=softcap),
+        absent | constants | {"VEC": VECTOR // itemsize},
+        tiles=lambda target: logits_tiles(vocabulary, itemsize, target, softcap=softcap),
     )

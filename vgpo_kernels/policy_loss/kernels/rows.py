@@ -8,8 +8,6 @@ from torch import Tensor
 from vgpo_kernels._triton import tanh, tl, triton
 
 VECTOR = 16  # bytes
-# Rows longer than this many bytes are walked by as many threads as there may be.
-LONG_ROW = 32768
 
 
 @triton.jit
@@ -91,16 +89,6 @@ def finite(b_max):
 def bounded(b_log2):
     """Logarithms whose exp2 is the same 0 as before, but 0 * log2(0) is 0 and not NaN."""
     return tl.maximum(b_log2, -200.0)
-
-
-def row_tiles(vocabulary: int, itemsize: int, vectors: int, target: str, *, softcap: bool) -> dict[str, int]:
-    """Returns tiles of `vectors` vectors a thread: 1024 threads for long rows, so that few rows share the L2 cache.
-
-    With a soft-cap half as many: on sm_80, tanh takes more than the 64 registers that 1024 threads have each.
-    """
-    threads = (512 if softcap else 1024) if vocabulary * itemsize > LONG_ROW else 128
-    warp_size = 64 if target == "gfx942" else 32
-    return {"R": threads * vectors, "VEC": VECTOR // itemsize, "num_warps": threads // warp_size}
 
 
 def softcap_scales(temperature: float, softcap: float | None) -> dict[str, float | bool]:

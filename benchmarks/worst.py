@@ -1,0 +1,99 @@
+"""Looks into the kernel that is farthest from the machine's ceiling: `python benchmarks/worst.py FOLDER`.
+
+FOLDER holds `small.json` or `paper.json` of a run of the benchmarks. With ncu on the PATH its call is profiled there;
+registers and shared memory of its kernels are printed in any case.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import tune_timing
+from result_file import OURS, Entry, read_results
+from room import OURS as OUR_PROVIDER
+
+from vgpo_kernels import _compile, _tuning
+
+FILES = ("small.json", "paper.json")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what is worst and what its kernels take; returns 1 where a part of that fails, 2 without results."""
+    parser = argparse.ArgumentParser(prog="worst.py", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--call", nargs=2, metavar=("ROOM", "CASE"), help="only make that call, for a profiler")
+    options = parser.parse_args(arguments)
+    if options.call:
+        call(*options.call)
+        return 0
+    entry = worst(entries(options.folder))
+    if entry is None:
+        print(f"{options.folder}: expected entries of ours in {' or '.join(FILES)}, found none", file=sys.stderr)
+        return 2
+    print(f"{entry.room} | {entry.case}: {entry.of_ceiling:.1%} of the machine's ceiling")
+    profiled = profile(entry, options.folder / "worst.ncu-rep") if torch.cuda.is_available() else 0
+    return int(bool(profiled) or bool(resources(entry.room)))
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Returns the entries of the files that there are; one without any says so and is left out."""
+    found = []
+    for path in (folder / name for name in FILES):
+        try:
+            found += read_results(path).entries
+        except ValueError as error:
+            print(error, file=sys.stderr)
+    return found
+
+
+def worst(found: Iterable[Entry]) -> Entry | None:
+    """Returns the entry of ours with the lowest fraction of the ceiling; sweeps and whole training steps aside."""
+    ours = (entry for entry in found if entry.role == OURS and entry.axis is None and entry.room != "training step")
+    return min(ours, key=lambda entry: entry.of_ceiling, default=None)
+
+
+def call(room_name: str, case_name: str) -> None:
+    """Makes a room's call twice, the second time for a profiler that waits for the start of its range."""
+    device = torch.device("cuda", 0)
+    room = tune_timing.room_named(room_name)
+    inputs = room.inputs(room.case(case_name, device.type), device)
+    room.providers[OUR_PROVIDER].run(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    room.providers[OUR_PROVIDER].run(inputs)
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def profile(entry: Entry, report: Path) -> int:
+    """Writes ncu's report of the entry's call and prints it; returns ncu's exit status, 0 where it is not installed."""
+    ncu = shutil.which("ncu")
+    if ncu is None:
+        print("ncu is not on the PATH: no profile")
+        return 0
+    this = [sys.executable, __file__, str(report.parent), "--call", entry.room, entry.case]
+    options = ["--set", "full", "--profile-from-start", "off", "--force-overwrite", "--export", str(report)]
+    status = subprocess.run([ncu, *options, *this]).returncode
+    return status or subprocess.run([ncu, "--import", str(report), "--page", "details"]).returncode
+
+
+def resources(room_name: str) -> int:
+    """Prints what the room's tunable kernels compile to for the GPU here, or all kernels where it has none."""
+    from vgpo_kernels._triton import target_of
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    configs = _tuning.configs()
+    names = {configs[kernel].case for kernel, room in tune_timing.ROOMS.items() if room == room_name}
+    cases = _compile.all_cases()
+    kernels = [case.kernel for case in cases if case.name in names]
+    wanted = [case for case in cases if case.kernel in kernels] or cases
+    target = target_of(torch.empty(0, device=device))
+    return _compile.run(argparse.Namespace(target=[target], kernel=None, json=None), wanted)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
