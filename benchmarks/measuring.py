@@ -75,7 +75,7 @@ def measure(
         outcomes[name].info |= _achieved(facts, median(samples))
         if device.type == "cuda":
             outcomes[name].info |= {
-                "host_seconds": host_seconds(calls[name], device),
+                "host_seconds": host_seconds(calls[name], device, seconds),
                 "launches": launches(calls[name], device),
             }
         if room.details is not None:
@@ -138,9 +138,9 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 def cold_copies(inputs: Any, device: torch.device) -> list[Any]:
     """Returns as many copies of a NamedTuple of inputs as its second-level cache cannot hold: no call finds its own.
 
-    On a CPU, and for inputs that are larger than that cache, the inputs alone.
+    The inputs alone on a CPU, where they are larger than that cache, or where they are no NamedTuple (a model).
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not isinstance(inputs, tuple):
         return [inputs]
     size = max(1, memory.bytes_of(inputs))
     count = 1 + 2 * torch.cuda.get_device_properties(device).L2_cache_size // size

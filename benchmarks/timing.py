@@ -117,7 +117,7 @@ def _spin_rate(device: torch.device) -> float:
     return cycles / (start.elapsed_time(end) / 1e3)
 
 
-def host_seconds(call: Callable[[], object], device: torch.device, turns: int = 10) -> float:
+def host_seconds(call: Callable[[], object], device: torch.device, seconds: float = 1.0, most: int = 10) -> float:
     """Returns the median wall-clock time from an idle GPU, before the call, to an idle GPU after it."""
 
     def waited() -> None:
@@ -125,7 +125,8 @@ def host_seconds(call: Callable[[], object], device: torch.device, turns: int = 
         torch.cuda.synchronize(device)
 
     torch.cuda.synchronize(device)
-    return median(_wall(waited) for _ in range(turns))
+    first = _wall(waited)
+    return median([first, *(_wall(waited) for _ in range(min(most, int(seconds / first))))])
 
 
 def launches(call: Callable[[], object], device: torch.device) -> int:

@@ -124,6 +124,7 @@ def phases(task: Task, name: str) -> dict[str, Any]:
             }
             for phase in first
         },
+        "allocated_bytes": max(peaks.values()),
         "live_bytes": _live_bytes(task),
     }
 

@@ -180,3 +180,5 @@ def test_cold_copies_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch):
         assert copy.x.stride() == given.x.stride()
         assert copy.prepared is given.prepared
     assert measuring.cold_copies(given, CPU) == [given]
+    model = object()  # a step's inputs: they are not copied
+    assert measuring.cold_copies(model, torch.device("cuda")) == [model]

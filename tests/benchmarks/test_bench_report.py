@@ -132,11 +132,17 @@ def test_goals_furthest_behind_come_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("seconds", "met"), [(1.01, True), (1.03, False)])
 def test_a_step_may_take_little_more_than_one_that_does_less(tmp_path: Path, seconds: float, met: bool) -> None:
     entries = [
-        entry(goals.STEP, "vgpo_kernels", "ours", seconds, device="NVIDIA H200", memory=1100, live_bytes=9000),
+        entry(goals.STEP, "vgpo_kernels", "ours", seconds, device="NVIDIA H200", allocated_bytes=1100, live_bytes=9000),
         entry(
-            goals.STEP, "vgpo_kernels, similarity only", "ours", 0.5, device="NVIDIA H200", memory=1, live_bytes=9000
+            goals.STEP,
+            "vgpo_kernels, similarity only",
+            "ours",
+            0.5,
+            device="NVIDIA H200",
+            allocated_bytes=1,
+            live_bytes=9000,
         ),
-        entry(goals.STEP, "GRPO, plain", "bound", 1.0, device="NVIDIA H200", memory=1000, live_bytes=9000),
+        entry(goals.STEP, "GRPO, plain", "bound", 1.0, device="NVIDIA H200", allocated_bytes=1000, live_bytes=9000),
     ]
     found = {one.goal.text: one for one in goals.verdicts(_read(tmp_path, entries)) if one.goal.room == goals.STEP}
     time, memory, extra = (

@@ -83,9 +83,14 @@ def test_a_gpu_is_timed_between_events_behind_a_spin(gpu: list):
 
 
 def test_host_time_is_from_idle_to_idle(gpu: list):
-    seconds = timing.host_seconds(lambda: gpu.append("call"), torch.device("cuda"), turns=3)
-    assert gpu == ["synchronize", *["call", "synchronize"] * 3]
+    seconds = timing.host_seconds(lambda: gpu.append("call"), torch.device("cuda"), most=3)
+    assert gpu == ["synchronize", *["call", "synchronize"] * 4]
     assert 0 < seconds < 0.1
+
+
+def test_host_time_of_slow_calls_is_taken_once(gpu: list):
+    timing.host_seconds(lambda: time.sleep(0.02), torch.device("cuda"), seconds=0.01)
+    assert gpu == ["synchronize"] * 2
 
 
 def test_ceilings_are_those_of_this_machine():
