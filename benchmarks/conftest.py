@@ -11,6 +11,7 @@ import pytest
 import torch
 from measuring import Outcome, measure
 from room import LEVELS, Case, Room
+from timing import give_memory_back, keep_memory
 from working_tree import ROOT
 
 CHOICES = {level: (level,) for level in LEVELS} | {"all": ("small", "paper")}
@@ -35,6 +36,7 @@ def device() -> torch.device:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[OUTCOMES], config.stash[SKIPPED] = {}, []
+    keep_memory()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -94,6 +96,7 @@ class Entry:
         if (*group, self.provider) not in outcomes:
             found = measure(self.room, self.case, self._selected(), device(), module, timed=not self.benchmark.disabled)
             outcomes |= {(*group, name): outcome for name, outcome in found.items()}
+            give_memory_back()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return outcomes[(*group, self.provider)]

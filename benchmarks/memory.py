@@ -1,6 +1,5 @@
 """How far memory rises in a call: by the allocator's count on a GPU, else by the resident set of a fresh process."""
 
-import ctypes
 import gc
 import importlib
 import multiprocessing
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import give_memory_back
 from torch import Tensor
 
 # What providers load at their first call, loaded once for all the processes that measure them.
@@ -55,7 +55,7 @@ def cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
 def resident_peak(call: Callable[[], Any]) -> int:
     """Returns the bytes that the resident set of this process rises by in a call, beyond what the call returns."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    give_memory_back()
     Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
     before = _status("VmRSS")
     result = call()

@@ -20,7 +20,7 @@ class States(NamedTuple):
     hidden: Tensor  # (B, P + R, hidden)
     visual_mask: Tensor  # (B, P + R) bool
     completion_mask: Tensor  # (B, P + R) bool
-    rows_read: int  # visual and completion tokens, of all rows
+    copied: Tensor  # (visual and completion tokens of all rows, hidden), for a copy of as much
 
 
 def lengths(case: Case) -> list[int]:
@@ -35,7 +35,8 @@ def inputs(case: Case, device: torch.device) -> States:
     visual = (torch.arange(P + R, device=device) < V).expand(B, P + R)
     completion = torch.zeros(B, P + R, dtype=torch.bool, device=device)
     completion[:, P:] = ragged_mask(lengths(case), R).to(device)
-    return States(hidden, visual, completion, B * V + sum(lengths(case)))
+    copied = hidden.new_zeros(B * V + sum(lengths(case)), case["hidden"])
+    return States(hidden, visual, completion, copied)
 
 
 def work(case: Case) -> Work:
@@ -47,7 +48,7 @@ def work(case: Case) -> Work:
 
 def copy_of_rows(given: States) -> Tensor:
     """What the memory gives: as many bytes as the score reads, read once and written once."""
-    return given.hidden.flatten(0, 1)[: given.rows_read].clone()
+    return given.copied.copy_(given.hidden.flatten(0, 1)[: len(given.copied)])
 
 
 def sweeps() -> list[Case]:

@@ -14,8 +14,8 @@ from torch import Tensor
 import vgpo_kernels
 
 TINY = {"B": 2, "R": 24, "hidden": 40, "vocabulary": 97}
-SMALL = sizes("7B", 2, 1024, 1024, 1024, hidden=512, vocabulary=50_000)
-HELD = sizes("7B", 1, 0, 0, 512, hidden=256, vocabulary=8192)
+SMALL = sizes("7B", 1, 1024, 1024, 1024, hidden=512, vocabulary=50_000)
+HELD = sizes("7B", 1, 0, 0, 512, hidden=256, vocabulary=4096)
 
 
 class States(NamedTuple):
@@ -66,7 +66,7 @@ def logprobs(given: States, impl: str | None) -> tuple[Tensor, Tensor]:
 LOGPROBS = Room(
     "log-probs of hidden states",
     cases=[
-        *small("B 2, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
+        *small("B 1, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
         *paper_cases(),
         *sweep("T", LENGTHS, cpu=HELD, gpu=sizes("7B", 1, 0, 0, 0), varies="R"),
         *sweep("vocabulary", WORDS, cpu=HELD, gpu=sizes("7B", 8, 0, 0, 1024)),
@@ -120,7 +120,7 @@ def cut_loss(given: States) -> Tensor:
 LOSS = Room(
     "policy loss of hidden states",
     cases=[
-        *small("B 2, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
+        *small("B 1, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
         *paper_cases(),
         *sweep("T", LENGTHS, cpu=HELD, gpu=sizes("7B", 1, 0, 0, 0), varies="R"),
         *sweep("vocabulary", WORDS, cpu=HELD, gpu=sizes("7B", 8, 0, 0, 1024)),

@@ -1,8 +1,11 @@
 """How long calls take: in turns, so that drift hits all alike; on a GPU by events, ahead of which the host runs."""
 
+import ctypes
 import functools
 import gc
+import math
 import random
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -13,6 +16,10 @@ import torch
 
 # A spin before a timed call keeps the GPU busy while the host queues it; longer ones hide nothing more.
 LONGEST_SPIN = 0.02
+# Seconds that a call runs before it is timed on a CPU, and is timed in one turn; one many times as long does without.
+SETTLING, LONG = 0.01, 20
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 class Ceilings(NamedTuple):
@@ -34,31 +41,66 @@ def interleaved(
     least: int = 3,
     most: int = 200,
 ) -> dict[str, list[float]]:
-    """Times calls in turns, in a shuffled order each turn; slow ones in fewer turns, spread evenly.
+    """Times calls in turns, in a shuffled order each round; slow ones in fewer rounds, spread evenly.
+
+    On a CPU a call that is short has a turn of several, after some that do not count: torch's threads spin for
+    milliseconds when their work is done, which would be charged to whoever is next.
 
     Args:
         calls: by name; what they return is dropped.
         device: where they run.
         seconds: about how long each call is repeated.
-        least: turns that even the slowest call gets.
-        most: turns that the fastest call gets.
+        least: times that even the slowest call is timed.
+        most: times that the fastest call is timed.
 
     Returns:
-        Seconds of each turn, by name: wall-clock on a CPU, between two events on a GPU.
+        The seconds of each call, by name: wall-clock on a CPU, between two events on a GPU.
     """
     clocks = {name: _clock(call, device) for name, call in calls.items()}
+    settling = 0.0 if device.type == "cuda" else SETTLING
     with _undisturbed():
-        # The first calls of a process load what torch needs; the number of turns is taken from the last.
-        expected = {name: min(clock() for _ in range(1 if clock() > 1.0 else 3)) for name, clock in clocks.items()}
-        turns = {name: int(min(most, max(least, seconds / once))) for name, once in expected.items()}
+        expected = {name: _expected(clock) for name, clock in clocks.items()}
+        times = {name: int(min(most, max(least, seconds / once))) for name, once in expected.items()}
+        bursts = {name: max(1, min(times[name] // least, int(settling / once))) for name, once in expected.items()}
+        turns = {name: math.ceil(times[name] / bursts[name]) for name in calls}
         samples: dict[str, list[float]] = {name: [] for name in calls}
-        order = random.Random(0)
-        last = max(turns.values(), default=0)
-        for turn in range(last):
-            due = [name for name, n in turns.items() if (turn + 1) * n // last > turn * n // last]
+        order, rounds = random.Random(0), max(turns.values(), default=0)
+        for number in range(rounds):
+            due = [name for name, n in turns.items() if (number + 1) * n // rounds > number * n // rounds]
             for name in order.sample(due, len(due)):
-                samples[name].append(clocks[name]())
+                if expected[name] < LONG * settling:
+                    _settle(clocks[name], settling)
+                left = times[name] - len(samples[name])
+                samples[name] += [clocks[name]() for _ in range(min(left, bursts[name]))]
     return samples
+
+
+def _expected(clock: Callable[[], float]) -> float:
+    """Returns about how long a call takes; its first ones load what torch needs."""
+    first = clock()
+    return first if first > 1.0 else min(clock() for _ in range(3))
+
+
+def _settle(clock: Callable[[], float], seconds: float) -> None:
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        clock()
+
+
+def keep_memory() -> None:
+    """Has this process keep what it frees, on Linux with glibc, where large blocks go back to the system at once.
+
+    A call would else be timed with the page faults of its results, which take several times as long as some kernels.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_memory_back() -> None:
+    """Gives what is free back to the system."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 @contextmanager

@@ -11,20 +11,22 @@ import torch
 CPU = torch.device("cpu")
 
 
-def test_calls_take_turns():
+def test_calls_take_turns(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "SETTLING", 0.0)
     order = []
     calls = {name: lambda name=name: (order.append(name), time.sleep(0.001)) for name in "abc"}
     samples = timing.interleaved(calls, CPU, seconds=0.03, least=5, most=20)
     rounds = {name: len(times) for name, times in samples.items()}
     assert all(5 <= n <= 20 for n in rounds.values())
-    # After the first calls, no call runs many times in a row: a turn holds each of them.
+    # After the first calls, no call runs many times in a row: a round holds each of them.
     timed = order[len(order) - sum(rounds.values()) :]
     positions = [i for i, name in enumerate(timed) if name == "a"]
     assert max(b - a for a, b in itertools.pairwise(positions)) <= 2 * len(calls)
     assert {"".join(timed[i : i + 3]) for i in range(0, len(timed) - 2, 3)} != {"abc"}  # shuffled
 
 
-def test_a_slow_call_gets_few_turns_spread_over_all():
+def test_a_slow_call_gets_few_turns_spread_over_all(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "SETTLING", 0.0)
     order = []
 
     def slow():
@@ -38,6 +40,33 @@ def test_a_slow_call_gets_few_turns_spread_over_all():
     timed = order[-(len(samples["slow"]) + 50) :]
     first, last = timed.index("slow"), len(timed) - 1 - timed[::-1].index("slow")
     assert last - first >= 15  # not all at one end
+
+
+def test_what_one_call_leaves_behind_is_not_charged_to_the_next():
+    """A call that makes others slow for some milliseconds, as threads that spin on do."""
+    ended = -1.0
+
+    def leaves_threads_spinning():
+        nonlocal ended
+        time.sleep(0.001)
+        ended = time.perf_counter()
+
+    def victim():
+        time.sleep(0.003 if time.perf_counter() - ended < 0.005 else 0.001)
+
+    calls = {"one": leaves_threads_spinning, "other": victim}
+    samples = timing.interleaved(calls, CPU, seconds=0.05, least=5)
+    assert len(samples["other"]) >= 5
+    assert sorted(samples["other"])[len(samples["other"]) // 2] < 0.0025
+
+
+def test_short_calls_are_timed_several_times_a_turn():
+    order = []
+    calls = {name: lambda name=name: (order.append(name), time.sleep(0.001)) for name in "ab"}
+    samples = timing.interleaved(calls, CPU, seconds=0.06, least=3, most=30)
+    assert all(10 <= len(times) <= 30 for times in samples.values())
+    turns = [len(list(same)) for _, same in itertools.groupby(order)]
+    assert len(turns) >= 6  # three at least of each
 
 
 @pytest.fixture
