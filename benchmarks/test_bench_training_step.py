@@ -130,7 +130,7 @@ ROOM = Room(
     # In half precision the attention kernels of a forward differ by rounding, and thresholds of the weights pass it on.
     tolerance=(1e-4, 5e-2),
     details=phases,
-    seconds=6.0,
+    seconds=5.0,
     least=5,
 )
 

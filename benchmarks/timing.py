@@ -78,7 +78,7 @@ def interleaved(
 def _expected(clock: Callable[[], float]) -> float:
     """Returns about how long a call takes; its first ones load what torch needs."""
     first = clock()
-    return first if first > 1.0 else min(clock() for _ in range(3))
+    return first if first > 0.3 else min(clock() for _ in range(3))
 
 
 def _settle(clock: Callable[[], float], seconds: float) -> None:
