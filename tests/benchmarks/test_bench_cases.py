@@ -2,13 +2,16 @@
 
 import warnings
 
+import goals
 import peers
 import pytest
+import result_file
 import test_bench_attention as attention
 import test_bench_decode as decode
 import test_bench_focus as focus
 import test_bench_linear_policy_loss as linear
 import test_bench_policy_loss as policy_loss
+import test_bench_training_step as training_step
 import test_bench_weights as weights
 import torch
 from room import OURS, PLAIN, Case, Room
@@ -113,3 +116,9 @@ def test_flex_attention_with_output_agrees():
     given = attention.whole_inputs(attention.FORWARD.tiny, CPU)
     for found, expected in zip(attention.flex_output(given), attention.fused(given, "reference"), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_goals_speak_of_rooms_that_there_are():
+    named = {room.name for room in [*ROOMS, training_step.ROOM]}
+    assert {goal.room for goal in goals.GOALS} <= named
+    assert result_file.HEADLINE == OURS
