@@ -63,6 +63,11 @@ def times_faster(pattern: str) -> Measure:
     return lambda group: group.ratio(fastest(group, pattern, PEER))
 
 
+def times_faster_than_less(pattern: str) -> Measure:
+    """How many times longer than ours the fastest matching entry takes, though it does less."""
+    return lambda group: group.ratio(fastest(group, pattern, BOUND))
+
+
 def times_leaner(pattern: str) -> Measure:
     """How many times the memory of ours the fastest of the matching peers takes."""
     return lambda group: group.memory_ratio(fastest(group, pattern, PEER))
@@ -119,9 +124,9 @@ GOALS = (
     Goal(MASS, "at least 20x as fast as an eager map", times_faster("eager"), 20),
     _most(MASS, "extra memory O(B H R): in fp32 numbers a query and head", of_ours(floats_a_query), None, ""),
     Goal(COLUMN, "at least 4x as fast as flash-colreduce", times_faster("colreduce"), 4),
-    Goal(COLUMN, "at least 2x as fast as any peer that is given the LSE", times_faster(r"^(?!.*colreduce)"), 2),
+    Goal(COLUMN, "at least 2x as fast as any peer that is given the LSE", times_faster("given the LSE"), 2),
     _most(FORWARD, "stock kernel and our mass: at most 1.3x the kernel alone", times_bound("stock", ours="stock"), 1.3),
-    Goal(FORWARD, "all-Triton: at least as fast as FlexAttention", times_faster("flex"), 1),
+    Goal(FORWARD, "all-Triton: at least as fast as FlexAttention without mass", times_faster_than_less("flex"), 1),
     _most(BACKWARD, "at most 1.05x the same backward without", times_bound(HEADLINE), 1.05),
     Goal(FOCUS, "at least 85% of a copy's bandwidth", of_ours(copy_share), 0.85, unit=" of a copy"),
     Goal(FOCUS, "at least 1.3x as fast as torch.compile", times_faster("compile"), 1.3),
@@ -130,8 +135,8 @@ GOALS = (
     Goal(LOGITS, "at least 88% of a copy's bandwidth", of_ours(copy_share), 0.88, unit=" of a copy"),
     Goal(LOGITS, "no slower than Liger", times_faster("liger"), 1),
     Goal(LOGITS, "no more memory than Liger", times_leaner("liger"), 1),
-    Goal(LOGPROBS, "at least 0.85x as fast as Liger's CuTe forward", times_faster("cute"), 0.85),
-    Goal(LOGPROBS, "at least 10x as fast as Liger's Triton", times_faster("liger(?!.*cute)"), 10),
+    Goal(LOGPROBS, "at least 0.85x as fast as Liger's CuTe forward", times_faster_than_less("cute"), 0.85),
+    Goal(LOGPROBS, "at least 10x as fast as Liger's Triton", times_faster_than_less("liger(?!.*cute)"), 10),
     Goal(LOSS, "at least 1.2x as fast as the best that recomputes logits", times_faster(RECOMPUTING), 1.2),
     _most(LOSS, "at most 1 GB beyond inputs and gradients", of_ours(lambda x: x.memory and x.memory / 1e9), 1, " GB"),
     _most(STEP, "at most 1.02x the time of the same GRPO step", times_bound("GRPO"), 1.02),

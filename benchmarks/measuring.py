@@ -58,29 +58,40 @@ def measure(
         outcomes[name].info = facts | {"provider": name, "role": provider.role, "peer": provider.role == "peer"}
         try:
             outcomes[name].info["memory"] = _memory(room, case, name, inputs, device, module)
-        except RuntimeError as error:
-            objections[name] = Objection("wrong", str(error))
+        except Exception as error:
+            objections[name] = _objection_to(error)
     for name, (kind, why) in objections.items():
         setattr(outcomes[name], kind, why)
     running = [name for name in running if name not in objections]
     if not timed:
         return outcomes
-    copies = itertools.cycle(cold_copies(inputs, device))
-    calls = {name: _call(room.providers[name].run, copies) for name in running}
+    try:
+        _time(room, case, inputs, device, {name: outcomes[name] for name in running})
+    except Exception as error:  # said once by each of them, not met again by the next
+        kind, why = _objection_to(error)
+        for name in running:
+            setattr(outcomes[name], kind, f"while timed together: {why}")
+    return outcomes
+
+
+def _time(room: Room, case: Case, inputs: Any, device: torch.device, outcomes: Mapping[str, Outcome]) -> None:
+    """Times providers in turns and adds what is said of each."""
+    copies = itertools.cycle(cold_copies(inputs, device) if room.rotates else [inputs])
+    calls = {name: _call(room.providers[name].run, copies) for name in outcomes}
     # Sweeps are for their exponents, tiny cases for the tests of these benchmarks.
     seconds, least = (room.seconds, room.least) if case.axis is None else (room.seconds / 4, 2)
     seconds = 0.01 if "tiny" in case.levels else seconds
     for name, samples in interleaved(calls, device, seconds, least).items():
-        outcomes[name].samples = samples
-        outcomes[name].info |= _achieved(facts, median(samples))
+        info = _achieved(outcomes[name].info, median(samples))
         if device.type == "cuda":
-            outcomes[name].info |= {
+            info |= {
                 "host_seconds": host_seconds(calls[name], device, seconds),
                 "launches": launches(calls[name], device),
             }
         if room.details is not None:
-            outcomes[name].info |= room.details(inputs, name)
-    return outcomes
+            info |= room.details(inputs, name)
+        outcomes[name].info |= info
+        outcomes[name].samples = samples
 
 
 def _call(run: Callable[[Any], Any], copies: Iterator[Any]) -> Callable[[], Any]:
@@ -94,7 +105,9 @@ def _objections(room: Room, names: Sequence[str], inputs: Any, device: torch.dev
     if isinstance(expected, Objection):
         return {name: expected._replace(why=f"{OURS}: {expected.why}") for name in names}
     objections, agreeing = {}, []
-    for name in names:
+    # A sweep of ours alone is held to our plain torch, which it does not time.
+    alone = PLAIN in room.providers and all(name == OURS or room.providers[name].role == "bound" for name in names)
+    for name in [*names, PLAIN] if alone else names:
         provider, found = room.providers[name], _result(room, name, inputs)
         if isinstance(found, Objection):
             objections[name] = found
@@ -110,17 +123,24 @@ def _objections(room: Room, names: Sequence[str], inputs: Any, device: torch.dev
     wrong = [name for name, objection in objections.items() if objection.kind == "wrong"]
     if OURS in names and (PLAIN in wrong or (wrong and agreeing == [OURS])):
         objections[OURS] = Objection("wrong", f"{PLAIN if PLAIN in wrong else 'every other result'} differs from it")
+    if alone:
+        objections.pop(PLAIN, None)
     return objections
+
+
+def _objection_to(error: Exception) -> Objection:
+    """Returns what an error says of whoever raised it: memory that is not there is nobody's mistake."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return Objection("skipped", f"out of memory: {str(error).splitlines()[0]}")
+    return Objection("wrong", f"does not run: {type(error).__name__}: {error}")
 
 
 def _result(room: Room, name: str, inputs: Any) -> list[Tensor] | Objection:
     """Returns what a provider comes to, or why it comes to nothing."""
     try:
         return [x.detach() for x in memory.tensors_of(room.providers[name].run(inputs))]
-    except torch.OutOfMemoryError as error:
-        return Objection("skipped", f"out of memory: {str(error).splitlines()[0]}")
     except Exception as error:  # whatever it is, the others are still measured
-        return Objection("wrong", f"does not run: {type(error).__name__}: {error}")
+        return _objection_to(error)
 
 
 def distance(actual: Tensor, expected: Tensor) -> float:
@@ -138,9 +158,9 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 def cold_copies(inputs: Any, device: torch.device) -> list[Any]:
     """Returns as many copies of a NamedTuple of inputs as its second-level cache cannot hold: no call finds its own.
 
-    The inputs alone on a CPU, where they are larger than that cache, or where they are no NamedTuple (a model).
+    On a CPU, and for inputs that are larger than that cache, the inputs alone.
     """
-    if device.type != "cuda" or not isinstance(inputs, tuple):
+    if device.type != "cuda":
         return [inputs]
     size = max(1, memory.bytes_of(inputs))
     count = 1 + 2 * torch.cuda.get_device_properties(device).L2_cache_size // size

@@ -16,7 +16,11 @@ from vgpo_kernels import attention_with_lse
 
 @functools.cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns the function under torch.compile, one compilation for each set of shapes."""
+    """Returns the function under torch.compile, one compilation for each set of shapes; too many are an error.
+
+    Left alone, torch would run what exceeds its limit uncompiled. `torch._dynamo.reset()` begins to count anew.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False)
 
 
@@ -65,7 +69,19 @@ def eager_output(q: Tensor, k: Tensor, v: Tensor, sequences: Tensor, visual_mask
     return out * seen, (probabilities * visual_mask[:, None, None]).sum(-1) * seen[..., 0]
 
 
-def two_lse_mass(q: Tensor, k: Tensor, lse: Tensor, images: list[tuple[int, int]], backend: str | None) -> Tensor:
+def map_column_sum(q: Tensor, k: Tensor, lse: Tensor, sequences: Tensor, keys: Tensor) -> Tensor:
+    """Probabilities of the wanted keys alone, from the LSE, summed over queries; all rows want the same keys."""
+    wanted = keys[0].nonzero()[:, 0]
+    some = k[:, :, wanted].repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q @ some.mT * q.shape[-1] ** -0.5
+    probabilities = (scores.float() - lse[..., None]).exp()
+    probabilities = probabilities.masked_fill(~visible_keys(sequences, q.shape[2])[..., wanted], 0.0)
+    return probabilities.new_zeros(*k.shape[:1], q.shape[1], k.shape[2]).index_copy(2, wanted, probabilities.sum(2))
+
+
+def two_lse_mass(
+    q: Tensor, k: Tensor, lse: Tensor, images: list[tuple[int, int]], backend: str | None = None
+) -> Tensor:
     """exp(LSE over an image's keys - LSE over all), the former by another stock attention, with keys for values.
 
     Only for images whose keys lie side by side before every query.
@@ -139,7 +155,7 @@ def token_loop_weights(focus: Tensor, completion_mask: Tensor, group_ids: Tensor
         places = completion_mask[row].nonzero().flatten().tolist()
         count = len(places)
         rho = [(focus[row, place].item() + 1) / 2 for place in places]
-        tail = list(range(count // 2, count))
+        tail = range(count // 2, count)
         opened = sorted((rho[t] for t in tail), reverse=True)[max(1, int(len(tail) * 0.2)) - 1]
         weights = [
             value * (1 + 0.3 * (t + 1) / count) if t in tail and value >= opened else value
@@ -257,10 +273,18 @@ def trl_fused_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Ten
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Log-probabilities as cut-cross-entropy's negative losses, no gradient filtered out."""
+    """Log-probabilities as cut-cross-entropy's negative losses; its filter of small gradients is off, to be exact."""
     from cut_cross_entropy import linear_cross_entropy
 
     return -linear_cross_entropy(hidden, weight, targets, reduction="none", filter_eps=None)
+
+
+def liger_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Log-probabilities as the negative losses of Liger's fused linear cross-entropy, in Triton."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return -liger_fused_linear_cross_entropy(rows, weight, targets.reshape(-1), reduction="none").view(targets.shape)
 
 
 def liger_linear_loss(

@@ -60,6 +60,8 @@ def _objections_to_tests(results: Results) -> list[str]:
     found = []
     if tests["commit"] != results.commit:
         found.append(f"tests ran at {tests['commit']}, the benchmarks at {results.commit}")
+    if (tests["device"] == "cpu") != (results.machine["kind"] == "cpu"):
+        found.append(f"tests ran on {tests['device']}, the benchmarks on {results.machine['device']}")
     if tests["dirty"]:
         found.append("tests ran on a tree with uncommitted changes")
     if not tests["green"]:

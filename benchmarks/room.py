@@ -106,6 +106,7 @@ class Room:
         details: more to say of an entry once it is timed, from the inputs and the provider's name.
         seconds: about how long each provider is repeated.
         least: turns that each provider gets at least.
+        rotates: on a GPU, whether inputs rotate among copies that the cache cannot hold; a model is not copied.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Room:
     details: Callable[[Any, str], dict[str, Any]] | None = None
     seconds: float = 0.5
     least: int = 3
+    rotates: bool = True
 
     def __post_init__(self) -> None:
         if OURS not in self.providers:

@@ -22,6 +22,7 @@ class Cache(NamedTuple):
     visual_mask: Tensor  # (B, P + R) bool
     lengths: Tensor  # (B,) int64
     sequences: Tensor  # (B, P + R) int32, all 0: nothing is padding
+    visual: int  # V
 
 
 def inputs(case: Case, device: torch.device) -> Cache:
@@ -30,7 +31,8 @@ def inputs(case: Case, device: torch.device) -> Cache:
     q = torch.randn(B, case["heads"], 1, D, device=device, dtype=dtype)
     k, v = torch.randn(2, B, case["kv_heads"], length, D, device=device, dtype=dtype)
     visual = (torch.arange(length, device=device) < case["V"]).expand(B, length)
-    return Cache(q, k, v, visual, torch.full((B,), length, device=device), torch.zeros_like(visual, dtype=torch.int32))
+    sequences = torch.zeros_like(visual, dtype=torch.int32)
+    return Cache(q, k, v, visual, torch.full((B,), length, device=device), sequences, case["V"])
 
 
 def ours(given: Cache, impl: str | None) -> tuple[Tensor, Tensor]:
@@ -39,6 +41,12 @@ def ours(given: Cache, impl: str | None) -> tuple[Tensor, Tensor]:
 
 def stock(given: Cache) -> Tensor:
     return scaled_dot_product_attention(given.q, given.k, given.v, enable_gqa=True)
+
+
+def two_lse(given: Cache) -> tuple[Tensor, Tensor]:
+    """The fastest stock kernel at hand, and once more to the visual keys, which are the first."""
+    out, lse = vgpo_kernels.attention_with_lse(given.q, given.k, given.v, causal=False)
+    return out, peers.two_lse_mass(given.q, given.k, lse, [(0, given.visual)])[..., 0]
 
 
 def work(case: Case) -> Work:
@@ -67,6 +75,7 @@ DECODE = Room(
     providers={
         **ours_of(ours),
         "SDPA, no mass": Provider(stock, "bound"),
+        "two LSEs, torch": Provider(two_lse),
         "eager map": Provider(lambda given: peers.eager_output(*given[:3], given.sequences, given.visual_mask)),
         "eager map, torch.compile": Provider(
             lambda given: peers.compiled(peers.eager_output)(*given[:3], given.sequences, given.visual_mask),

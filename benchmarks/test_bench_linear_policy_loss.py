@@ -82,9 +82,12 @@ LOGPROBS = Room(
             obstacle=peers.no_compiler,
         ),
         "TRL fused head": Provider(without_gradients(peers.trl_fused_head), needs=("trl",)),
-        # It has no entropy to give.
+        # They have no entropy to give.
         "cut-cross-entropy, no entropy": Provider(
             without_gradients(peers.cut_cross_entropy), "bound", needs=("cut_cross_entropy",), gpu=True
+        ),
+        "Liger's cross-entropy, no entropy": Provider(
+            without_gradients(peers.liger_cross_entropy), "bound", needs=("liger_kernel",), gpu=True
         ),
     },
     work=lambda case: products(case, 1),

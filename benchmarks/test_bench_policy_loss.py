@@ -176,7 +176,7 @@ def selective(given: Logits, impl: str | None) -> Tensor:
 
 SELECTIVE = Room(
     "selective log-probs of logits",
-    cases=[*small("B 1, R 512, vocabulary 50,000", tiny=TINY, **SMALL), *paper_cases()],
+    cases=[*small("B 1, R 512, vocabulary 50,000", tiny=TINY, **SMALL), *paper_cases(), *SWEPT],
     inputs=logits_inputs,
     providers={
         **ours_of(torch.no_grad()(selective)),

@@ -20,7 +20,7 @@ SMALL = {
     "checkpoints": False,
 }
 MODERATE = {
-    **{"model": "3B", "B": 8, "group": 4, "micro": 2, "P": 512, "V": 400, "R": 512, "shortest": 256},
+    **{"model": "3B", "B": 8, "group": 4, "micro": 1, "P": 512, "V": 400, "R": 512, "shortest": 256},
     "checkpoints": True,
 }
 PAPER = {
@@ -127,11 +127,13 @@ ROOM = Room(
         STATES: Provider(functools.partial(run, name=STATES), extra_bytes=state_bytes),
     },
     work=work,
-    # In half precision the attention kernels of a forward differ by rounding, and thresholds of the weights pass it on.
-    tolerance=(1e-4, 5e-2),
+    # In half precision attention kernels differ by rounding, which 36 layers and the weights' thresholds (the top of a
+    # tail, the smallest and the largest) pass on: 0.06 was seen between eager attention and ours on a CPU.
+    tolerance=(1e-4, 1e-1),
     details=phases,
     seconds=5.0,
     least=5,
+    rotates=False,
 )
 
 

@@ -1,5 +1,6 @@
 """Which commit a checkout is at, and what was changed since."""
 
+import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 # Written by what is measured, so that one machine's results do not make the next one's dirty.
 RESULTS = "benchmarks/results"
+# Names the commit that a copy without git's own files is of, its files as they were there.
+COMMIT = "VGPO_COMMIT"
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,13 @@ def read_working_tree(root: Path = ROOT) -> WorkingTree:
     Args:
         root: the checkout's folder.
 
+    A copy without `.git` is of the commit that VGPO_COMMIT names, and taken for unchanged.
+
     Raises:
         ValueError: no git, no checkout or no commit there.
     """
+    if os.environ.get(COMMIT) and not (root / ".git").exists():
+        return WorkingTree(os.environ[COMMIT], ())
     commit = _git(root, "rev-parse", "--verify", "HEAD").strip()
     listed = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--")
     status = _git(root, *listed, ".", f":(exclude){RESULTS}")

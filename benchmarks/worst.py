@@ -35,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{options.folder}: expected entries of ours in {' or '.join(FILES)}, found none", file=sys.stderr)
         return 2
     print(f"{entry.room} | {entry.case}: {entry.of_ceiling:.1%} of the machine's ceiling")
+    compiled = resources(entry.room)
     profiled = profile(entry, options.folder / "worst.ncu-rep") if torch.cuda.is_available() else 0
-    return int(bool(profiled) or bool(resources(entry.room)))
+    return int(bool(compiled or profiled))
 
 
 def entries(folder: Path) -> list[Entry]:

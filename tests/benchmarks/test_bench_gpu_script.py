@@ -141,6 +141,18 @@ def test_ncu_profiles_the_call(
     assert worst.profile(entry("focus", 0.3), tmp_path / "worst.ncu-rep") == 9
 
 
+def test_what_kernels_take_is_printed_though_ncu_fails(
+    tmp_path: Path, entry: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = []
+    monkeypatch.setattr(worst, "entries", lambda _: [entry("focus", 0.3)])
+    monkeypatch.setattr(worst.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(worst, "profile", lambda *_: 9)
+    monkeypatch.setattr(worst, "resources", lambda room: printed.append(room) or 0)
+    assert worst.main([str(tmp_path)]) == 1
+    assert printed == ["focus"]
+
+
 def test_without_ncu_it_says_so(
     entry: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

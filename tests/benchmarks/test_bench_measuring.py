@@ -180,5 +180,23 @@ def test_cold_copies_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch):
         assert copy.x.stride() == given.x.stride()
         assert copy.prepared is given.prepared
     assert measuring.cold_copies(given, CPU) == [given]
-    model = object()  # a step's inputs: they are not copied
-    assert measuring.cold_copies(model, torch.device("cuda")) == [model]
+
+
+def test_a_sweep_of_ours_alone_is_held_to_our_plain_torch(make_room):
+    made = make_room(ours=Provider(lambda g: g.x, "ours"), plain=Provider(double, "ours, plain"))
+    outcomes = measuring.measure(made, CASE, [OURS], CPU, __name__)
+    assert outcomes.keys() == {OURS}
+    assert PLAIN in outcomes[OURS].wrong
+
+
+def test_what_fails_while_it_is_timed_is_said_by_all(make_room):
+    calls = []
+
+    def fails_later(given: Given) -> Tensor:
+        calls.append(given)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("too much\nand more")
+        return double(given)
+
+    outcomes = measured(make_room(late=Provider(fails_later)))
+    assert {outcome.skipped for outcome in outcomes.values()} == {"while timed together: out of memory: too much"}

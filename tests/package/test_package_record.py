@@ -122,6 +122,18 @@ def test_an_earlier_record_does_not_outlive_a_session_that_dies(
     assert not (checkout.path / "out/tests.json").exists()
 
 
+def test_a_copy_without_git_is_of_the_commit_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="expected a git checkout"):
+        working_tree.read_working_tree(tmp_path)
+    monkeypatch.setenv("VGPO_COMMIT", "c0ffee")
+    assert working_tree.read_working_tree(tmp_path) == working_tree.WorkingTree("c0ffee", ())
+
+
+def test_a_checkout_needs_no_name_and_takes_none(checkout: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VGPO_COMMIT", "c0ffee")
+    assert len(working_tree.read_working_tree(checkout.path).commit) == 40
+
+
 def test_without_a_checkout_the_session_does_not_start(pytester: pytest.Pytester) -> None:
     result = pytester.runpytest_inprocess("-p", "record", "--record", "tests.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR

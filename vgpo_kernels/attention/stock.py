@@ -227,18 +227,19 @@ def _run_torch_efficient(
 def _run_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float | None) -> tuple[Tensor, Tensor]:
     """Runs torch's flash attention for CPUs on blocks of queries and the keys they see.
 
-    A causal row is one call, which needs no mask. Other blocks are long because each call lays K and V out anew; the
-    mask of a block is all that is made of one.
+    A row that is causal, or in which every query sees every key, is one call without a mask. Other blocks are long
+    because each call lays K and V out anew; the mask of a block is all that is made of one.
     """
     Lq = q.shape[2]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     size = max(1, MASK_ELEMENTS // k.shape[2])
     for row in range(len(q)):
-        if _is_causal(mask, row):
+        causal = _causality(mask, row)
+        if causal is not None:
             whole = slice(row, row + 1)
             out[whole], lse[whole] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[whole], k[whole], v[whole], 0.0, True, scale=scale
+                q[whole], k[whole], v[whole], 0.0, causal, scale=scale
             )
             continue
         for first in range(0, Lq, size):
@@ -263,12 +264,15 @@ def _run_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float
     return out, lse
 
 
-def _is_causal(mask: Mask, row: int) -> bool:
-    """Whether each query of a row sees all keys up to its own, none of them hidden."""
+def _causality(mask: Mask, row: int) -> bool | None:
+    """Returns True where each query of a row sees the keys up to its own, False where it sees all, None otherwise."""
     start, end, kinds = mask.key_start[row], mask.key_end[row], mask.key_kinds[row]
-    if end.shape != kinds.shape or start.any() or not kinds.all():
+    if not len(kinds) or start.any() or not kinds.all():
+        return None
+    if (end == len(kinds)).all():
         return False
-    return torch.equal(end, torch.arange(1, len(end) + 1, dtype=end.dtype, device=end.device))
+    up_to_own = torch.arange(1, len(end) + 1, dtype=end.dtype, device=end.device)
+    return True if len(end) == len(kinds) and torch.equal(end, up_to_own) else None
 
 
 def _run_ours(
