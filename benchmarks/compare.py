@@ -82,14 +82,22 @@ def _names(results: Results, levels: set[str]) -> set[tuple[str, str, str]]:
     return {(x.room, x.case, x.provider) for x in results.entries if levels.intersection(x.facts["levels"])}
 
 
+def differences(before: Results, after: Results) -> list[str]:
+    """Returns what of the machine, its settings and its packages is not the same."""
+    facts = [results.machine | results.entries[0].facts["versions"] for results in (before, after)]
+    names = dict.fromkeys([*facts[0], *facts[1]])
+    pairs = {name: tuple(one.get(name, "none") for one in facts) for name in names}
+    return [f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
+
+
 def report(before: Results, after: Results, allowed: float) -> list[str]:
     """Returns the lines to print: all ratios, what vanished or is new, and last and loudest what fell."""
     found = changes(before, after)
     lines = [f"How many times longer than ours, {before.path.name} -> {after.path.name}:"]
     lines += [f"  {change}" for change in found]
-    machines = [results.machine["device"] for results in (before, after)]
-    if machines[0] != machines[1]:
-        lines.append(f"Another machine: {machines[0]!r} -> {machines[1]!r}; ratios may differ for that alone.")
+    differing = differences(before, after)
+    if differing:
+        lines += ["What else differs, and may change ratios alone:", *(f"  {line}" for line in differing)]
     for title, names in (("Vanished", vanished(before, after)), ("New", added(before, after))):
         lines += [f"{title}:", *(f"  {' | '.join(name)}" for name in names)] if names else []
     return lines + _warnings([change for change in found if change.fell(allowed)], allowed)

@@ -39,6 +39,21 @@ def pytest_configure(config: pytest.Config) -> None:
     keep_memory()
 
 
+def pytest_report_header() -> list[str]:
+    """Says what the figures will depend on, and what a report of them would miss."""
+    facts, state = machine.description(device()), machine.checkout()
+    files = {True: "with uncommitted changes", False: "clean", None: "unknown to git"}[state["dirty"]]
+    record = tests_record(TESTS_RECORD)
+    tests = "no record of its tests (make test leaves one)"
+    if record is not None:
+        tests = "its tests are green" if record["green"] else "its tests are red"
+    kernels = facts["native"] if device().type == "cpu" else "Triton"
+    return [
+        f"benchmarks: {facts['device']}, {facts['threads']} threads, kernels: {kernels}",
+        f"checkout: {files}, {tests}",
+    ]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Makes an entry of each provider of each case that `--cases` asks for."""
     marker = metafunc.definition.get_closest_marker("room")

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from report_plots import draw
 from report_text import report_text
 from result_file import Results, read_results
 from working_tree import RESULTS, ROOT, read_working_tree
@@ -31,6 +30,8 @@ def write_report(files: Sequence[Results], folder: Path) -> Path:
     Returns:
         The report's path.
     """
+    from report_plots import draw  # which needs matplotlib, as a check does not
+
     folder.mkdir(parents=True, exist_ok=True)
     figures = {results.path: draw(results, folder) for results in files}
     report = folder / "report.md"
@@ -45,7 +46,7 @@ def objections(results: Results) -> list[str]:
         found.append(f"entries of several commits: {', '.join(sorted(str(one) for one in results.commits))}")
     elif results.commit is None:
         found.append("no commit: expected a run inside a git checkout")
-    if results.dirty:
+    if results.dirty and results.commit is not None:
         found.append("measured on a tree with uncommitted changes")
     found += _objections_to_tests(results)
     return [f"{results.path}: {objection}" for objection in found]

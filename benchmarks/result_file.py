@@ -128,6 +128,10 @@ class Results:
         return [entry for group in self.groups for entry in group.entries]
 
 
+# What pytest-benchmark calls a commit where git knows of none; a copy's may be named otherwise.
+UNVERSIONED = {None, "unknown", "unversioned"}
+
+
 def read_results(path: Path) -> Results:
     """Reads the file of a run.
 
@@ -142,7 +146,7 @@ def read_results(path: Path) -> Results:
         raise ValueError(f"{path}: expected the JSON of a run of the benchmarks, found no entry in it")
     entries = [_entry(path, one) for one in content["benchmarks"]]
     at_end = content.get("commit_info", {}).get("id")
-    commits = frozenset([*(entry.facts["commit"] for entry in entries), None if at_end == "unknown" else at_end])
+    commits = frozenset(entry.facts["commit"] for entry in entries) | {at_end}.difference(UNVERSIONED)
     return Results(
         path=path,
         commit=next(iter(commits)) if len(commits) == 1 else None,

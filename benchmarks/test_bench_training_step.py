@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+
 from room import OURS, Case, Provider, Room, Work
 from training_step import GRPO, MAPS, STATES, phases, run, warm_up
 from training_task import COLOURS, FRAMES, MERGE, PATCH, SHAPES, TINY, WINDOW, Task, build, completion_lengths

@@ -18,6 +18,8 @@ tests=(tests/attention tests/focus tests/weights tests/policy_loss)
 # The benchmarks look for the tests' record in the checkout, which a trial leaves alone.
 record=.tests.json benchmarks=benchmarks cases=(small paper)
 tune=()
+"$python" -c 'import importlib.util as i, sys; sys.exit(0 if i.find_spec("torch") else 3)'
+[[ $? != 3 ]] || { echo "gpu_bench: $python has no torch; PYTHON names another" >&2; exit 2; }
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     if [[ ${GPU_BENCH_CPU:-} != 1 ]]; then
         echo "gpu_bench: $python finds no GPU with torch; GPU_BENCH_CPU=1 tries the script on the CPU" >&2

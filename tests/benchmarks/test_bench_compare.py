@@ -82,7 +82,7 @@ def test_levels_that_were_not_run_have_not_vanished(tmp_path: Path, capsys: pyte
 
 def test_another_machine_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = _compare(tmp_path, _entries(1.0, 10.0), _entries(1.0, 10.0, device="Another"), capsys)
-    assert "Another machine: 'A processor' -> 'Another'" in out
+    assert "What else differs, and may change ratios alone:\n  device: A processor -> Another\n" in out
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,12 @@ def test_without_a_gpu_it_refuses(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interpreter_without_torch_is_told_from_one_without_a_gpu(tmp_path: Path) -> None:
+    done = gpu_bench(tmp_path, PYTHON=str(executable(tmp_path / "python", "#!/bin/sh\nexit 3\n")))
+    assert done.returncode == 2
+    assert "has no torch; PYTHON names another" in done.stderr
+
+
 def test_steps_that_fail_or_do_not_end_stop_nothing(tmp_path: Path) -> None:
     python, out = executable(tmp_path / "python", STAND_IN), tmp_path / "out"
     done = gpu_bench(out, PYTHON=str(python), GPU_BENCH_CPU="1", BUDGET_SECONDS="8")

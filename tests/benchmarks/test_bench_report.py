@@ -248,6 +248,11 @@ def test_without_a_sweep_there_is_no_picture_of_one(tmp_path: Path) -> None:
 
 REFUSED = {
     "measured dirty": ({"dirty": True}, {}, "measured on a tree with uncommitted changes"),
+    "no git": (
+        {"commit": None, "dirty": None},
+        {"commit_info": {"id": "unversioned"}},
+        "no commit: expected a run inside",
+    ),
     "perhaps dirty": ({"dirty": None}, {}, "measured on a tree with uncommitted changes"),
     "no commit": ({"commit": None}, {"commit_info": {"id": "unknown"}}, "no commit: expected a run inside a git"),
     "other commit at the end": ({}, {"commit_info": {"id": "beef"}}, f"entries of several commits: beef, {COMMIT}"),
