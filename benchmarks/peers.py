@@ -15,13 +15,13 @@ from vgpo_kernels import attention_with_lse
 
 
 @functools.cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
     """Returns the function under torch.compile, one compilation for each set of shapes; too many are an error.
 
     Left alone, torch would run what exceeds its limit uncompiled. `torch._dynamo.reset()` begins to count anew.
     """
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, backend=backend)
 
 
 def no_compiler(_: Any) -> str | None:

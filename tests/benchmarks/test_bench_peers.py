@@ -8,30 +8,22 @@ from torch import Tensor
 from vgpo_kernels import attention_with_lse
 
 
-@pytest.fixture(autouse=True)
-def _compile_anew():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-    torch._dynamo.config.fail_on_recompile_limit_hit = False
-
-
 def twice(x: Tensor) -> Tensor:
     return x * 2
 
 
-def test_a_function_is_never_run_uncompiled_in_the_name_of_torch_compile(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    run = torch.compile(twice, dynamic=False, backend="eager")
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "compile", lambda *_, **__: run)
-        compiled = peers.compiled.__wrapped__(twice)
-    for length in (2, 3):
-        compiled(torch.ones(length))
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        compiled(torch.ones(4))
-    torch._dynamo.reset()  # as the benchmarks do after each case
-    assert torch.equal(compiled(torch.ones(4)), torch.full((4,), 2.0))
+def test_a_function_is_never_run_uncompiled_in_the_name_of_torch_compile():
+    settings = {"recompile_limit": 2, "fail_on_recompile_limit_hit": False}
+    with torch._dynamo.config.patch(settings):
+        torch._dynamo.reset()
+        compiled = peers.compiled.__wrapped__(twice, backend="eager")
+        for length in (2, 3):
+            compiled(torch.ones(length))
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            compiled(torch.ones(4))
+        torch._dynamo.reset()  # as the benchmarks do after each case
+        assert torch.equal(compiled(torch.ones(4)), torch.full((4,), 2.0))
+    torch._dynamo.reset()
 
 
 def test_maps_of_wanted_keys_are_columns_of_the_map():

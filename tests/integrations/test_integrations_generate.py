@@ -274,7 +274,8 @@ def test_cache_longer_than_the_prompt(model: Any, family: str) -> None:
         cache = model(**batch, use_cache=True).past_key_values
 
     def swap(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # noqa: ARG001
-        return args, {**kwargs, "past_key_values": cache}
+        # Named `cache` from transformers 5.24 on.
+        return args, {**kwargs, "cache" if "cache" in kwargs else "past_key_values": cache}
 
     handle = model.register_forward_pre_hook(swap, with_kwargs=True)
     short = {name: batch[name][1:, :3] for name in ("input_ids", "attention_mask")}

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from vgpo_kernels._dispatch import implementation
 from vgpo_kernels.attention import reference
 
 HALF = (torch.float16, torch.bfloat16)
+RESULT_BYTES = 1 << 25  # of a call on a CPU, before it is put in its place
 MASK_ELEMENTS = 1 << 21  # in the mask of a block of queries on a CPU: 8 MB in fp32
 
 
@@ -227,8 +228,8 @@ def _run_torch_efficient(
 def _run_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float | None) -> tuple[Tensor, Tensor]:
     """Runs torch's flash attention for CPUs on blocks of queries and the keys they see.
 
-    A row that is causal, or in which every query sees every key, is one call without a mask. Other blocks are long
-    because each call lays K and V out anew; the mask of a block is all that is made of one.
+    A row that is causal, or in which every query sees every key, takes no mask, and a call for some of its heads. Other
+    blocks are long because each call lays K and V out anew; the mask of a block is all that is made of one.
     """
     Lq = q.shape[2]
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -237,10 +238,10 @@ def _run_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float
     for row in range(len(q)):
         causal = _causality(mask, row)
         if causal is not None:
-            whole = slice(row, row + 1)
-            out[whole], lse[whole] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[whole], k[whole], v[whole], 0.0, causal, scale=scale
-            )
+            for heads, kv_heads in _head_groups(q, k):
+                out[row, heads], lse[row, heads] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q[row, None, heads], k[row, None, kv_heads], v[row, None, kv_heads], 0.0, causal, scale=scale
+                )
             continue
         for first in range(0, Lq, size):
             queries = slice(first, min(first + size, Lq))
@@ -262,6 +263,15 @@ def _run_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float
             out[row, :, queries] = b_out[0].masked_fill(empty[:, None], 0.0)
             lse[row, :, queries] = b_lse[0].masked_fill(empty, -math.inf)
     return out, lse
+
+
+def _head_groups(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yields query heads with their key heads, as many as their output of one row takes little memory."""
+    count, group = k.shape[1], q.shape[1] // k.shape[1]
+    step = max(1, count * RESULT_BYTES // max(1, q[:1].nbytes))
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        yield slice(first * group, last * group), slice(first, last)
 
 
 def _causality(mask: Mask, row: int) -> bool | None:

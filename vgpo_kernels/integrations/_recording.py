@@ -162,7 +162,8 @@ class Recorder:
                 "call it with input_ids while recording"
             )
         self._outermost = None
-        cache = kwargs.get("past_key_values")
+        # transformers 5.24 calls it `cache` and still takes the older name.
+        cache = kwargs["cache"] if kwargs.get("cache") is not None else kwargs.get("past_key_values")
         past = 0 if cache is None else int(cache.get_seq_length())
         sequence = self._sequence_for(ids, past, cache, kwargs)
         self._check_images(sequence, ids, past, kwargs)
