@@ -148,7 +148,7 @@ def edge_cases() -> list[Case]:
 
 def sweeps(*axes: str, providers: tuple[str, ...] = (OURS,)) -> list[Case]:
     """Returns one sweep for each axis: T tokens of a completion, V visual tokens, B rows."""
-    cpu = sizes("7B", 1, 1024, 1024, 1024, heads=1, kv_heads=1)
+    cpu = sizes("7B", 1, 1024, 1024, 1024, heads=1, kv_heads=1, D=64)
     gpu = sizes("7B", 1, 1024, 1024, 2560)
     found = {
         "T": sweep("T", LENGTHS, cpu=cpu, gpu=gpu, varies="R", providers=providers),

@@ -15,7 +15,7 @@ import vgpo_kernels
 
 TINY = {"B": 2, "R": 24, "hidden": 40, "vocabulary": 97}
 SMALL = sizes("7B", 1, 1024, 1024, 1024, hidden=512, vocabulary=50_000)
-HELD = sizes("7B", 1, 0, 0, 512, hidden=256, vocabulary=4096)
+HELD = sizes("7B", 1, 0, 0, 512, hidden=128, vocabulary=4096)
 
 
 class States(NamedTuple):

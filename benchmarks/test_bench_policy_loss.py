@@ -141,7 +141,7 @@ def read(case: Case, times: int) -> Work:
 TINY = {"B": 2, "R": 9, "vocabulary": 97}
 SMALL = sizes("7B", 1, 1024, 1024, 512, vocabulary=50_000)
 SWEPT = [
-    *sweep("T", LENGTHS, cpu=sizes("7B", 1, 0, 0, 0, vocabulary=2048), gpu=sizes("7B", 1, 0, 0, 0), varies="R"),
+    *sweep("T", LENGTHS, cpu=sizes("7B", 1, 0, 0, 0, vocabulary=1024), gpu=sizes("7B", 1, 0, 0, 0), varies="R"),
     *sweep("vocabulary", WORDS, cpu=sizes("7B", 1, 0, 0, 256), gpu=sizes("7B", 8, 0, 0, 1024)),
 ]
 

@@ -135,7 +135,7 @@ def linear_policy_loss(
         temperature: above 0; that of sampling.
         softcap: logits become softcap * tanh(logits / softcap) before; None: as they are.
         memory_budget: bytes of the buffers for logits and their gradient, at least one token's and some 4 MiB (12 MiB
-            for half precision on a CPU); None: 112 MB on a CPU, 512 MB elsewhere.
+            for half precision on a CPU); None: 108 MB on a CPU, 512 MB elsewhere.
         impl: "triton", "native" or "reference"; None chooses by device.
 
     Returns:
