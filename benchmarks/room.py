@@ -6,6 +6,7 @@ providers of a case get the same inputs; `measuring` holds them to our result an
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class Provider:
         role: "ours", "ours, plain" (our torch reference), "peer", or "bound": it does less, and is not compared.
         needs: modules that must be importable.
         gpu: takes CUDA tensors only.
-        compiled: compiles in its first call.
+        compiled: torch.compile makes it in its first call.
         extra_bytes: what it is known to allocate, so that it can be left out before the machine runs out.
         obstacle: why it cannot do a case at all, or None.
         tolerance: of this provider, where it computes in less precision than others by design.
@@ -83,6 +84,8 @@ class Provider:
                 return f"{module} is not installed"
         if self.gpu and device.type != "cuda":
             return "needs a GPU"
+        if self.compiled and device.type == "cpu" and shutil.which("c++") is None:
+            return "torch.compile needs a C++ compiler"
         if self.obstacle is not None and (obstacle := self.obstacle(case)):
             return obstacle
         needed, there = self.extra_bytes(case) if self.extra_bytes else 0, free_bytes(device)

@@ -74,7 +74,6 @@ MASS = Room(
             lambda given: peers.compiled(peers.eager_mass)(*eager_mass(given)),
             compiled=True,
             extra_bytes=map_bytes,
-            obstacle=peers.no_compiler,
         ),
     },
     work=lambda case: work_of(case, passes=1, whole=False, visual_only=True),
@@ -116,7 +115,6 @@ COLUMN = Room(
             lambda given: peers.compiled(peers.map_column_sum)(*given_lse(given)),
             compiled=True,
             extra_bytes=map_bytes,
-            obstacle=peers.no_compiler,
         ),
         "flash-colreduce": Provider(
             # It returns sums in the queries' dtype.
@@ -130,7 +128,6 @@ COLUMN = Room(
             lambda given: peers.compiled(peers.eager_column_sum)(*eager_column_sum(given)),
             compiled=True,
             extra_bytes=map_bytes,
-            obstacle=peers.no_compiler,
         ),
     },
     work=lambda case: work_of(case, passes=1, whole=False, visual_only=True),
@@ -160,7 +157,7 @@ def fused(given: Attention, impl: str | None) -> tuple[Tensor, Tensor]:
 
 def stock_and_mass(given: Attention) -> tuple[Tensor, Tensor]:
     """The fastest stock kernel at hand, and our mass from its LSE."""
-    out, lse = vgpo_kernels.attention_with_lse(given.q, given.k, given.v)
+    out, lse = peers.stock_attention(given.q, given.k, given.v)
     asked = (given.prepared["prompt"], given.q.shape[2])
     return out, vgpo_kernels.attention_mass(given.q, given.k, lse, given.segment_ids, 1, query_range=asked, impl=IMPL)[
         ..., 0
@@ -169,7 +166,7 @@ def stock_and_mass(given: Attention) -> tuple[Tensor, Tensor]:
 
 def stock_twice(given: Attention) -> tuple[Tensor, Tensor]:
     """The fastest stock kernel at hand, and once more from the completion to the visual keys."""
-    out, lse = vgpo_kernels.attention_with_lse(given.q, given.k, given.v)
+    out, lse = peers.stock_attention(given.q, given.k, given.v)
     prompt = given.prepared["prompt"]
     return out, peers.two_lse_mass(given.q[:, :, prompt:], given.k, lse[..., prompt:], given.images)[..., 0]
 
@@ -207,9 +204,7 @@ FORWARD = Room(
     providers={
         **ours_of(fused),
         "vgpo_kernels, mass after a stock kernel": Provider(stock_and_mass, "ours"),
-        "stock kernel, no mass": Provider(
-            lambda given: vgpo_kernels.attention_with_lse(given.q, given.k, given.v), "bound"
-        ),
+        "stock kernel, no mass": Provider(lambda given: peers.stock_attention(given.q, given.k, given.v), "bound"),
         "two LSEs, torch": Provider(stock_twice),
         "FlexAttention, no mass": Provider(flex_once, "bound", gpu=True, compiled=True),
         "FlexAttention, twice": Provider(flex_output, gpu=True, compiled=True),
@@ -218,7 +213,6 @@ FORWARD = Room(
             lambda given: eager_output(given, peers.compiled(peers.eager_output)),
             compiled=True,
             extra_bytes=whole_map_bytes,
-            obstacle=peers.no_compiler,
         ),
     },
     work=lambda case: work_of(case, passes=2, whole=True, visual_only=False),

@@ -78,7 +78,7 @@ FOCUS = Room(
         "copy of the rows read": Provider(copy_of_rows, "bound"),
         "dense torch": Provider(lambda given: peers.dense_focus(*given[:3])),
         "dense torch, torch.compile": Provider(
-            lambda given: peers.compiled(peers.dense_focus)(*given[:3]), compiled=True, obstacle=peers.no_compiler
+            lambda given: peers.compiled(peers.dense_focus)(*given[:3]), compiled=True
         ),
         "token loop": Provider(lambda given: peers.token_loop_focus(*given[:3])),
     },

@@ -79,7 +79,6 @@ LOGPROBS = Room(
             without_gradients(lambda *given: peers.compiled(peers.dense_logprobs)(*given)),
             compiled=True,
             extra_bytes=logits_bytes(4),
-            obstacle=peers.no_compiler,
         ),
         "TRL fused head": Provider(without_gradients(peers.trl_fused_head), needs=("trl",)),
         # They have no entropy to give.
@@ -137,7 +136,6 @@ LOSS = Room(
             with_gradients(after(lambda *given: peers.compiled(peers.dense_logprobs)(*given))),
             compiled=True,
             extra_bytes=logits_bytes(5),
-            obstacle=peers.no_compiler,
         ),
         "TRL fused head": Provider(with_gradients(after(peers.trl_fused_head)), needs=("trl",)),
         "Liger": Provider(

@@ -66,7 +66,6 @@ LOGPS = Room(
         "dense torch, torch.compile": Provider(
             with_gradient(lambda given: peers.compiled(peers.dense_policy_loss)(*given)),
             compiled=True,
-            obstacle=peers.no_compiler,
         ),
         "TRL": Provider(with_gradient(lambda given: peers.trl_policy_loss(*given)), needs=("trl",)),
     },
@@ -156,7 +155,6 @@ LOGITS = Room(
             of_logits(after(lambda *given: peers.compiled(peers.dense_selective)(*given))),
             compiled=True,
             extra_bytes=dense_bytes,
-            obstacle=peers.no_compiler,
         ),
         "TRL": Provider(of_logits(after(peers.trl_selective)), needs=("trl",), extra_bytes=dense_bytes),
         "Liger": Provider(liger_loss, needs=("liger_kernel",), gpu=True),
@@ -187,7 +185,6 @@ SELECTIVE = Room(
             torch.no_grad()(lambda g: peers.compiled(peers.dense_selective)(g.logits, g.targets)),
             compiled=True,
             extra_bytes=dense_bytes,
-            obstacle=peers.no_compiler,
         ),
         "TRL": Provider(torch.no_grad()(lambda g: peers.trl_selective(g.logits, g.targets)), needs=("trl",)),
     },

@@ -11,6 +11,7 @@ from dense_attention import dense_attention, inputs, intervals
 from torch import Tensor
 
 import vgpo_kernels as vgpo
+from vgpo_kernels import _native
 from vgpo_kernels.attention import stock
 
 CUDA = torch.device("cuda", 0)
@@ -45,7 +46,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"window": 5}, "flash_attn_3"),
         ({"softcap": 5.0}, "flash_attn_3"),
         ({"packed": True}, "flash_attn_3"),
-        ({"device": torch.device("cpu")}, "cpu"),
+        ({"device": torch.device("cpu"), "dtype": torch.float64}, "cpu"),
         ({"device": torch.device("cpu"), "softcap": 5.0}, "vgpo"),
     ],
 )
@@ -86,16 +87,30 @@ def test_a_backend_that_cannot_says_why() -> None:
 
 def test_the_public_function_takes_the_backend_by_name() -> None:
     q, k, v = inputs(1, (2, 1), (5, 9), 16)
-    assert vgpo.attention_backend(q, k) == ("cpu", "the fastest")
+    assert vgpo.attention_backend(q, k, backend="cpu") == ("cpu", "asked for")
     name, why = vgpo.attention_backend(q, k, softcap=2.0)
     assert name == "vgpo"
     assert why.startswith("cpu: a soft-cap; flash_attn_3: cpu tensors")
     with pytest.raises(RuntimeError, match="backend 'torch_flash' cannot run this: cpu tensors"):
         vgpo.attention_with_lse(q, k, v, backend="torch_flash")
     for one, other in zip(
-        vgpo.attention_with_lse(q, k, v), vgpo.attention_with_lse(q, k, v, backend="vgpo"), strict=True
+        vgpo.attention_with_lse(q, k, v, backend="cpu"), vgpo.attention_with_lse(q, k, v, backend="vgpo"), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_cpu_with_wide_vectors_ours_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, _ = inputs(1, (2, 1), (5, 9), 16)
+    monkeypatch.setattr(_native, "missing", lambda: None)
+    monkeypatch.setattr(_native, "capability", lambda: "avx2")
+    name, why = vgpo.attention_backend(q, k)
+    assert name == "vgpo"
+    assert why.startswith("cpu: our own CPU kernel is faster; flash_attn_3: cpu tensors")
+    assert vgpo.attention_backend(q.double(), k.double()) == ("cpu", "the fastest")
+    monkeypatch.setattr(_native, "capability", lambda: "portable")
+    assert vgpo.attention_backend(q, k) == ("cpu", "the fastest")
+    monkeypatch.setattr(_native, "missing", lambda: "not built")
+    assert vgpo.attention_backend(q, k) == ("cpu", "the fastest")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

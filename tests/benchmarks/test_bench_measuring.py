@@ -122,6 +122,11 @@ def test_what_cannot_run_is_skipped_with_its_reason(make_room, provider, reason)
     assert not outcome.samples
 
 
+def test_what_torch_compile_makes_needs_a_compiler_on_a_cpu(make_room, monkeypatch):
+    monkeypatch.setattr("room.shutil.which", lambda _: None)
+    assert measured(make_room(other=Provider(double, compiled=True)))["other"].skipped.endswith("needs a C++ compiler")
+
+
 def test_out_of_memory_is_no_error_of_the_peer(make_room):
     def exhausted(_: Given) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 77 GiB\nmore")

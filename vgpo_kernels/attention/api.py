@@ -319,8 +319,9 @@ def attention_with_lse(
     """Attends with the fastest kernel present that takes the mask, and returns its LSE.
 
     The backends, fastest first: "cpu" (torch's flash attention for CPUs), "flash_attn_3", "torch_cudnn",
-    "flash_attn_2", "torch_flash", "torch_efficient", and "vgpo", ours, which takes every mask. `attention_backend` says
-    which one runs and what keeps it from the others. Differentiable (once) through out and LSE, by our own backward.
+    "flash_attn_2", "torch_flash", "torch_efficient", and "vgpo", ours, which takes every mask and on CPUs with AVX2 or
+    AVX-512 is the fastest. `attention_backend` says which one runs and why. Differentiable (once) through out and LSE,
+    by our own backward.
 
     Args:
         q, k, v: as in `visual_attention`.
@@ -384,7 +385,7 @@ def attention_backend(
 
     Example:
         >>> import torch
-        >>> attention_backend(torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
+        >>> attention_backend(torch.zeros(1, 1, 4, 8).double(), torch.zeros(1, 1, 4, 8).double())
         ('cpu', 'the fastest')
     """
     q, k = as_autocast(q, k)

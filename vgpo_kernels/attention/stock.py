@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vgpo_kernels import _native
 from vgpo_kernels._dispatch import implementation
 from vgpo_kernels.attention import reference
 
@@ -84,7 +85,7 @@ def choose(request: Request, backend: str | None = None) -> tuple[str, str]:
         return backend, "asked for"
     passed_over: list[str] = []
     for name, candidate in BACKENDS.items():
-        obstacle = candidate.obstacle(request)
+        obstacle = candidate.obstacle(request) or candidate.slower(request)
         if obstacle is None:
             return name, "; ".join(passed_over) or "the fastest"
         passed_over.append(f"{name}: {obstacle}")
@@ -163,6 +164,16 @@ def _cpu_obstacle(request: Request) -> str | None:
     if request.device.type != "cpu":
         return f"{request.device.type} tensors"
     return "a soft-cap" if request.softcap is not None else None
+
+
+def _slower_than_ours(request: Request) -> str | None:
+    """Returns why torch's kernel for CPUs is passed over, or None: ours is faster where vectors are wide."""
+    return "our own CPU kernel is faster" if request.dtype != torch.float64 and _has_wide_vectors() else None
+
+
+@torch.compiler.assume_constant_result
+def _has_wide_vectors() -> bool:
+    return _native.missing() is None and _native.capability() != "portable"
 
 
 def _ours_obstacle(request: Request) -> str | None:
@@ -294,15 +305,16 @@ def _run_ours(
 
 
 class Backend(NamedTuple):
-    """A kernel: what keeps it from a request (None: nothing), and the call."""
+    """A kernel: what keeps it from a request (None: nothing), the call, and why it is passed over for a later one."""
 
     obstacle: Callable[[Request], str | None]
     run: Callable[[Tensor, Tensor, Tensor, Mask, float, float | None], tuple[Tensor, Tensor]]
+    slower: Callable[[Request], str | None] = lambda _: None
 
 
 # The fastest first, by the figures their authors give.
 BACKENDS = {
-    "cpu": Backend(_cpu_obstacle, _run_cpu),
+    "cpu": Backend(_cpu_obstacle, _run_cpu, _slower_than_ours),
     "flash_attn_3": Backend(
         functools.partial(_flash_attn_obstacle, "flash_attn_interface"),
         functools.partial(_run_flash_attn, "flash_attn_interface"),

@@ -63,11 +63,11 @@ def find_parts(model: nn.Module) -> Parts:
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     name = type(outermost).__name__
     decoder = outermost.get_decoder()
-    _refuse_cross_attention(outermost, decoder, name)
-    inside = {id(module) for module in decoder.modules()}
+    inside = list(decoder.modules())
+    _refuse_cross_attention(outermost, inside, name)
     entries = tuple(module for module in models if module is decoder or _holds(module, decoder))
     text_config = outermost.config.get_text_config()
-    found = [module for module in decoder.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    found = [module for module in inside if isinstance(getattr(module, "layer_idx", None), int)]
     configs = [outermost.config, text_config, *(getattr(module, "config", None) for module in (decoder, *found))]
     image_tokens = _tokens((entry.config for entry in entries), IMAGE_TOKEN_FIELDS)
     if not image_tokens:
@@ -80,7 +80,7 @@ def find_parts(model: nn.Module) -> Parts:
         name,
         outermost.config,
         entries,
-        frozenset(inside),
+        frozenset(map(id, inside)),
         frozenset(id(config) for config in configs if config is not None),
         _attention_layers({module.layer_idx for module in found}, text_config),
         image_tokens,
@@ -122,8 +122,8 @@ def _holds(module: nn.Module, inner: nn.Module) -> bool:
     return any(child is inner for child in module.modules())
 
 
-def _refuse_cross_attention(outermost: PreTrainedModel, decoder: nn.Module, name: str) -> None:
-    crossing = [module for module in decoder.modules() if "CrossAttention" in type(module).__name__]
+def _refuse_cross_attention(outermost: PreTrainedModel, decoder_modules: Iterable[nn.Module], name: str) -> None:
+    crossing = any("CrossAttention" in type(module).__name__ for module in decoder_modules)
     if crossing or getattr(outermost.config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name}: expected a decoder that reads pictures as tokens of its input; this one reads them through "
