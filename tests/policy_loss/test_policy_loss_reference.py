@@ -269,7 +269,7 @@ def test_opcheck(impl, full, device):
     inputs = random_inputs([4, 2], 5, weights=full).map(lambda x: x.to(device))
     optional = [inputs.ref_logps, inputs.token_weights, inputs.trajectory_weights] if full else [None] * 3
     arguments = (
-        inputs.logps.requires_grad_(),
+        inputs.logps,
         inputs.old_logps if full else None,
         inputs.advantages if full else inputs.advantages[:, 0],
         inputs.completion_mask.to(device),
@@ -278,6 +278,14 @@ def test_opcheck(impl, full, device):
         *("dapo", "token", 0.2, 0.28, None, 3.0, 0.1 if full else 0.0, None, 20.0, 10.0, impl),
     )
     torch.library.opcheck(ops.policy_loss, arguments)
+
+
+def test_the_gradient_by_torch_func(device):
+    inputs = random_inputs([6, 3], 6).map(lambda x: x.to(device))
+    inputs = inputs.replace(completion_mask=inputs.completion_mask.to(device))
+    _, expected = loss_and_gradient(inputs, PolicyLossConfig())
+    gradient = torch.func.grad(lambda logps: inputs.replace(logps=logps).call(PolicyLossConfig()).loss)(inputs.logps)
+    assert torch.equal(gradient, expected)
 
 
 @torch._dynamo.config.patch(error_on_recompile=True)

@@ -102,7 +102,8 @@ def policy_loss(
     by_token = (old_logps, advantages, completion_mask, ref_logps, token_weights, trajectory_weights)
     check_by_token(logps.shape, logps.device, *by_token, config)
     num_items = num_items_tensor(num_items_in_batch, config, logps.device, compute_dtype(logps))
-    loss, per_token, metrics, _, _ = ops.policy_loss(logps, *constants(*by_token, num_items), *config.values(), impl)
+    constant = (*constants(*by_token, num_items), *config.values(), impl)
+    loss, per_token, metrics, _, _ = ops.PolicyLoss.apply(logps, *constant)
     return PolicyLossOutput(loss, per_token.detach(), named_metrics(metrics))
 
 
