@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "capability.h"
+#include "parallel.h"
 #include "view.h"
 
 namespace vgpo::portable {
@@ -60,6 +61,20 @@ PyObject* set_capability(PyObject*, PyObject* name) {
     }
     return PyErr_Format(PyExc_ValueError, "expected a capability that this processor has, up to '%s', got %R",
                         CAPABILITIES[best_capability()], name);
+}
+
+// --- whose threads run ---
+
+PyObject* set_threads(PyObject*, PyObject* addresses) {
+    unsigned long long parallel, thread_number;
+    if (!PyArg_ParseTuple(addresses, "KK", &parallel, &thread_number)) return nullptr;
+    Team team;
+    if (parallel != 0 && thread_number != 0) {
+        team.parallel = reinterpret_cast<decltype(team.parallel)>(static_cast<uintptr_t>(parallel));
+        team.thread_number = reinterpret_cast<decltype(team.thread_number)>(static_cast<uintptr_t>(thread_number));
+    }
+    set_team(team);
+    Py_RETURN_NONE;
 }
 
 // --- from Python to the types of a signature ---
@@ -217,6 +232,9 @@ PyMethodDef methods[] = {
     {"capability", get_capability, METH_NOARGS, "The instruction set that kernels use."},
     {"capabilities", capabilities, METH_NOARGS, "Those that this processor has, best last."},
     {"set_capability", set_capability, METH_O, "Makes kernels use that instruction set."},
+    {"set_threads", set_threads, METH_O,
+     "Has kernels run on the threads of an OpenMP runtime, (address of GOMP_parallel, of omp_get_thread_num), or on "
+     "their own, (0, 0)."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -11,6 +11,22 @@
 namespace vgpo {
 namespace {
 
+// A job on the threads of an OpenMP runtime. torch's spin for milliseconds after each of its operations, on the cores that
+// threads of our own would need; a job that runs on them begins at once instead.
+struct TeamJob {
+    const Team& team;
+    const int64_t tasks;
+    void (*const body)(void*, int64_t, int64_t);
+    void* const context;
+    std::atomic<int64_t> next{0};
+
+    // A body throws nothing: others would work on with what it leaves behind.
+    void draw() noexcept {
+        const int64_t worker = team.thread_number();
+        for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(context, task, worker);
+    }
+};
+
 // Workers sleep between jobs. A job is counted in `generation`, its tasks are drawn from `next`.
 class Pool {
 public:
@@ -54,7 +70,6 @@ private:
         }
     }
 
-    // A body throws nothing: others would work on with what it leaves behind.
     void draw(int64_t worker) noexcept {
         for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(context_, task, worker);
     }
@@ -74,19 +89,27 @@ private:
 // Never destroyed: threads that sleep at exit must find it. After a fork the child has none of the threads, and
 // begins with a pool of its own.
 Pool* pool = nullptr;
+Team team;
 
-void renew() { pool = new Pool; }
+void renew() { pool = new Pool, team = Team(); }
 
 // When the module is loaded: a lock around the first use could be held while another thread forks.
 const int made = (renew(), pthread_atfork(nullptr, nullptr, renew));
 
 }  // namespace
 
+void set_team(Team runtime) { team = runtime; }
+
 void run_parallel(int64_t tasks, int64_t threads, void (*body)(void*, int64_t, int64_t), void* context) {
     if (threads > tasks) threads = tasks;
     Pool* const shared = pool;
     if (threads > 1 && !shared->busy.exchange(true, std::memory_order_acquire)) {
-        shared->run(tasks, threads, body, context);
+        if (team.parallel != nullptr) {
+            TeamJob job{team, tasks, body, context};
+            team.parallel([](void* data) { static_cast<TeamJob*>(data)->draw(); }, &job, static_cast<unsigned>(threads), 0);
+        } else {
+            shared->run(tasks, threads, body, context);
+        }
         shared->busy.store(false, std::memory_order_release);
         return;
     }

@@ -118,7 +118,12 @@ def cpu_kernels() -> list[tuple[str, str]]:
         return [("cannot run", str(error))]
     if obstacle is not None:
         return [("built", f"no: {obstacle}")]
-    return [("built", "yes"), ("in use", _native.capability()), ("usable", ", ".join(_native.capabilities()))]
+    return [
+        ("built", "yes"),
+        ("in use", _native.capability()),
+        ("usable", ", ".join(_native.capabilities())),
+        ("threads", _native.threads()),
+    ]
 
 
 def operation_rows(devices: Sequence[torch.device]) -> list[tuple[tuple[str, ...], bool]]:

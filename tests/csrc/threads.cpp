@@ -1,5 +1,5 @@
 // run_parallel: many jobs, two callers at once, and, built without ThreadSanitizer, forks in between (it does not follow
-// threads that begin after one). Exits 0, or says what is wrong.
+// threads that begin after one); built with OpenMP, the same on its threads. Exits 0, or says what is wrong.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -10,6 +10,11 @@
 #include <vector>
 
 #include "../../csrc/parallel.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+extern "C" void GOMP_parallel(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+#endif
 
 namespace {
 
@@ -22,7 +27,14 @@ struct Job {
     std::atomic<int64_t> workers_out_of_range{0};
 };
 
+#if defined(_OPENMP)
+std::atomic<bool> ran_in_a_team{false};
+#endif
+
 void body(void* context, int64_t task, int64_t worker) {
+#if defined(_OPENMP)
+    if (omp_get_num_threads() > 1) ran_in_a_team = true;
+#endif
     Job& job = *static_cast<Job*>(context);
     job.done[task] += task + 1;
     if (worker < 0 || worker >= static_cast<int64_t>(job.by_worker.size()))
@@ -85,9 +97,7 @@ void run_forks() {
 }
 #endif
 
-}  // namespace
-
-int main() {
+void run_all() {
     run_jobs(5000, 8);
     std::thread other([] { run_jobs(5000, 5); });
     run_jobs(5000, 3);
@@ -96,5 +106,17 @@ int main() {
     run_forks();
 #endif
     run_jobs(100, 16);
+}
+
+}  // namespace
+
+int main() {
+    run_all();
+#if defined(_OPENMP)
+    require(!ran_in_a_team, "threads of OpenMP ran before they were given", 0, 0);
+    vgpo::set_team({GOMP_parallel, omp_get_thread_num});
+    run_all();
+    require(ran_in_a_team, "threads of OpenMP did not run", 0, 0);
+#endif
     std::puts("threads: all jobs whole");
 }

@@ -1,6 +1,8 @@
 """What all CPU kernels stand on: arguments, conversions, exp and tanh, products, threads, instruction sets."""
 
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -273,12 +275,51 @@ def test_logits_that_do_so():
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_kernels_run_on_the_threads_of_torch():
+    assert "libgomp" in Path("/proc/self/maps").read_text()  # as in torch's wheels for Linux
+    assert _native.threads() == "torch's"
+
+
+def test_results_are_the_same_on_own_threads(threads):
+    threads(3)
+    left, right = torch.randn(300, 70), torch.randn(70, 200)
+    found = []
+    for addresses in ((0, 0), _native._openmp()):
+        _native._module().set_threads(addresses)
+        found.append(torch.empty(300, 200))
+        _native.call("product", found[-1], left, right, False)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ([], None),
+        (["/usr/lib/libgomp.so.1"], "/usr/lib/libgomp.so.1"),
+        (["/env/sklearn.libs/libgomp-1.so.1", "/env/torch/lib/libgomp.so.1"], "/env/torch/lib/libgomp.so.1"),
+        (["/env/sk learn/libgomp.so.1", "/env/torch.libs/libgomp-2.so"], "/env/torch.libs/libgomp-2.so"),
+        (["/env/sklearn.libs/libgomp-1.so.1", "/usr/lib/libgomp.so.1"], None),
+        (["/env/torch/lib/libiomp5.so"], None),
+    ],
+)
+def test_the_runtime_of_torch_is_told_from_others(paths, expected):
+    lines = [f"7f00-7f{place:02}1 r-xp 00000000 08:01 42    {path}" for path in paths for place in (1, 2)]
+    assert _native.openmp_of_torch("\n".join(["7f-80 rw-p 00000000 00:00 0 ", *lines]), "/env/torch") == expected
+
+
 def test_no_thread_is_refused():
     csrc = _native._module()
     vector = (torch.empty(4).data_ptr(), 0, 4, 1)
     for threads in (0, -1):
         with pytest.raises(ValueError, match="threads: expected at least 1"):
             csrc.elementwise(vector, vector, EXP, threads)
+
+
+def test_addresses_of_threads_that_are_none():
+    for addresses in ((1,), None, ("a", "b")):
+        with pytest.raises((TypeError, SystemError)):
+            _native._module().set_threads(addresses)
 
 
 def test_a_capability_that_is_no_name():
