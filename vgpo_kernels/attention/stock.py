@@ -171,9 +171,12 @@ def _slower_than_ours(request: Request) -> str | None:
     return "our own CPU kernel is faster" if request.dtype != torch.float64 and _has_wide_vectors() else None
 
 
-@torch.compiler.assume_constant_result
 def _has_wide_vectors() -> bool:
     return _native.missing() is None and _native.capability() != "portable"
+
+
+# What `torch.compiler.assume_constant_result` does, which would import the compiler with this package.
+_has_wide_vectors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _ours_obstacle(request: Request) -> str | None:
