@@ -10,8 +10,8 @@ from torch import Tensor
 
 import vgpo_kernels
 
-# Those that take any mask, or say that they do not.
-ANY_MASK = (OURS, PLAIN, "two LSEs, torch", "FlexAttention", "eager map")
+# Those that take any mask, in every room of attention.
+ANY_MASK = (OURS, PLAIN, "eager map")
 TINY = {"B": 2, "P": 24, "V": 16, "R": 24, "heads": 4, "kv_heads": 2, "D": 32}
 
 
@@ -28,7 +28,7 @@ class Attention(NamedTuple):
     grad_out: Tensor | None  # (B, Hq, Lq, D)
     grad_mass: Tensor | None  # (B, Hq, Lq) fp32
     num_segments: int
-    images: list[tuple[int, int]]  # the keys of each image, where all rows have them at the same places
+    images: list[list[tuple[int, int]]]  # the keys of each image, by row, or once where they are the same in all rows
     masks: dict[str, Tensor]  # arguments of our functions
     prepared: dict[str, Any]  # what is made once a batch, or once a forward
 
@@ -60,7 +60,8 @@ def attention_inputs(case: Case, device: torch.device, *, whole: bool = False, g
         sequences = sequences.masked_fill(~masks["key_mask"], -1)
     segment_ids = segment_ids.masked_fill((segment_ids >= images) | (sequences < 0), -1).int()
     lse = None if whole else vgpo_kernels.attention_with_lse(q, k, k, **masks)[1]
-    places = [] if masks else [(i * V // images, (i + 1) * V // images) for i in range(images)]
+    starts = [row * P // 8 for row in range(B)] if "key_mask" in masks else [0]
+    places = [[(max(start, i * V // images), (i + 1) * V // images) for i in range(images)] for start in starts]
     grads = (None, None)
     if gradients:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -112,17 +113,24 @@ def whole_map_bytes(case: Case) -> float:
 
 def not_side_by_side(case: Case) -> str | None:
     """Returns why a second stock attention cannot give the visual LSE."""
-    if case.sizes.get("packed") or case.sizes.get("left_padded"):
-        return "visual keys lie at other places in each row"
+    if case.sizes.get("packed"):
+        return "visual keys of packed rows lie among others"
     return None if case.sizes.get("images", 1) else "there is no visual key"
 
 
 def masked(case: Case) -> str | None:
-    return "takes no padding and no packed rows" if not_side_by_side(case) and case.sizes.get("images", 1) else None
+    unusual = case.sizes.get("packed") or case.sizes.get("left_padded")
+    return "takes no padding and no packed rows" if unusual else None
 
 
-def edge_cases() -> list[Case]:
-    """Returns unusual rows: padding, packing, several images or none, other head sizes, few queries on many keys."""
+def edge_cases(providers: tuple[str, ...] = ANY_MASK, *, cpu: bool = False, few: bool = False) -> list[Case]:
+    """Returns unusual rows: padding, packing, several images or none, other head sizes.
+
+    Args:
+        providers: those that take any mask, or say that they do not.
+        cpu: among the small cases of CPUs, too; else tiny, and with the paper's on a GPU.
+        few: few queries on many keys, too.
+    """
     kinds = {
         "packed rows": {"B": 1, "packed": True},
         "left padding": {"left_padded": True},
@@ -131,19 +139,17 @@ def edge_cases() -> list[Case]:
         "D 64": {"D": 64},
         "D 96": {"D": 96},
     }
-    few = sizes("7B", 1, 16_320, 16_000, 64)
-    cases = [("64 queries on 16,384 keys", few, few | {"B": 8})]
-    tiny = []
+    asked = sizes("7B", 1, 16_320, 16_000, 64)
+    cases = [("64 queries on 16,384 keys", asked, asked | {"B": 8})] if few else []
+    found = []
     for name, extra in kinds.items():
-        cpu, gpu = sizes("7B", 2, 256, 192, 384) | extra, sizes("7B", 8, 1536, 1024, 2560) | extra
-        cases.append((name, cpu, gpu))
-        tiny.append(Case(f"tiny, {name}", ("tiny",), cpu | TINY | extra, providers=ANY_MASK))
-    for name, cpu, gpu in cases:
-        tiny += [
-            Case(name, ("small",), cpu, kind="cpu", providers=ANY_MASK),
-            Case(name, ("paper",), gpu, kind="cuda", providers=ANY_MASK),
-        ]
-    return tiny
+        small, large = sizes("7B", 2, 256, 192, 384) | extra, sizes("7B", 8, 1536, 1024, 2560) | extra
+        cases.append((name, small, large))
+        found.append(Case(f"tiny, {name}", ("tiny",), small | TINY | extra, providers=providers))
+    for name, small, large in cases:
+        found += [Case(name, ("small",), small, kind="cpu", providers=providers)] if cpu else []
+        found.append(Case(name, ("paper",), large, kind="cuda", providers=providers))
+    return found
 
 
 def sweeps(*axes: str, providers: tuple[str, ...] = (OURS,)) -> list[Case]:

@@ -16,7 +16,8 @@ from working_tree import ROOT
 
 CHOICES = {level: (level,) for level in LEVELS} | {"all": ("small", "paper")}
 TESTS_RECORD = ROOT / ".tests.json"
-OUTCOMES, SKIPPED = pytest.StashKey[dict](), pytest.StashKey[list]()
+OUTCOMES, SESSION = pytest.StashKey[dict](), pytest.StashKey[pytest.Session]()
+SKIPPED, FAILED = pytest.StashKey[list](), pytest.StashKey[list]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,8 +36,12 @@ def device() -> torch.device:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[OUTCOMES], config.stash[SKIPPED] = {}, []
+    config.stash[OUTCOMES], config.stash[SKIPPED], config.stash[FAILED] = {}, [], []
     keep_memory()
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[SESSION] = session
 
 
 def pytest_report_header() -> list[str]:
@@ -102,11 +107,12 @@ class Entry:
     def measure(self) -> None:
         """Reports what was measured of this provider; the first entry of a case measures all of them."""
         outcome = self._outcome()
+        facts, stash = named(self.request.node), self.request.config.stash
         if outcome.skipped is not None:
-            facts = {"room": self.room.name, "case": self.case.name, "provider": self.provider}
-            self.request.config.stash[SKIPPED].append(facts | {"reason": outcome.skipped})
+            stash[SKIPPED].append(facts | {"reason": outcome.skipped})
             pytest.skip(outcome.skipped)
         if outcome.wrong is not None:
+            stash[FAILED].append(facts | {"reason": outcome.wrong})
             pytest.fail(f"{self.provider}: {outcome.wrong}", pytrace=False)
         self.benchmark.group = f"{self.room.name} | {self.case.name}"
         self.benchmark.extra_info |= outcome.info
@@ -128,8 +134,14 @@ class Entry:
 
     def _selected(self) -> list[str]:
         """Returns the providers of this case among the entries that run."""
-        parameters = [item.callspec.params for item in self.request.session.items if hasattr(item, "callspec")]
-        return [one["provider"] for one in parameters if one.get("case") is self.case]
+        items = [item for item in self.request.session.items if item.get_closest_marker("room")]
+        return [item.callspec.params["provider"] for item in items if item.callspec.params["case"] is self.case]
+
+
+def named(item: pytest.Item) -> dict[str, str]:
+    """Returns the names of an entry's room, case and provider."""
+    case, provider = (item.callspec.params[name] for name in ("case", "provider"))
+    return {"room": item.get_closest_marker("room").args[0].name, "case": case.name, "provider": provider}
 
 
 @pytest.fixture
@@ -143,12 +155,22 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:  # noqa: ARG001
-    """Adds what could not run and whether the tests of this commit were green; leaves single rounds out."""
+    """Adds what could not run, was wrong or was not reached, and of what code this is; leaves single rounds out."""
     for one in output_json["benchmarks"]:
         one["stats"].pop("data", None)
         one.pop("param", None)
-    output_json["skipped"] = config.stash[SKIPPED]
-    output_json["tests"] = tests_record(TESTS_RECORD)
+    skipped, failed = config.stash[SKIPPED], config.stash[FAILED]
+    names = ("room", "case", "provider")
+    measured = [one["extra_info"] for one in output_json["benchmarks"]]
+    known = {tuple(one.get(name) for name in names) for one in (*measured, *skipped, *failed)}
+    asked = [named(item) for item in config.stash[SESSION].items if item.get_closest_marker("room")]
+    output_json |= {
+        "skipped": skipped,
+        "failed": failed,
+        "not_reached": [one for one in asked if tuple(one.values()) not in known],
+        "changed_meanwhile": machine.checkout.__wrapped__() != machine.checkout(),
+        "tests": tests_record(TESTS_RECORD),
+    }
 
 
 def tests_record(path: Path) -> dict[str, Any] | None:

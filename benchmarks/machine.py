@@ -8,6 +8,8 @@ import subprocess
 from typing import Any
 
 import torch
+from peers import stock_backend
+from room import IMPL, half_on_gpu
 from working_tree import read_working_tree
 
 from vgpo_kernels import _doctor, _native
@@ -32,6 +34,11 @@ def description(device: torch.device) -> dict[str, Any]:
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "mkl_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", "any"),
         "native": _native.missing() or _native.capability(),
+        "native_threads": _native.threads(),
+        # What "vgpo_kernels" and the stock attention among its peers are.
+        "impl": IMPL or "by device",
+        "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
+        "stock_attention": stock_backend(device, half_on_gpu(device)),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
@@ -62,9 +69,9 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def checkout() -> dict[str, Any]:
-    """Returns the checkout's commit, and whether files differ from it (results aside); None where git says neither."""
+    """Returns the checkout's commit, whether files differ from it (results aside), and who says so; None: nobody."""
     try:
         tree = read_working_tree()
     except ValueError:
-        return {"commit": None, "dirty": None}
-    return {"commit": tree.commit, "dirty": tree.dirty}
+        return {"commit": None, "dirty": None, "commit_from": None}
+    return {"commit": tree.commit, "dirty": tree.dirty, "commit_from": tree.source}

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import machine
 import memory
 import torch
-from room import OURS, PLAIN, Case, Room
+from room import OURS, PLAIN, Case, Room, Unavailable
 from timing import ceilings, host_seconds, interleaved, launches
 from torch import Tensor
+
+PIECE = 1 << 24  # elements that are compared at once
 
 
 class Objection(NamedTuple):
@@ -49,61 +51,81 @@ def measure(
     running = [name for name in names if outcomes[name].skipped is None]
     if not running:
         return outcomes
-    inputs = room.inputs(case, device)
-    objections = _objections(room, running, inputs, device)
+    try:
+        inputs = room.inputs(case, device)
+        agreeing, objections = _compared(room, running, inputs, device)
+    except Exception as error:  # said by each of them
+        return outcomes | {name: _objected(_objection_to(error)) for name in running}
     running = [name for name in running if name not in objections]
     facts = _facts(room, case, inputs, device) if timed and running else {}
     for name in running if timed else ():
         provider = room.providers[name]
-        outcomes[name].info = facts | {"provider": name, "role": provider.role, "peer": provider.role == "peer"}
+        outcomes[name].info = facts | {"provider": name, "role": provider.role, "agreeing": agreeing}
         try:
             outcomes[name].info["memory"] = _memory(room, case, name, inputs, device, module)
         except Exception as error:
             objections[name] = _objection_to(error)
-    for name, (kind, why) in objections.items():
-        setattr(outcomes[name], kind, why)
+    outcomes |= {name: _objected(objection) for name, objection in objections.items()}
     running = [name for name in running if name not in objections]
     if not timed:
         return outcomes
     try:
-        _time(room, case, inputs, device, {name: outcomes[name] for name in running})
+        outcomes |= _timed(room, case, inputs, device, {name: outcomes[name].info for name in running})
     except Exception as error:  # said once by each of them, not met again by the next
         kind, why = _objection_to(error)
-        for name in running:
-            setattr(outcomes[name], kind, f"while timed together: {why}")
+        outcomes |= {name: _objected(Objection(kind, f"while timed together: {why}")) for name in running}
     return outcomes
 
 
-def _time(room: Room, case: Case, inputs: Any, device: torch.device, outcomes: Mapping[str, Outcome]) -> None:
-    """Times providers in turns and adds what is said of each."""
-    copies = itertools.cycle(cold_copies(inputs, device) if room.rotates else [inputs])
-    calls = {name: _call(room.providers[name].run, copies) for name in outcomes}
-    # Sweeps are for their exponents, tiny cases for the tests of these benchmarks.
-    seconds, least = (room.seconds, room.least) if case.axis is None else (room.seconds / 4, 2)
+def _objected(objection: Objection) -> Outcome:
+    return Outcome(**{objection.kind: objection.why})
+
+
+def _timed(
+    room: Room, case: Case, inputs: Any, device: torch.device, infos: Mapping[str, dict[str, Any]]
+) -> dict[str, Outcome]:
+    """Times providers in turns; returns what came of each, with what was known of it and what is said of its times."""
+    several = cold_copies(inputs, device) if room.rotates else [inputs]
+    copies = itertools.cycle(several)
+    calls = {name: _call(room.providers[name].run, copies) for name in infos}
+    if room.keeps_forward:
+        for copy, name in itertools.product(several, infos):
+            room.providers[name].run(copy)
+    # Sweeps are for their exponents, unusual rows for their ratios, tiny cases for the tests of these benchmarks.
+    seconds, least = (room.seconds, room.least) if case.providers is None else (room.seconds / 4, 2)
     seconds = 0.01 if "tiny" in case.levels else seconds
+    outcomes = {}
     for name, samples in interleaved(calls, device, seconds, least).items():
-        info = _achieved(outcomes[name].info, median(samples))
-        if device.type == "cuda":
-            info |= {
-                "host_seconds": host_seconds(calls[name], device, seconds),
-                "launches": launches(calls[name], device),
-            }
-        if room.details is not None:
-            info |= room.details(inputs, name)
-        outcomes[name].info |= info
-        outcomes[name].samples = samples
+        info = infos[name] | _achieved(infos[name], median(samples))
+        try:
+            if device.type == "cuda":
+                info |= {
+                    "host_seconds": host_seconds(calls[name], device, seconds),
+                    "launches": launches(calls[name], device),
+                }
+            if room.details is not None:
+                info |= room.details(inputs, name)
+            outcomes[name] = Outcome(samples, info)
+        except Exception as error:  # of this provider alone
+            outcomes[name] = _objected(_objection_to(error))
+    return outcomes
 
 
 def _call(run: Callable[[Any], Any], copies: Iterator[Any]) -> Callable[[], Any]:
     return lambda: run(next(copies))
 
 
-def _objections(room: Room, names: Sequence[str], inputs: Any, device: torch.device) -> dict[str, Objection]:
-    """Returns why some of the providers cannot be timed: they do not run, or come to another result than ours."""
+def _compared(
+    room: Room, names: Sequence[str], inputs: Any, device: torch.device
+) -> tuple[list[str], dict[str, Objection]]:
+    """Returns who comes to our result, and why some of the providers cannot be timed.
+
+    They do not run, they come to another result than ours, or, of ours, there is nobody to hold it to.
+    """
     half = room.dtype(device) != torch.float32
     expected = _result(room, OURS, inputs)
     if isinstance(expected, Objection):
-        return {name: expected._replace(why=f"{OURS}: {expected.why}") for name in names}
+        return [], {name: expected._replace(why=f"{OURS}: {expected.why}") for name in names}
     objections, agreeing = {}, []
     # A sweep of ours alone is held to our plain torch, which it does not time.
     alone = PLAIN in room.providers and all(name == OURS or room.providers[name].role == "bound" for name in names)
@@ -111,27 +133,45 @@ def _objections(room: Room, names: Sequence[str], inputs: Any, device: torch.dev
         provider, found = room.providers[name], _result(room, name, inputs)
         if isinstance(found, Objection):
             objections[name] = found
-        elif provider.role != "bound":
-            allowed = provider.tolerance or room.tolerance[half]
-            far = [distance(*pair) for pair in zip(found, expected, strict=False)]
-            if len(found) == len(expected) and all(there <= allowed for there in far):
+        elif provider.role != "bound" and name != OURS:
+            objection = _difference(found, expected, provider.tolerance or room.tolerance[half])
+            if objection is None:
                 agreeing.append(name)
             else:
-                listed = ", ".join(f"{there:.1e}" for there in far)
-                results = f"{len(found)} results for {len(expected)} of {OURS}"
-                objections[name] = Objection("wrong", f"{results}, {listed} of the norm away, {allowed:.0e} may be")
+                objections[name] = objection
     wrong = [name for name, objection in objections.items() if objection.kind == "wrong"]
-    if OURS in names and (PLAIN in wrong or (wrong and agreeing == [OURS])):
-        objections[OURS] = Objection("wrong", f"{PLAIN if PLAIN in wrong else 'every other result'} differs from it")
+    if OURS in names and OURS not in objections:
+        if PLAIN in wrong or (wrong and not agreeing):
+            objections[OURS] = Objection(
+                "wrong", f"{PLAIN if PLAIN in wrong else 'every other result'} differs from it"
+            )
+        elif not agreeing:
+            others = "; ".join(f"{name}: {objection.why}" for name, objection in objections.items())
+            objections[OURS] = Objection("skipped", f"nobody to hold it to{others and f' ({others})'}")
     if alone:
         objections.pop(PLAIN, None)
-    return objections
+    return agreeing, objections
+
+
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: float) -> Objection | None:
+    """Returns what is wrong with results that should be ours."""
+    try:
+        far = [distance(*pair) for pair in zip(found, expected, strict=False)]
+    except Exception as error:
+        return _objection_to(error)
+    if len(found) == len(expected) and all(there <= allowed for there in far):
+        return None
+    listed = ", ".join(f"{there:.1e}" for there in far)
+    results = f"{len(found)} results for {len(expected)} of {OURS}"
+    return Objection("wrong", f"{results}, {listed} of the norm away, {allowed:.0e} may be")
 
 
 def _objection_to(error: Exception) -> Objection:
-    """Returns what an error says of whoever raised it: memory that is not there is nobody's mistake."""
+    """Returns what an error says of whoever raised it: what is not there, memory or a package, is nobody's mistake."""
     if isinstance(error, torch.OutOfMemoryError):
         return Objection("skipped", f"out of memory: {str(error).splitlines()[0]}")
+    if isinstance(error, ImportError | Unavailable):
+        return Objection("skipped", str(error))
     return Objection("wrong", f"does not run: {type(error).__name__}: {error}")
 
 
@@ -147,12 +187,19 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     """Returns the norm of the difference over that of `expected`; infinite where shapes or non-finite values differ."""
     if actual.shape != expected.shape:
         return math.inf
-    actual, expected = actual.double(), expected.double()
-    finite = expected.isfinite()
-    if not torch.equal(actual[~finite], expected[~finite]) or not actual[finite].isfinite().all():
-        return math.inf
-    difference = (actual[finite] - expected[finite]).norm()
-    return float(difference / expected[finite].norm()) if difference else 0.0
+    difference = norm = 0.0
+    # In pieces: both in float64 are many times what they are.
+    for piece in zip(actual.reshape(-1).split(PIECE), expected.reshape(-1).split(PIECE), strict=True):
+        a, b = (x.double() for x in piece)
+        finite = b.isfinite()
+        if not (torch.where(finite, 0.0, a) == torch.where(finite, 0.0, b)).all():
+            return math.inf
+        a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
+        difference += float((a - b).square().sum())
+        norm += float(b.square().sum())
+    if not difference:
+        return 0.0
+    return math.sqrt(difference / norm) if norm and math.isfinite(difference) else math.inf
 
 
 def cold_copies(inputs: Any, device: torch.device) -> list[Any]:

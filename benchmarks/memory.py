@@ -115,6 +115,7 @@ def _peak_of(module: str, room: str, case: str, provider: str) -> int:
 
     found, device = ROOMS[room], torch.device("cpu")
     run, inputs = found.providers[provider].run, found.inputs(found.case(case), device)
-    # What a first call loads, or compiles for these sizes, is not what calls take.
-    run(inputs if found.providers[provider].compiled else found.inputs(found.tiny, device))
+    # What a first call loads, or compiles for these sizes, or keeps of a forward is not what calls take.
+    first = inputs if found.providers[provider].compiled or found.keeps_forward else found.inputs(found.tiny, device)
+    run(first)
     return resident_peak(lambda: run(inputs))

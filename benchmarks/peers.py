@@ -1,16 +1,18 @@
 """What the benchmarks measure against, at matched semantics: each peer is checked equal to ours before it is timed."""
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from room import Unavailable
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from vgpo_kernels import attention_with_lse
+from vgpo_kernels import attention_backend, attention_with_lse
 
 
 @functools.cache
@@ -77,22 +79,52 @@ def stock_attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The fastest attention at hand that is not ours, or another one, with its LSE."""
-    return attention_with_lse(q, k, v, causal=causal, backend=backend or (None if q.is_cuda else "cpu"))
+    backend = backend or stock_backend(q.device, q.dtype, q.shape[1:], k.shape[1:], causal=causal)
+    if backend is None:
+        raise Unavailable("no attention but ours gives its LSE here")
+    return attention_with_lse(q, k, v, causal=causal, backend=backend)
+
+
+@functools.cache
+def stock_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    q_shape: tuple[int, ...] = (8, 64, 128),
+    k_shape: tuple[int, ...] = (2, 64, 128),
+    *,
+    causal: bool = True,
+) -> str | None:
+    """Returns the backend of the fastest attention that is not ours, for shapes (H, L, D), or None."""
+    if device.type == "cpu":
+        return "cpu"
+    q, k = (torch.empty(1, *shape, device=device, dtype=dtype) for shape in (q_shape, k_shape))
+    name, _ = attention_backend(q, k, causal=causal)
+    return None if name == "vgpo" else name
 
 
 def two_lse_mass(
-    q: Tensor, k: Tensor, lse: Tensor, images: list[tuple[int, int]], backend: str | None = None
+    q: Tensor, k: Tensor, lse: Tensor, images: list[list[tuple[int, int]]], backend: str | None = None
 ) -> Tensor:
     """exp(LSE over an image's keys - LSE over all), the former by another stock attention, with keys for values.
 
     Only for images whose keys lie side by side before every query.
+
+    Args:
+        images: first key and the one after the last of each image, by row, or once where they are the same in all rows.
     """
-    masses = []
-    for start, stop in images:
-        keys = k[:, :, start:stop]
-        _, visual_lse = stock_attention(q, keys, keys, causal=False, backend=backend)
-        masses.append((visual_lse - lse).exp())
-    return torch.stack(masses, -1)
+    together = len(images) == 1
+    rows = [slice(None)] if together else [slice(row, row + 1) for row in range(len(images))]
+    masses = [
+        torch.stack([_visual_lse(q[row], k[row, :, first:stop], backend) - lse[row] for first, stop in places], -1)
+        for row, places in zip(rows, images, strict=True)
+    ]
+    return torch.cat(masses).exp()
+
+
+def _visual_lse(q: Tensor, keys: Tensor, backend: str | None) -> Tensor:
+    if not keys.shape[2]:  # all of an image may be padding
+        return q.new_full(q.shape[:3], -math.inf, dtype=torch.float32)
+    return stock_attention(q, keys, keys, causal=False, backend=backend)[1]
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any) -> tuple[Tensor, Tensor]:
@@ -288,12 +320,23 @@ def liger_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
     return -liger_fused_linear_cross_entropy(rows, weight, targets.reshape(-1), reduction="none").view(targets.shape)
 
 
+def liger_scaled_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies by Liger's fused linear cross-entropy: CuTe on sm_90, else chunks in torch."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    losses, entropies = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        rows, weight, targets.reshape(-1), return_entropy=True
+    )
+    return -losses.view(targets.shape), entropies.view(targets.shape)
+
+
 def liger_linear_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor
 ) -> Tensor:
-    """Liger's fused linear GRPO ("bnpo", clip 0.2 / 0.28), advantages of rows; compiled where there is a GPU."""
+    """Liger's fused linear GRPO ("bnpo", clip 0.2 / 0.28), advantages of rows; compiled, as by default."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     settings = {"beta": 0.0, "epsilon_high": 0.28, "loss_type": "bnpo", "use_ref_model": False}
-    loss = LigerFusedLinearGRPOLoss(compiled=hidden.is_cuda, **settings)
+    loss = LigerFusedLinearGRPOLoss(**settings)
     return loss(hidden, weight, targets, mask, advantages, old_per_token_logps=old_logps)[0]

@@ -1,5 +1,7 @@
 """`python benchmarks/report.py RESULTS.json ...`: the tables and pictures of what was measured.
 
+The tables that README.md and docs/performance.md show of these files are made anew, too.
+
 Nothing is written of figures that nobody could reproduce: those of a tree with changes, or of a commit whose tests were
 not green.
 """
@@ -9,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from headlines import fill_pages
 from report_text import report_text
-from result_file import Results, read_results
+from result_file import HEADLINE, Results, read_results
 from working_tree import RESULTS, ROOT, read_working_tree
 
 # The tests that say of every kernel measured that its results are right.
@@ -48,6 +51,10 @@ def objections(results: Results) -> list[str]:
         found.append("no commit: expected a run inside a git checkout")
     if results.dirty and results.commit is not None:
         found.append("measured on a tree with uncommitted changes")
+    if results.machine.get("impl", "by device") != "by device" or results.machine.get("interpreter"):
+        found.append("VGPO_BENCH_IMPL or TRITON_INTERPRET had other kernels run than those that callers get")
+    if wrong := [f"{one['room']}, {one['case']}" for one in results.failed if one["provider"] == HEADLINE]:
+        found.append(f"{HEADLINE} itself failed: {'; '.join(wrong)}")
     found += _objections_to_tests(results)
     return [f"{results.path}: {objection}" for objection in found]
 
@@ -112,7 +119,10 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     if found:
         print("No report:", *found, sep="\n  ", file=sys.stderr)
         return 2
-    print("A report would be written." if options.check else write_report(files, options.output))
+    if options.check:
+        print("A report would be written.")
+    else:
+        print(write_report(files, options.output), *fill_pages(files, root), sep="\n")
     return 0
 
 

@@ -76,6 +76,7 @@ def report_text(
         parts += [
             f"## {results.machine['device']}\n",
             _origin(results, folder),
+            *_failed(results),
             *_ahead(results),
             *_worst_first(results),
             *_rooms(results),
@@ -95,10 +96,12 @@ def _origin(results: Results, folder: Path) -> str:
     machine, tests = results.machine, results.tests or {}
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
+    stock = f" The stock attention is {machine['stock_attention']}." if machine.get("stock_attention") else ""
+    clean = "clean" if results.known_to_git else "in a copy without git's own files, taken for clean"
     return (
         f"Measured in [{results.path.name}]({os.path.relpath(results.path, folder)}) at commit `{results.commit}`, "
-        f"clean, its tests green ({tests['passed']} passed, {tests['skipped']} skipped, on {tests['device']}). "
-        f"{machine['cpu']}, {machine['threads']} threads{driver}. {versions}.\n"
+        f"{clean}, its tests green ({tests['passed']} passed, {tests['skipped']} skipped, on {tests['device']}). "
+        f"{machine['cpu']}, {machine['threads']} threads{driver}.{stock} {versions}.\n"
     )
 
 
@@ -179,7 +182,7 @@ def _case_table(group: Group) -> str:
             ratio_text(group.memory_ratio(entry)),
         ]
         if on_gpu:
-            row += [str(entry.facts.get("launches", ABSENT)), seconds_text(entry.facts.get("host_seconds"))]
+            row += [str(entry.facts.get("launches") or ABSENT), seconds_text(entry.facts.get("host_seconds"))]
         rows.append(row)
     return table(head, rows)
 
@@ -201,11 +204,24 @@ def _phase(phase: Mapping[str, float] | None) -> str:
     return seconds_text(phase["seconds"]) + ("" if memory is None else f", {bytes_text(memory)}")
 
 
+def _failed(results: Results) -> list[str]:
+    """What came to another result or to an error, and what an interrupted run did not come to."""
+    parts = []
+    if results.failed:
+        parts += ["### Failed\n", "Not timed, and no peer of the tables below.\n", _reasons(results.failed)]
+    if results.not_reached:
+        text = f"The run ended before {len(results.not_reached)} of its entries, which this report lacks.\n"
+        parts += ["### Not reached\n", text]
+    return parts
+
+
 def _left_out(results: Results) -> list[str]:
-    if not results.skipped:
-        return []
+    return ["### Left out\n", _reasons(results.skipped)] if results.skipped else []
+
+
+def _reasons(entries: Iterable[Mapping[str, str]]) -> str:
     names = ("room", "case", "provider", "reason")
-    return ["### Left out\n", table(names, [[one[name] for name in names] for one in results.skipped])]
+    return table(names, [[one[name] for name in names] for one in entries])
 
 
 def _scaling(results: Results) -> list[str]:

@@ -101,19 +101,25 @@ class Results:
 
     Args:
         commit: None where it is unknown or not the same for all.
-        dirty: False only where all entries say that the tree was clean.
+        dirty: False only where all entries, and the run at its end, say that the tree was clean.
+        known_to_git: whether git said so; a copy without git's files is taken for clean.
         commits: those that entries name, and the run at its end.
         tests: the record of the test session that was embedded.
         skipped: room, case, provider, reason of what could not run.
+        failed: the same of what was wrong, ours or a peer.
+        not_reached: room, case, provider of what an interrupted run did not come to.
     """
 
     path: Path
     commit: str | None
     dirty: bool
+    known_to_git: bool
     commits: frozenset[str | None]
     tests: Mapping[str, Any] | None
     groups: tuple[Group, ...]
     skipped: tuple[Mapping[str, str], ...]
+    failed: tuple[Mapping[str, str], ...]
+    not_reached: tuple[Mapping[str, str], ...]
 
     @property
     def machine(self) -> Mapping[str, Any]:
@@ -150,11 +156,12 @@ def read_results(path: Path) -> Results:
     return Results(
         path=path,
         commit=next(iter(commits)) if len(commits) == 1 else None,
-        dirty=any(entry.facts["dirty"] is not False for entry in entries),
+        dirty=bool(content.get("changed_meanwhile")) or any(entry.facts["dirty"] is not False for entry in entries),
+        known_to_git=all(entry.facts.get("commit_from") == "git" for entry in entries),
         commits=commits,
         tests=content.get("tests"),
         groups=_grouped(entries),
-        skipped=tuple(content.get("skipped", ())),
+        **{name: tuple(content.get(name, ())) for name in ("skipped", "failed", "not_reached")},
     )
 
 

@@ -22,6 +22,10 @@ LEVELS = ("tiny", "small", "paper")
 SHARE = 0.8
 
 
+class Unavailable(Exception):
+    """Raised by a provider that finds no such kernel on this machine."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One set of sizes.
@@ -110,6 +114,8 @@ class Room:
         seconds: about how long each provider is repeated.
         least: turns that each provider gets at least.
         rotates: on a GPU, whether inputs rotate among copies that the cache cannot hold; a model is not copied.
+        keeps_forward: a provider's first call with some inputs makes a forward that later ones go back through; it is
+            neither timed nor counted as memory.
     """
 
     name: str
@@ -123,6 +129,7 @@ class Room:
     seconds: float = 0.5
     least: int = 3
     rotates: bool = True
+    keeps_forward: bool = False
 
     def __post_init__(self) -> None:
         if OURS not in self.providers:

@@ -7,6 +7,7 @@ import peers
 import pytest
 import torch
 from attention_cases import (
+    ANY_MASK,
     TINY,
     Attention,
     attention_inputs,
@@ -55,13 +56,13 @@ MASS = Room(
     cases=[
         *small("7B, B 1, P 1024 (1024 visual), R 1024", tiny=TINY, **sizes("7B", 1, 1024, 1024, 1024)),
         *paper_cases(),
-        *edge_cases(),
-        *sweeps("T", "V", "B", providers=(OURS, "two LSEs, torch")),
+        *edge_cases((*ANY_MASK, "two LSEs, stock kernel", "FlexAttention"), cpu=True, few=True),
+        *sweeps("T", "V", "B", providers=(OURS, "two LSEs, stock kernel")),
     ],
     inputs=attention_inputs,
     providers={
         **ours_of(mass),
-        "two LSEs, torch": Provider(two_lse(None), obstacle=not_side_by_side),
+        "two LSEs, stock kernel": Provider(two_lse(None), obstacle=not_side_by_side),
         "two LSEs, flash-attn 2": Provider(
             two_lse("flash_attn_2"), needs=("flash_attn",), gpu=True, obstacle=not_side_by_side
         ),
@@ -103,13 +104,14 @@ COLUMN = Room(
     cases=[
         *small("7B, B 1, P 1024 (1024 visual), R 1024", tiny=TINY, **sizes("7B", 1, 1024, 1024, 1024)),
         *paper_cases(),
+        *edge_cases((*ANY_MASK, "flash-colreduce"), few=True),
         *sweeps("T", "V", "B"),
     ],
     inputs=attention_inputs,
     providers={
         **ours_of(column_sum),
         "map of the wanted keys, given the LSE": Provider(
-            lambda given: peers.map_column_sum(*given_lse(given)), extra_bytes=map_bytes, obstacle=not_side_by_side
+            lambda given: peers.map_column_sum(*given_lse(given)), extra_bytes=map_bytes, obstacle=masked
         ),
         "map of the wanted keys, given the LSE, torch.compile": Provider(
             lambda given: peers.compiled(peers.map_column_sum)(*given_lse(given)),
@@ -151,7 +153,7 @@ def whole_inputs(case: Case, device: torch.device) -> Attention:
 
 
 def fused(given: Attention, impl: str | None) -> tuple[Tensor, Tensor]:
-    found = vgpo_kernels.visual_attention(given.q, given.k, given.v, given.visual_mask, impl=impl)
+    found = vgpo_kernels.visual_attention(given.q, given.k, given.v, given.visual_mask, impl=impl, **given.masks)
     return found.out, of_completion(given, found.visual_mass)
 
 
@@ -198,14 +200,15 @@ FORWARD = Room(
     cases=[
         *small("7B, B 1, P 512 (512 visual), R 512", tiny=TINY, **sizes("7B", 1, 512, 512, 512)),
         *paper_cases(),
-        *sweeps("T", "B"),
+        *edge_cases((*ANY_MASK, "FlexAttention, twice")),
+        *sweeps("T", "V", "B"),
     ],
     inputs=whole_inputs,
     providers={
         **ours_of(fused),
         "vgpo_kernels, mass after a stock kernel": Provider(stock_and_mass, "ours"),
         "stock kernel, no mass": Provider(lambda given: peers.stock_attention(given.q, given.k, given.v), "bound"),
-        "two LSEs, torch": Provider(stock_twice),
+        "two LSEs, stock kernel": Provider(stock_twice),
         "FlexAttention, no mass": Provider(flex_once, "bound", gpu=True, compiled=True),
         "FlexAttention, twice": Provider(flex_output, gpu=True, compiled=True),
         "eager map": Provider(eager_output, extra_bytes=whole_map_bytes),
@@ -239,7 +242,11 @@ def backward(name: str, forward: Callable[[Attention], tuple[Tensor, ...]], *, o
 
 
 def forward_of(impl: str | None) -> Callable[[Attention], tuple[Tensor, ...]]:
-    return lambda given: vgpo_kernels.visual_attention(given.q, given.k, given.v, given.visual_mask, impl=impl)[:2]
+    def run(given: Attention) -> tuple[Tensor, ...]:
+        inputs = (given.q, given.k, given.v, given.visual_mask)
+        return vgpo_kernels.visual_attention(*inputs, impl=impl, **given.masks)[:2]
+
+    return run
 
 
 def eager_forward(given: Attention) -> tuple[Tensor, Tensor]:
@@ -261,8 +268,9 @@ BACKWARD = Room(
     cases=[
         *small("7B, B 1, P 256 (256 visual), R 768", tiny=TINY, **sizes("7B", 1, 256, 256, 768)),
         *paper_cases(),
-        # 32,768 take two cores a minute a call.
-        *(case for case in sweeps("T") if case.kind == "cuda" or case["R"] <= 8192),
+        *edge_cases(),
+        # More tokens take two cores up to a minute a call.
+        *(case for case in sweeps("T", "V", "B") if case.kind == "cuda" or (case["R"] <= 8192 and case["P"] <= 4096)),
     ],
     inputs=lambda case, device: attention_inputs(case, device, whole=True, gradients=True),
     providers={
@@ -273,6 +281,7 @@ BACKWARD = Room(
         "eager map": Provider(backward("eager", eager_forward), extra_bytes=lambda case: 2 * whole_map_bytes(case)),
     },
     work=lambda case: work_of(case, passes=5, whole=True, visual_only=False),
+    keeps_forward=True,
 )
 
 

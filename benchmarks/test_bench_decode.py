@@ -46,7 +46,7 @@ def stock(given: Cache) -> Tensor:
 def two_lse(given: Cache) -> tuple[Tensor, Tensor]:
     """The fastest stock kernel at hand, and once more to the visual keys, which are the first."""
     out, lse = peers.stock_attention(given.q, given.k, given.v, causal=False)
-    return out, peers.two_lse_mass(given.q, given.k, lse, [(0, given.visual)])[..., 0]
+    return out, peers.two_lse_mass(given.q, given.k, lse, [[(0, given.visual)]])[..., 0]
 
 
 def work(case: Case) -> Work:
@@ -75,7 +75,7 @@ DECODE = Room(
     providers={
         **ours_of(ours),
         "SDPA, no mass": Provider(stock, "bound"),
-        "two LSEs, torch": Provider(two_lse),
+        "two LSEs, stock kernel": Provider(two_lse),
         "eager map": Provider(lambda given: peers.eager_output(*given[:3], given.sequences, given.visual_mask)),
         "eager map, torch.compile": Provider(
             lambda given: peers.compiled(peers.eager_output)(*given[:3], given.sequences, given.visual_mask),

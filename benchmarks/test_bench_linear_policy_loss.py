@@ -70,6 +70,7 @@ LOGPROBS = Room(
         *paper_cases(),
         *sweep("T", LENGTHS, cpu=HELD, gpu=sizes("7B", 1, 0, 0, 0), varies="R"),
         *sweep("vocabulary", WORDS, cpu=HELD, gpu=sizes("7B", 8, 0, 0, 1024)),
+        *sweep("B", ROWS, cpu=HELD, gpu=sizes("7B", 0, 0, 0, 1024)),
     ],
     inputs=inputs,
     providers={
@@ -81,6 +82,9 @@ LOGPROBS = Room(
             extra_bytes=logits_bytes(4),
         ),
         "TRL fused head": Provider(without_gradients(peers.trl_fused_head), needs=("trl",)),
+        "Liger's cross-entropy with entropy (CuTe on sm_90)": Provider(
+            without_gradients(peers.liger_scaled_cross_entropy), needs=("liger_kernel",)
+        ),
         # They have no entropy to give.
         "cut-cross-entropy, no entropy": Provider(
             without_gradients(peers.cut_cross_entropy), "bound", needs=("cut_cross_entropy",), gpu=True
@@ -140,6 +144,9 @@ LOSS = Room(
         "TRL fused head": Provider(with_gradients(after(peers.trl_fused_head)), needs=("trl",)),
         "Liger": Provider(
             with_gradients(lambda given: peers.liger_linear_loss(*given)), needs=("liger_kernel",), compiled=True
+        ),
+        "Liger's cross-entropy (CuTe on sm_90), loss in torch": Provider(
+            with_gradients(after(peers.liger_scaled_cross_entropy)), needs=("liger_kernel",)
         ),
         "cut-cross-entropy": Provider(with_gradients(cut_loss), needs=("cut_cross_entropy",), gpu=True),
     },

@@ -142,6 +142,7 @@ SMALL = sizes("7B", 1, 1024, 1024, 512, vocabulary=50_000)
 SWEPT = [
     *sweep("T", LENGTHS, cpu=sizes("7B", 1, 0, 0, 0, vocabulary=1024), gpu=sizes("7B", 1, 0, 0, 0), varies="R"),
     *sweep("vocabulary", WORDS, cpu=sizes("7B", 1, 0, 0, 256), gpu=sizes("7B", 8, 0, 0, 1024)),
+    *sweep("B", ROWS, cpu=sizes("7B", 0, 0, 0, 256, vocabulary=8192), gpu=sizes("7B", 0, 0, 0, 1024)),
 ]
 
 LOGITS = Room(

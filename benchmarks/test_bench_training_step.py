@@ -134,7 +134,7 @@ ROOM = Room(
     # tail, the smallest and the largest) pass on: 0.06 was seen between eager attention and ours on a CPU.
     tolerance=(1e-4, 1e-1),
     details=phases,
-    seconds=4.0,
+    seconds=3.0,
     least=5,
     rotates=False,
 )

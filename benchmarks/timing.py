@@ -171,8 +171,8 @@ def host_seconds(call: Callable[[], object], device: torch.device, seconds: floa
     return median([first, *(_wall(waited) for _ in range(min(most, int(seconds / first))))])
 
 
-def launches(call: Callable[[], object], device: torch.device) -> int:
-    """Returns how many kernels, copies and fills a call starts on the GPU."""
+def launches(call: Callable[[], object], device: torch.device) -> int | None:
+    """Returns how many kernels, copies and fills a call starts on the GPU; None where the profiler saw none."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -181,7 +181,7 @@ def launches(call: Callable[[], object], device: torch.device) -> int:
     # Ranges that somebody named lie on the GPU's time, too, and start nothing.
     named = "is_user_annotation"
     events = [event for event in profiled.events() if not getattr(event, named, False)]
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events) or None
 
 
 @functools.cache

@@ -14,10 +14,11 @@ COMMIT = "VGPO_COMMIT"
 
 @dataclass(frozen=True)
 class WorkingTree:
-    """A checkout's commit and its changed paths, untracked ones among them."""
+    """A checkout's commit and its changed paths, untracked ones among them, and who said so: git, or VGPO_COMMIT."""
 
     commit: str
     changed: tuple[str, ...]
+    source: str = "git"
 
     @property
     def dirty(self) -> bool:
@@ -36,7 +37,7 @@ def read_working_tree(root: Path = ROOT) -> WorkingTree:
         ValueError: no git, no checkout or no commit there.
     """
     if os.environ.get(COMMIT) and not (root / ".git").exists():
-        return WorkingTree(os.environ[COMMIT], ())
+        return WorkingTree(os.environ[COMMIT], (), COMMIT)
     commit = _git(root, "rev-parse", "--verify", "HEAD").strip()
     listed = ("status", "--porcelain", "-z", "--no-renames", "--untracked-files=all", "--")
     status = _git(root, *listed, ".", f":(exclude){RESULTS}")

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 deadline=$((SECONDS + ${BUDGET_SECONDS:-1680}))
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-unset TRITON_INTERPRET
+unset TRITON_INTERPRET VGPO_BENCH_IMPL
 
 tests=(tests/attention tests/focus tests/weights tests/policy_loss)
 # The benchmarks look for the tests' record in the checkout, which a trial leaves alone.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 COMMIT = "c0ffee" + 34 * "0"
+MACHINE = {"device": "A processor", "kind": "cpu", "driver": None, "cpu": "A processor", "threads": 2}
 CEILINGS = {"tflops": 0.1, "gbs": 10.0}
 
 
@@ -30,7 +31,6 @@ def entry(
         "levels": ["small", "paper"],
         "provider": provider,
         "role": role,
-        "peer": role == "peer",
         "dtype": "float32",
         "shapes": {"q": [1, 2, 500, 64]},
         "work": {"flops": floor * CEILINGS["tflops"] * 1e12, "bytes": moved},
@@ -40,10 +40,11 @@ def entry(
         "ceilings": CEILINGS,
         "memory": {"peak_extra_bytes": memory, "how": "RSS peak of a fresh process over its inputs"},
         "axis": length and {"name": "T", "value": length},
-        "machine": {"device": device, "kind": "cpu", "driver": None, "cpu": "A processor", "threads": 2},
+        "machine": MACHINE | {"device": device},
         "versions": {"torch": "2.13.0"},
         "commit": COMMIT,
         "dirty": False,
+        "commit_from": "git",
     }
     stats = {"median": seconds, "iqr": seconds / 50, "rounds": 20}
     return {

@@ -1,5 +1,6 @@
 """How entries are held to ours before they are timed, and what is said of those that are not."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import measuring
 import pytest
 import room
 import torch
-from room import OURS, PLAIN, Case, Provider, Room, Work
+from room import OURS, PLAIN, Case, Provider, Room, Unavailable, Work
 from torch import Tensor
 
 CASE = Case("one case", ("small",), {"n": 40})
@@ -58,7 +59,8 @@ def test_those_that_agree_are_timed_and_described(make_room):
         assert outcome.info["floor"] > 0
         assert outcome.info["achieved"]["of_ceiling"] > 0
         assert {"machine", "versions", "commit", "dirty"} <= outcome.info.keys()
-    assert [outcomes[name].info["peer"] for name in (OURS, PLAIN, "sum")] == [False, False, True]
+    assert [outcomes[name].info["role"] for name in (OURS, PLAIN, "sum")] == ["ours", "ours, plain", "peer"]
+    assert all(outcome.info["agreeing"] == [PLAIN, "sum"] for outcome in outcomes.values())
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,50 @@ def test_out_of_memory_is_no_error_of_the_peer(make_room):
     assert outcome.skipped == "out of memory: CUDA out of memory. Tried to allocate 77 GiB"
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no room"), ImportError("no cutlass"), Unavailable("no flash")]
+)
+def test_ours_is_not_timed_where_nobody_is_there_to_hold_it_to(make_room, error):
+    def absent(_: Given) -> Tensor:
+        raise error
+
+    made = make_room(plain=Provider(absent, "ours, plain"), bound=Provider(double, "bound"))
+    assert {name: bool(outcome.samples) for name, outcome in measured(made).items()} == {
+        **{OURS: False, PLAIN: False, "bound": True}
+    }
+    outcome = measuring.measure(made, CASE, [OURS], CPU, __name__)[OURS]
+    assert outcome.skipped.startswith(f"nobody to hold it to ({PLAIN}: ")
+    assert str(error) in outcome.skipped
+
+
+def test_inputs_that_cannot_be_made_leave_the_case_out(make_room):
+    def exhausted(*_: object) -> Given:
+        raise torch.OutOfMemoryError("too large")
+
+    outcomes = measured(dataclasses.replace(make_room(other=Provider(double)), inputs=exhausted, name="large"))
+    assert {outcome.skipped for outcome in outcomes.values()} == {"out of memory: too large"}
+
+
+def test_what_is_said_of_one_provider_does_not_take_the_others_along(make_room):
+    def details(_: Given, name: str) -> dict:
+        return {"length": len(name)} if name == OURS else 1 / 0
+
+    outcomes = measured(dataclasses.replace(make_room(other=Provider(double)), details=details, name="with details"))
+    assert outcomes[OURS].info["length"] == len(OURS)
+    assert outcomes[OURS].samples
+    assert "ZeroDivisionError" in outcomes["other"].wrong
+
+
+@pytest.mark.parametrize("keeps_forward", [False, True])
+def test_a_forward_that_is_kept_is_made_before_the_clock_starts(make_room, monkeypatch, keeps_forward):
+    events = []
+    interleaved = measuring.interleaved
+    monkeypatch.setattr(measuring, "interleaved", lambda *x: events.append("clock") or interleaved(*x))
+    made = make_room(other=Provider(lambda g: events.append("call") or double(g)))
+    measured(dataclasses.replace(made, keeps_forward=keeps_forward, name="kept"))
+    assert events.index("clock") == 1 + keeps_forward
+
+
 def test_a_run_without_times_only_checks(make_room):
     outcomes = measured(make_room(wrong=Provider(lambda g: g.x)), timed=False)
     assert outcomes["wrong"].wrong
@@ -159,6 +205,15 @@ def test_distance():
     assert measuring.distance(torch.tensor([math.nan, 4.0, -math.inf]), x) == math.inf
     assert measuring.distance(torch.zeros(2), torch.zeros(2)) == 0.0
     assert measuring.distance(torch.ones(2), torch.zeros(2)) == math.inf
+    assert measuring.distance(torch.zeros(2), torch.zeros(3)) == math.inf
+
+
+def test_distance_is_that_of_all_pieces(monkeypatch: pytest.MonkeyPatch):
+    a, b = torch.randn(5, 7).T, torch.randn(5, 7).T
+    monkeypatch.setattr(measuring, "PIECE", 4)
+    assert measuring.distance(a, b) == pytest.approx(float((a - b).double().norm() / b.double().norm()))
+    b[6, 4] = math.inf
+    assert measuring.distance(a, b) == math.inf
 
 
 class Cached(NamedTuple):

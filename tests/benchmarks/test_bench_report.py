@@ -11,7 +11,7 @@ import report
 import scaling
 from matplotlib.image import imread
 from report_text import report_text
-from result_factory import COMMIT, entry, green_tests, write_results
+from result_factory import COMMIT, MACHINE, entry, green_tests, write_results
 from result_file import Group, Results, read_results
 
 MASS = goals.MASS
@@ -203,6 +203,21 @@ def test_what_was_left_out_is_said(tmp_path: Path) -> None:
     assert f"| {MASS} | one case | flash-colreduce | needs a GPU |" in text
 
 
+def test_what_failed_and_what_was_not_reached_is_said_first(tmp_path: Path) -> None:
+    failed = [{"room": MASS, "case": "one case", "provider": "eager", "reason": "does not run"}]
+    not_reached = [{"room": MASS, "case": "last", "provider": name} for name in ("vgpo_kernels", "eager")]
+    text = _text(_read(tmp_path, _mass_entries(), failed=failed, not_reached=not_reached), tmp_path)
+    assert text.index(f"| {MASS} | one case | eager | does not run |") < text.index("### Ahead")
+    assert "The run ended before 2 of its entries" in text
+    assert "### Failed" not in _text(_read(tmp_path, _mass_entries()), tmp_path)
+
+
+def test_a_copy_without_git_is_said_to_be_one(tmp_path: Path) -> None:
+    assert ", clean, its tests green" in _text(_read(tmp_path, _mass_entries()), tmp_path)
+    copied = _text(_read(tmp_path, _mass_entries(commit_from="VGPO_COMMIT")), tmp_path)
+    assert "in a copy without git's own files, taken for clean, its tests green" in copied
+
+
 def test_phases_of_a_step_are_shown(tmp_path: Path) -> None:
     phases = {"score": {"seconds": 0.25, "peak_extra_bytes": 2_000_000}}
     entries = [
@@ -256,6 +271,14 @@ REFUSED = {
     "perhaps dirty": ({"dirty": None}, {}, "measured on a tree with uncommitted changes"),
     "no commit": ({"commit": None}, {"commit_info": {"id": "unknown"}}, "no commit: expected a run inside a git"),
     "other commit at the end": ({}, {"commit_info": {"id": "beef"}}, f"entries of several commits: beef, {COMMIT}"),
+    "changed on the way": ({}, {"changed_meanwhile": True}, "measured on a tree with uncommitted changes"),
+    "ours was wrong": (
+        {},
+        {"failed": [{"room": MASS, "case": "another", "provider": "vgpo_kernels", "reason": "3e-1 away"}]},
+        f"vgpo_kernels itself failed: {MASS}, another",
+    ),
+    "other kernels": ({"machine": MACHINE | {"impl": "triton"}}, {}, "VGPO_BENCH_IMPL or TRITON_INTERPRET had other"),
+    "interpreted": ({"machine": MACHINE | {"interpreter": True}}, {}, "VGPO_BENCH_IMPL or TRITON_INTERPRET had other"),
     "no tests": ({}, {"tests": None}, "no record of the tests at that commit"),
     "half a record": ({}, {"tests": {"green": True}}, "the record of the tests lacks commit, dirty, paths"),
     "tests of another commit": ({}, {"tests": green_tests(commit="beef")}, "tests ran at beef, the benchmarks at"),

@@ -61,6 +61,27 @@ def test_what_could_not_run_is_listed(results: dict):
     assert skipped[("policy loss of logits", "Liger")] == "needs a GPU"
 
 
+def test_what_fails_and_what_is_not_reached_is_kept(tmp_path: Path):
+    """A peer that breaks, and a run that stops at it."""
+    breaking = (
+        "import peers\n\n\ndef broken(*_):\n    raise RuntimeError('a broken peer')\n\n\npeers.dense_focus = broken\n"
+    )
+    (tmp_path / "breaking.py").write_text(breaking)
+    file = tmp_path / "results.json"
+    run = run_benchmarks(
+        *("benchmarks/test_bench_focus.py", "-k", "not compile", "-p", "breaking", "-x"),
+        *("--benchmark-only", f"--benchmark-json={file}"),
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / 'benchmarks'}",
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    results = json.loads(file.read_text())
+    (failed,) = results["failed"]
+    assert (failed["provider"], failed["reason"]) == ("dense torch", "does not run: RuntimeError: a broken peer")
+    assert {one["extra_info"]["provider"] for one in results["benchmarks"]} >= {"vgpo_kernels"}
+    assert {one["provider"] for one in results["not_reached"]} == {"token loop"}
+    assert results["changed_meanwhile"] is False
+
+
 @pytest.mark.timeout(900)
 def test_the_kernels_of_gpus_agree_with_every_peer():
     """Triton kernels, interpreted, in all rooms that have them; nothing is timed."""
