@@ -126,12 +126,13 @@ def test_a_copy_without_git_is_of_the_commit_that_is_named(tmp_path: Path, monke
     with pytest.raises(ValueError, match="expected a git checkout"):
         working_tree.read_working_tree(tmp_path)
     monkeypatch.setenv("VGPO_COMMIT", "c0ffee")
-    assert working_tree.read_working_tree(tmp_path) == working_tree.WorkingTree("c0ffee", ())
+    assert working_tree.read_working_tree(tmp_path) == working_tree.WorkingTree("c0ffee", (), "VGPO_COMMIT")
 
 
 def test_a_checkout_needs_no_name_and_takes_none(checkout: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VGPO_COMMIT", "c0ffee")
-    assert len(working_tree.read_working_tree(checkout.path).commit) == 40
+    tree = working_tree.read_working_tree(checkout.path)
+    assert (len(tree.commit), tree.source) == (40, "git")
 
 
 def test_without_a_checkout_the_session_does_not_start(pytester: pytest.Pytester) -> None:
