@@ -96,7 +96,7 @@ def _origin(results: Results, folder: Path) -> str:
     machine, tests = results.machine, results.tests or {}
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
-    stock = f" The stock attention is the backend `{machine['stock_attention']}`." if machine.get("stock_attention") else ""
+    stock = f" Stock attention: the backend `{machine['stock_attention']}`." if machine.get("stock_attention") else ""
     clean = "clean" if results.known_to_git else "in a copy without git's own files, taken for clean"
     return (
         f"Measured in [{results.path.name}]({os.path.relpath(results.path, folder)}) at commit `{results.commit}`, "
