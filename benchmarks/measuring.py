@@ -130,17 +130,19 @@ def _compared(
     # A sweep of ours alone is held to our plain torch, which it does not time.
     alone = PLAIN in room.providers and all(name == OURS or room.providers[name].role == "bound" for name in names)
     for name in [*names, PLAIN] if alone else names:
+        if name == OURS:
+            continue
         provider, found = room.providers[name], _result(room, name, inputs)
         if isinstance(found, Objection):
             objections[name] = found
-        elif provider.role != "bound" and name != OURS:
+        elif provider.role != "bound":
             objection = _difference(found, expected, provider.tolerance or room.tolerance[half])
             if objection is None:
                 agreeing.append(name)
             else:
                 objections[name] = objection
     wrong = [name for name, objection in objections.items() if objection.kind == "wrong"]
-    if OURS in names and OURS not in objections:
+    if OURS in names:
         if PLAIN in wrong or (wrong and not agreeing):
             objections[OURS] = Objection(
                 "wrong", f"{PLAIN if PLAIN in wrong else 'every other result'} differs from it"

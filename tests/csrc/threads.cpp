@@ -83,8 +83,8 @@ void fork_and_run(int64_t threads) {
 void run_forks() {
     fork_and_run(4);
     // A fork in the middle of another thread's job: the pool that the child must not touch is busy. That thread has
-    // allocated all it needs: before GCC 14 and LLVM 17, AddressSanitizer leaves a lock of its allocator, held by another
-    // thread at the fork, held for ever in the child.
+    // allocated all it needs: older AddressSanitizers, GCC 12's among them, leave a lock of their allocator, held by
+    // another thread at the fork, held for ever in the child.
     std::atomic<bool> begun{false}, stop{false};
     std::thread busy([&] {
         Job job;

@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_loss_cases import config_id, every_config
-from torch.library import opcheck
-from vocabulary_cases import PLAIN, Scaling, random_case
+from vocabulary_cases import PLAIN, Scaling
 
-from vgpo_kernels import PolicyLossConfig, _native, linear_policy_loss, logits_policy_loss, selective_logprobs
+from vgpo_kernels import PolicyLossConfig
 from vgpo_kernels.policy_loss import native, reference
 from vgpo_kernels.testing import assert_error_budget, ragged_mask
 
@@ -352,84 +351,6 @@ def test_same_bits_with_any_number_of_threads(threads):
     for other in results[1:]:
         for one, same in zip(results[0], other, strict=True):
             assert torch.equal(one, same)
-
-
-def test_sizes_and_types_are_checked():
-    inputs = Inputs((2, 3, 9))
-    logits, targets, by_token = inputs.logits, inputs.targets, torch.empty(2, 3)
-    scaling = (1.0, 0.0)
-    short = torch.empty(2, 2)
-    for wrong in ((short, by_token, None), (by_token, short, None), (by_token, by_token, short)):
-        with pytest.raises(ValueError, match="expected size 3 in dimension 1, got 2"):
-            _native.call("logits_logprobs", *wrong, logits, targets, None, *scaling)
-    results = (by_token, by_token, None)
-    with pytest.raises(ValueError, match="targets: expected size 3 in dimension 1, got 2"):
-        _native.call("logits_logprobs", *results, logits, targets[:, :2], None, *scaling)
-    with pytest.raises(ValueError, match="valid: expected size 2 in dimension 0, got 1"):
-        _native.call("logits_logprobs", *results, logits, targets, inputs.valid[:1], *scaling)
-    with pytest.raises(TypeError, match="argument 4: expected a tensor of another dtype"):
-        _native.call("logits_logprobs", *results, logits, targets.int(), None, *scaling)
-    with pytest.raises(TypeError, match="argument 3: expected a tensor of float32, bfloat16 or float16"):
-        _native.call("logits_logprobs", *results, logits.double(), targets, None, *scaling)
-
-    of_logits = (logits, targets, None)
-    with pytest.raises(ValueError, match="out: expected size 9 in dimension 2, got 8"):
-        _native.call("logits_gradient", logits[..., :8], *of_logits, *[by_token] * 5, *scaling)
-    for i in range(5):
-        wrong = [short if i == j else by_token for j in range(5)]
-        with pytest.raises(ValueError, match="expected size 3 in dimension 1, got 2"):
-            _native.call("logits_gradient", logits, *of_logits, *wrong, *scaling)
-
-    config = native.settings(SOME_CONFIG)
-    for i in range(6):
-        logps, entropy, *wrong = (short if i == j else by_token for j in range(6))
-        with pytest.raises(ValueError, match="expected size 3 in dimension 1, got 2"):
-            _native.call("logits_loss", logits, logps, entropy, *of_logits, *wrong, *scaling, config)
-    with pytest.raises(ValueError, match="out: expected size 2 in dimension 0, got 1"):
-        _native.call("logits_loss", logits[:1], *[by_token] * 2, *of_logits, *[by_token] * 4, *scaling, config)
-    with pytest.raises(ValueError, match="settings: expected size 7 in dimension 0, got 6"):
-        _native.call("logits_loss", logits, *[by_token] * 2, *of_logits, *[by_token] * 4, *scaling, config[:6])
-
-    with pytest.raises(ValueError, match="logits_q: expected size 9 in dimension 1, got 8"):
-        _native.call("logits_kl", by_token[0], logits[0], logits[0, :, :8], *scaling)
-    with pytest.raises(ValueError, match="out: expected size 3 in dimension 0, got 2"):
-        _native.call("logits_kl", short[0], logits[0], logits[0], *scaling)
-
-
-def losses(case, logits, **options):
-    selected = selective_logprobs(logits, case.targets, mask=case.mask, entropy=True, **options)
-    fused = logits_policy_loss(logits, case.targets, completion_mask=case.mask, **case.by_token, **options)
-    linear = linear_policy_loss(
-        case.hidden, case.weight, case.targets, completion_mask=case.mask, **case.by_token, **options
-    )
-    return fused.loss + linear.loss + selected.logps.sum() + selected.entropy.sum() + selected.lse.sum()
-
-
-def test_through_the_public_functions_with_and_without_compilation():
-    torch._dynamo.reset()
-    case = random_case([5, 2], 5)
-    logits = torch.randn(2, 5, 50, requires_grad=True)
-    leaves = (logits, case.hidden, case.weight)
-    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
-    results = []
-    for function, impl in ((losses, "reference"), (losses, "native"), (losses, None), (compiled, "native")):
-        loss = function(case, logits, impl=impl)
-        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
-    for found in results[1:]:
-        for one, other in zip(found, results[0], strict=True):
-            torch.testing.assert_close(one, other)
-    for one, chosen in zip(*results[1:3], strict=True):  # what None chooses on a CPU
-        assert torch.equal(one, chosen)
-
-
-def test_operators():
-    case = random_case([5, 2], 5, bias=True)
-    logits = torch.randn(2, 5, 50).requires_grad_()
-    opcheck(torch.ops.vgpo.selective_logprobs, (logits, case.targets, case.mask, 0.7, 3.0, True, "native"))
-    by_token = dict(case.by_token)
-    first = (case.targets, by_token.pop("old_logps"), by_token.pop("advantages"), case.mask)
-    last = (*by_token.values(), None, 0.7, 3.0, *SOME_CONFIG.values(), "native")
-    opcheck(torch.ops.vgpo.logits_policy_loss, (logits.detach(), *first, *last))
 
 
 def test_no_valid_row_and_no_rows():

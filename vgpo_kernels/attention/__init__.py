@@ -2,13 +2,12 @@
 
 from vgpo_kernels.attention.api import (
     VisualAttention,
-    attention_backend,
     attention_column_sum,
     attention_mass,
-    attention_with_lse,
     visual_attention,
     visual_attention_decode,
 )
+from vgpo_kernels.attention.stock_api import attention_backend, attention_with_lse
 
 __all__ = [
     "VisualAttention",
