@@ -186,19 +186,6 @@ def end_tokens(model_folder: str, tokenizer: Any) -> list[int]:
     return found if isinstance(found, list) else [found]
 
 
-def image_token_id(config: Any) -> int:
-    """Return the id of the token that stands for a piece of a picture, from a model configuration.
-
-    Raises:
-        ValueError: the configuration names no such token.
-    """
-    for field in ("image_token_id", "image_token_index"):
-        token = getattr(config, field, None)
-        if token is not None:
-            return int(token)
-    raise ValueError(f"{type(config).__name__} names no image token (image_token_id or image_token_index)")
-
-
 def visual_token_ids(config: Any, processor: Any = None) -> list[int]:
     """Return the ids that a policy must never sample: picture and video tokens and the marks around them.
 
@@ -222,26 +209,6 @@ def visual_token_ids(config: Any, processor: Any = None) -> list[int]:
     unknown = getattr(tokenizer, "unk_token_id", None)
     found.discard(unknown if unknown is not None else -1)
     return sorted(found)
-
-
-def image_token_mask(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return which positions hold picture or video tokens.
-
-    Args:
-        input_ids: (B, L) token ids.
-        config: model configuration.
-
-    Returns:
-        (B, L) bool.
-
-    Raises:
-        ValueError: the configuration names no image token.
-    """
-    mask = input_ids == image_token_id(config)
-    for field in ("video_token_id", "video_token_index"):
-        for token in _as_ids(getattr(config, field, None)):
-            mask = mask | (input_ids == token)
-    return mask
 
 
 def _class_with_video_half(path: Path, options: dict[str, Any]) -> type | None:

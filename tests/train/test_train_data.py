@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from vgpo_kernels.integrations.transformers import visual_token_mask
 from vgpo_train.data import DataError, PictureDataset, PromptCollator, PromptTooLong, Sample, epoch_order, overlong
-from vgpo_train.model import image_token_mask, load_model, load_processor
+from vgpo_train.model import load_model, load_processor
 
 
 def _png(colour: str = "red", size: tuple[int, int] = (56, 84)) -> bytes:
@@ -238,7 +239,7 @@ def test_image_tokens_match_the_vision_inputs(collator: PromptCollator, tiny_che
     tensors = batch.tensors()
     config = load_model(tiny_checkpoint, dtype=torch.float32).config
     merge = config.vision_config.spatial_merge_size**2
-    tokens = image_token_mask(tensors["input_ids"], config).sum(1).tolist()
+    tokens = visual_token_mask(config, tensors["input_ids"]).sum(1).tolist()
     grids = tensors["image_grid_thw"].prod(1)
     assert batch.images_per_row == [1, 0, 2]
     assert tokens == [int(grids[0]) // merge, 0, int(grids[1:].sum()) // merge]

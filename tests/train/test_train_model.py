@@ -12,8 +12,6 @@ from transformers.utils import is_torchvision_available
 
 from vgpo_train.model import (
     copy_processor_files,
-    image_token_id,
-    image_token_mask,
     layer_count,
     load_model,
     load_processor,
@@ -116,17 +114,7 @@ def test_visual_tokens_of_the_checkpoint(tiny_checkpoint: Path) -> None:
 def test_visual_tokens_by_the_names_of_other_families() -> None:
     config = SimpleNamespace(image_token_index=7, boi_token_index=8, eoi_token_index=[9, 10], video_token_id=None)
     assert visual_token_ids(config) == [7, 8, 9, 10]
-    assert image_token_id(config) == 7
     assert visual_token_ids(SimpleNamespace()) == []
-    with pytest.raises(ValueError, match="SimpleNamespace names no image token"):
-        image_token_id(SimpleNamespace())
-
-
-def test_the_mask_covers_pictures_and_videos() -> None:
-    config = SimpleNamespace(image_token_id=7, video_token_id=8)
-    mask = image_token_mask(torch.tensor([[7, 1, 8, 2]]), config)
-    assert mask.tolist() == [[True, False, True, False]]
-    assert mask.dtype == torch.bool
 
 
 def test_the_video_half_keeps_its_settings(tiny_checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from vgpo_train.config import ConfigError, ModelConfig, OptimConfig, TrainConfig
 from vgpo_train.data import PromptBatch
 from vgpo_train.model import load_model
 from vgpo_train.rollout import Completions, RolloutConfig
-from vgpo_train.scoring import Scorer, Scores, check_recordable, focus_of, image_ids, score
+from vgpo_train.scoring import Scorer, Scores, check_recordable, focus_of, score
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def _score(
     reference: PlainEngine | None = None,
 ) -> Scores:
     settings = {"temperature": 0.7, "wants_focus": True, "per_image": per_image, "layers": layers}
+    settings["images_per_row"] = prompts.images_per_row
     return score(engine, reference, prompts.tensors(), completions, **settings)
 
 
@@ -275,11 +276,6 @@ def test_the_companion_changes_no_gradient(tiny_checkpoint: Path, pictures: Path
         torch.testing.assert_close(
             gradient, expected, atol=1e-5 * scale, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
         )
-
-
-def test_image_ids_number_the_pictures_of_a_row() -> None:
-    visual = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]).bool()
-    assert image_ids(visual).tolist() == [[-1, 0, 0, -1, 1, -1], [0, -1, -1, -1, -1, 1], [-1] * 6]
 
 
 class Adapted(torch.nn.Module):

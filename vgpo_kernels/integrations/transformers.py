@@ -31,19 +31,24 @@ from vgpo_kernels._dispatch import checks_values
 from vgpo_kernels._validate import MASK, check_choice, check_tensor
 from vgpo_kernels.integrations import _interface
 from vgpo_kernels.integrations._fused import FusedHead, ModelLogprobs
-from vgpo_kernels.integrations._modules import chosen_layers, find_parts
+from vgpo_kernels.integrations._modules import check_head_sizes, chosen_layers, find_parts
+from vgpo_kernels.integrations._pictures import check_separable, image_ids
 from vgpo_kernels.integrations._recording import Recorder
 from vgpo_kernels.integrations._segments import SEGMENTS
 from vgpo_kernels.integrations._sequence import Wishes
+from vgpo_kernels.integrations._visual import visual_token_mask
 
 __all__ = [
     "FusedHead",
     "ModelLogprobs",
     "Recorder",
+    "check_separable",
     "focus_from_attention",
     "fused_logprobs",
+    "image_ids",
     "model_logprobs",
     "record_visual_attention",
+    "visual_token_mask",
 ]
 
 _interface.register()
@@ -122,8 +127,10 @@ def record_visual_attention(
     if prompt_length is not None and prompt_length < 1:
         raise ValueError(f"prompt_length: expected at least 1, got {prompt_length}")
     parts = find_parts(model)
+    chosen = chosen_layers(layers, parts.layers)
+    check_head_sizes(parts, chosen)
     wishes = Wishes(
-        layers=chosen_layers(layers, parts.layers),
+        layers=chosen,
         segments=segments,
         all_heads=heads == "all",
         columns=columns,
