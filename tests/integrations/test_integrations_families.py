@@ -1,0 +1,299 @@
+"""Families that need more than the interface: shared keys, wrappers, pictures of their own grids, chosen keys."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny_vlms
+import torch
+from head_cases import Case
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    DeepseekV3Config,
+    DeepseekV32Config,
+    DeepseekV32ForCausalLM,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    HunYuanVLConfig,
+    HunYuanVLForConditionalGeneration,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    Kimi_K25Config,
+    Kimi_K25ForConditionalGeneration,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi4MultimodalConfig,
+    Phi4MultimodalForCausalLM,
+    VideoLlama3Config,
+    VideoLlama3ForConditionalGeneration,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+
+from vgpo_kernels.attention.arguments import HEAD_DIM
+from vgpo_kernels.integrations.transformers import model_logprobs, record_visual_attention
+
+IMAGE = tiny_vlms.IMAGE
+TEXT = {**tiny_vlms.TEXT, "num_hidden_layers": 2}
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
+
+def kimi() -> tuple[Any, dict[str, Tensor]]:
+    text = DeepseekV3Config(**{**TEXT, "num_key_value_heads": 4}, **LATENT, first_k_dense_replace=2)
+    vision = {**SMALL, "hidden_size": 32, "patch_size": 4, "pos_emb_height": 4, "pos_emb_width": 4}
+    special = {**tiny_vlms.SPECIAL, "projection_hidden_size": 32}
+    model = Kimi_K25ForConditionalGeneration(Kimi_K25Config(text_config=text, vision_config=vision, **special))
+    return model, {"pixel_values": torch.randn(32, 3, 4, 4), "image_grid_thw": torch.tensor([[1, 4, 4], [1, 2, 8]])}
+
+
+def video_llama() -> tuple[Any, dict[str, Tensor]]:
+    text = {**TEXT, "model_type": "qwen2"}
+    config = VideoLlama3Config(text_config=text, vision_config={**SMALL, "patch_size": 4}, image_token_id=IMAGE)
+    pixels = {"pixel_values": torch.randn(8, 48), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 1, 4]])}
+    return VideoLlama3ForConditionalGeneration(config), {**pixels, "image_merge_sizes": torch.ones(2, dtype=torch.long)}
+
+
+def hunyuan() -> tuple[Any, dict[str, Tensor]]:
+    """A token at the end of each row, one before and one after: 2 x 1 and 1 x 2 tokens come as 6 and 5."""
+    vision = {**SMALL, "patch_size": 4, "out_hidden_size": 32, "text_hidden_size": 32, "max_image_size": 16}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
+    config = HunYuanVLConfig(
+        text_config={**TEXT, "head_dim": 8, "rope_parameters": rope}, vision_config=vision, image_token_id=IMAGE
+    )
+    model = HunYuanVLForConditionalGeneration(config)
+    return model, {"pixel_values": torch.randn(16, 48), "image_grid_thw": torch.tensor([[1, 4, 2], [1, 2, 4]])}
+
+
+@pytest.mark.parametrize(
+    ("make", "tokens", "shapes"),
+    [(kimi, (4, 4), [(2, 2), (1, 4)]), (video_llama, (4, 4), [(2, 2), (1, 4)]), (hunyuan, (6, 5), [(2, 1), (1, 2)])],
+)
+def test_generate_is_recorded_whatever_makes_a_token(make: Callable[[], Any], tokens: Any, shapes: Any) -> None:
+    torch.manual_seed(0)
+    model, pictures = make()
+    tiny_vlms.with_large_weights(model)
+    ids = torch.tensor([[1, 93, *[IMAGE] * tokens[0], 94, 2, 93, *[IMAGE] * tokens[1], 94, 3]])
+    typed = make is hunyuan
+
+    def batch_of(ids: Tensor) -> dict[str, Tensor]:
+        types = {"mm_token_type_ids": (ids == IMAGE).int()} if typed else {}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pictures, **types}
+
+    model.set_attn_implementation({"text_config": "vgpo"})
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": tiny_vlms.NOT_WORDS}
+    with record_visual_attention(model, "all", queries="predicting", columns=True) as rec:
+        sequences = model.generate(**batch_of(ids), **options)
+    assert rec.mass.shape == (2, 1, 3, 1)
+    assert [tuple(rec.heatmap(0, image).shape) for image in (0, 1)] == shapes
+    # Once more in one forward, against the maps of eager attention.
+    length = ids.shape[1]
+    model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        maps = torch.stack(model(**batch_of(sequences), output_attentions=True).attentions).mean(2)[
+            :, 0, length - 1 : -1
+        ]
+    assert_close(rec.mass[:, 0, :, 0], maps[..., sequences[0] == IMAGE].sum(-1), atol=1e-5, rtol=1e-4)
+
+
+def shared_keys(**sizes: Any) -> Any:
+    config = Gemma4TextConfig(
+        **{**TEXT, "num_hidden_layers": 4},
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=tiny_vlms.VOCABULARY,
+        **sizes,
+    )
+    config.image_token_id = IMAGE
+    torch.manual_seed(0)
+    return tiny_vlms.with_large_weights(Gemma4ForCausalLM(config))
+
+
+def test_hidden_states_are_those_of_all_tokens_where_upper_layers_share_keys() -> None:
+    model = shared_keys(head_dim=8, global_head_dim=16)
+    ids = torch.tensor([[0, IMAGE, 1, 2, 3, 4], [5, 6, IMAGE, 2, 3, 4]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    with torch.no_grad():
+        found = model_logprobs(model, batch, prompt_length=4, hidden_states=True)
+        without = model_logprobs(model, batch, prompt_length=4)
+        states = model.model(**batch).last_hidden_state
+    assert_close(found.hidden_states, states)
+    assert_close(found.logps, without.logps)
+    assert without.hidden_states is None
+
+
+def test_a_layer_of_too_large_heads_is_named_before_any_forward() -> None:
+    config = Gemma4TextConfig(
+        **TEXT, layer_types=["sliding_attention", "full_attention"], head_dim=HEAD_DIM, global_head_dim=2 * HEAD_DIM
+    )
+    config.hidden_size_per_layer_input = 0
+    config.image_token_id = IMAGE
+    with torch.device("meta"):
+        model = Gemma4ForCausalLM(config)
+    message = (
+        f"layers: expected layers of a head size of at most {HEAD_DIM}, got layer 1 of Gemma4ForCausalLM with "
+        rf"{2 * HEAD_DIM}; those that can be recorded: \[0\]"
+    )
+    with pytest.raises(ValueError, match=message), record_visual_attention(model, "last"):
+        raise AssertionError("a recorder was made")
+    with record_visual_attention(model, [0]) as rec:
+        assert rec.layers == (0,)
+
+
+def llama4(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, dict[str, Tensor]]:
+    # transformers 5.24 reads this field of an output that has none.
+    monkeypatch.setattr(MoeCausalLMOutputWithPast, "image_outputs", None, raising=False)
+    text = {**TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8}
+    vision = {**SMALL, "intermediate_size": 64, "image_size": 4, "patch_size": 2, "pixel_shuffle_ratio": 0.5}
+    vision |= {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    config = Llama4Config(text_config=text, vision_config=vision, image_token_index=IMAGE)
+    return Llama4ForConditionalGeneration(config), {"pixel_values": torch.randn(1, 3, 4, 4)}
+
+
+def blip2(_: pytest.MonkeyPatch) -> tuple[Any, dict[str, Tensor]]:
+    opt = {"model_type": "opt", "vocab_size": tiny_vlms.VOCABULARY, "ffn_dim": 16, "word_embed_proj_dim": 16}
+    return _blip(Blip2ForConditionalGeneration, Blip2Config, {**SMALL, **opt, "max_position_embeddings": 32})
+
+
+def _blip(kind: Any, config: Any, text: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    parts = {
+        "vision_config": {**SMALL, "image_size": 4, "patch_size": 2},
+        "qformer_config": {**SMALL, "vocab_size": 20, "encoder_hidden_size": 16},
+    }
+    model = kind(config(text_config=text, **parts, num_query_tokens=2, image_token_index=IMAGE))
+    return model, {"pixel_values": torch.randn(1, 3, 4, 4)}
+
+
+@pytest.mark.parametrize(("make", "tokens"), [(llama4, 1), (blip2, 2)])
+def test_a_causal_model_inside_another_is_looked_into(
+    make: Callable[..., Any], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, pixels = make(monkeypatch)
+    tiny_vlms.with_large_weights(model)
+    ids = torch.tensor([[5, *[IMAGE] * tokens, 6, 7, 8, 9]])
+    batch = {"input_ids": ids, **pixels}
+    model.set_attn_implementation({"text_config": "vgpo"})
+    with torch.no_grad(), record_visual_attention(model, prompt_length=ids.shape[1] - 2) as rec:
+        found = model_logprobs(model, batch, prompt_length=ids.shape[1] - 2, hidden_states=True)
+        logits = model(**batch).logits
+    assert found.hidden_states is not None
+    assert_close(model.get_output_embeddings()(found.hidden_states), logits)
+    assert_close(found.logps, logits[:, -3:-1].log_softmax(-1).gather(-1, ids[:, -2:, None])[..., 0])
+    assert rec.mass.shape == (1, 1, 2, 1)
+
+
+def test_an_encoder_decoder_is_one_where_only_its_text_half_says_so() -> None:
+    t5 = {"model_type": "t5", "vocab_size": tiny_vlms.VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 16}
+    t5 |= {"num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    model, pixels = _blip(InstructBlipForConditionalGeneration, InstructBlipConfig, t5)
+    batch = {"input_ids": torch.tensor([[IMAGE, IMAGE, 1, 2]]), **pixels, "decoder_input_ids": torch.tensor([[0, 1]])}
+    with pytest.raises(ValueError, match=r"InstructBlip.* got an encoder-decoder"):
+        model_logprobs(model, batch, prompt_length=3)
+    with pytest.raises(ValueError, match=r"InstructBlip.* got an encoder-decoder"), record_visual_attention(model):
+        pass
+    with pytest.raises(ValueError, match="expected prompt and completion together in input_ids, got decoder_input_ids"):
+        model_logprobs(Case("internvl").model, {**batch, "input_ids": torch.ones(1, 4).long()}, prompt_length=2)
+
+
+def test_an_image_token_named_by_the_vision_half_and_modules_that_are_no_layer() -> None:
+    vision = {**SMALL, "image_size": 16, "patch_size": 4, "crop_size": 16, "image_token_id": IMAGE}
+    audio = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2, "input_size": 8}
+    audio |= dict.fromkeys(("ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"), 16)
+    config = Phi4MultimodalConfig(
+        **TEXT, vision_config=vision, audio_config=audio, original_max_position_embeddings=128
+    )
+    model = tiny_vlms.with_large_weights(Phi4MultimodalForCausalLM(config))
+    ids = torch.tensor([[IMAGE, IMAGE, 1, 2, 3]])
+    model.set_attn_implementation("vgpo")
+    with torch.no_grad(), record_visual_attention(model, "all", heads="all") as rec:
+        model(input_ids=ids)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = torch.stack(model(input_ids=ids, output_attentions=True).attentions)
+    assert rec.layers == (0, 1)
+    assert_close(rec.mass[..., 0], maps[..., :2].sum(-1))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_chosen_keys_are_those_of_sdpa_and_named_when_recorded(padded: bool) -> None:
+    sizes = {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 3, "first_k_dense_replace": 2}
+    config = DeepseekV32Config(**{**TEXT, "num_key_value_heads": 4}, **LATENT, **sizes)
+    config.image_token_id = IMAGE
+    torch.manual_seed(0)
+    model = tiny_vlms.with_large_weights(DeepseekV32ForCausalLM(config))
+    ids = torch.tensor([[IMAGE, IMAGE, 1, 2, 3, 4, 5, 6]])
+    mask = torch.ones_like(ids)
+    mask[:, : 2 * padded] = 0
+    logits = {}
+    for implementation in ("sdpa", "vgpo"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            logits[implementation] = model(ids, attention_mask=mask).logits[:, 2 * padded :]
+    assert_close(logits["vgpo"], logits["sdpa"])
+    message = r"DeepseekV32ForCausalLM: .* the indexer of DeepseekV32Attention chooses keys \(indices\)"
+    with pytest.raises(ValueError, match=message), record_visual_attention(model):
+        raise AssertionError("a recorder was made")
+
+
+@pytest.mark.parametrize("compiled", ["model.compile", "torch.compile"])
+def test_the_first_forward_of_a_compiled_model_gives_what_the_plain_one_gives(compiled: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=9, **SMALL)
+    plain, inside = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    inside.load_state_dict(plain.state_dict())
+    model: Any = inside
+    if compiled == "torch.compile":
+        model = torch.compile(inside, backend="eager")
+    else:
+        inside.compile(backend="eager")
+    batch = {"input_ids": torch.tensor([[1, 2, 3, 4, 5]])}
+    given = {"prompt_length": 2, "temperature": 0.5, "entropy": True, "hidden_states": True}
+    with torch.no_grad():
+        found, expected = (model_logprobs(each, batch, **given) for each in (model, plain))
+    for name, value in expected._asdict().items():
+        assert_close(getattr(found, name), value)
+
+
+def test_meta_tensors_are_named() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**TEXT))
+    with pytest.raises(ValueError, match="LlamaForCausalLM: expected an output head with weights, got meta tensors"):
+        model_logprobs(model, {"input_ids": torch.tensor([[1, 2, 3]])}, prompt_length=2)
+
+
+class Copied(nn.Module):
+    """What PEFT puts in the place of a module in `modules_to_save`."""
+
+    def __init__(self, original: nn.Module, copied: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict({"default": copied})
+        self.active_adapters = ["default"]
+        self.disable_adapters = False
+
+    def forward(self, states: Tensor) -> Tensor:
+        return (self.original_module if self.disable_adapters else self.modules_to_save["default"])(states)
+
+
+def test_a_head_of_which_a_copy_is_trained_is_that_copy() -> None:
+    case = Case("internvl")
+    original = case.model.lm_head
+    copied = nn.Linear(original.in_features, original.out_features, bias=False)
+    case.model.lm_head = wrapped = Copied(original, copied)
+    given = {"prompt_length": case.prompt, "completion_mask": case.mask}
+    for disabled in (False, True):
+        wrapped.disable_adapters = disabled
+        case.model.zero_grad()
+        found = model_logprobs(case.model, case.batch, **given).logps
+        logits = case.model(**case.batch).logits[:, case.prompt - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, case.targets[..., None])[..., 0].masked_fill(~case.mask, 0.0)
+        assert_close(found, expected)
+        found.sum().backward()
+        assert (copied.weight.grad is None) == disabled
