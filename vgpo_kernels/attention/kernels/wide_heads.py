@@ -20,7 +20,7 @@ def mass_tiles(target: str) -> Tiles:
 def column_tiles(target: str) -> Tiles:
     """Returns the tiles of the column sum in half precision: queries twice in shared memory beside the keys."""
     if target == "gfx942":
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
     tiles = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     return tiles | {"maxnreg": 168} if target == "sm_100" else tiles
 
