@@ -60,6 +60,7 @@ def test_the_fastest_that_can_is_taken(change: dict, expected: str) -> None:
     [
         ({}, "torch_cudnn"),
         ({"head_dim": 256}, "torch_flash"),
+        ({"head_dim": 512}, "vgpo"),
         ({"head_dim": 84}, "vgpo"),
         ({"lengths": (3, 64)}, "vgpo"),
         ({"lengths": (3, 64), "causal": False}, "torch_cudnn"),
