@@ -15,7 +15,9 @@ from transformers import (
     DeepseekV3Config,
     DeepseekV32Config,
     DeepseekV32ForCausalLM,
+    Gemma4Config,
     Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
     Gemma4TextConfig,
     HunYuanVLConfig,
     HunYuanVLForConditionalGeneration,
@@ -34,8 +36,16 @@ from transformers import (
 )
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from vgpo_kernels import VGPOConfig, vgpo_weights, visual_focus_score
 from vgpo_kernels.attention.arguments import HEAD_DIM
-from vgpo_kernels.integrations.transformers import model_logprobs, record_visual_attention
+from vgpo_kernels.integrations.transformers import (
+    focus_from_attention,
+    fused_logprobs,
+    image_ids,
+    model_logprobs,
+    record_visual_attention,
+    visual_token_mask,
+)
 
 IMAGE = tiny_vlms.IMAGE
 TEXT = {**tiny_vlms.TEXT, "num_hidden_layers": 2}
@@ -125,6 +135,78 @@ def test_hidden_states_are_those_of_all_tokens_where_upper_layers_share_keys() -
     assert_close(found.hidden_states, states)
     assert_close(found.logps, without.logps)
     assert without.hidden_states is None
+
+
+def gemma4(**fields: Any) -> Any:
+    """Heads as published: 256 elements in sliding layers, 512 in full ones."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    text = Gemma4TextConfig(
+        **{**TEXT, "num_hidden_layers": 4},
+        layer_types=kinds,
+        sliding_window=6,
+        vocab_size_per_layer_input=100,
+        **fields,
+    )
+    vision = {**SMALL, "model_type": "gemma4_vision", "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4}
+    vision |= {"pooling_kernel_size": 2, "position_embedding_size": 16}
+    marks = {"image_token_id": IMAGE, "boi_token_id": tiny_vlms.START, "eoi_token_id": tiny_vlms.END}
+    torch.manual_seed(0)
+    model = Gemma4ForConditionalGeneration(Gemma4Config(text_config=text, vision_config=vision, **marks))
+    assert [layer.self_attn.head_dim for layer in model.model.language_model.layers] == [256, 512] * 2
+    return tiny_vlms.with_large_weights(model)
+
+
+def gemma4_batch() -> dict[str, Tensor]:
+    """Two rows of one picture, 2 x 1 tokens of 2 x 2 patches; the last three tokens are a completion."""
+    ids = torch.tensor([[0, 5, 93, IMAGE, IMAGE, 94, 6, 7, 8, 9], [4, 5, 93, IMAGE, IMAGE, 94, 6, 9, 8, 7]])
+    places = torch.tensor([[[x, y] for y in range(2) for x in range(4)]] * 2)
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "mm_token_type_ids": (ids == IMAGE).int()}
+    return {**batch, "pixel_values": torch.rand(2, 8, 48), "image_position_ids": places}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"hidden_size_per_layer_input": 0}, id="31B"),
+        pytest.param({"hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2}, id="E2B"),
+    ],
+)
+def test_gemma_4_with_its_own_head_sizes_trains_by_both_sources(fields: dict[str, Any]) -> None:
+    model, batch = gemma4(**fields), gemma4_batch()
+    ids, prompt, mask = batch["input_ids"], 7, torch.ones(2, 3)
+    model.set_attn_implementation({"text_config": "vgpo"})
+    with torch.no_grad(), record_visual_attention(model, "all", heads="all", prompt_length=prompt) as rec:
+        old = model_logprobs(model, batch, prompt_length=prompt, hidden_states=True)
+    assert old.hidden_states is not None
+    assert old.hidden_states.shape == (2, 10, 32)
+    attention = focus_from_attention(rec, mask)
+    model.set_attn_implementation({"text_config": "eager"})
+    with torch.no_grad():
+        maps = torch.stack(model(**batch, output_attentions=True).attentions)
+    assert_close(rec.mass[..., 0], maps[..., prompt:, 3:5].sum(-1), atol=2e-5, rtol=1e-4)
+    model.set_attn_implementation({"text_config": "vgpo"})
+    completion = torch.cat([torch.zeros(2, prompt), mask], dim=1)
+    visual = visual_token_mask(model.config, ids)
+    images = image_ids(model.config, batch, [1, 1])
+    similarity = visual_focus_score(old.hidden_states, visual, completion, image_ids=images)[:, prompt:]
+    for source, focus in (("attention", attention), ("similarity", similarity)):
+        config = VGPOConfig.from_recipe("balanced")
+        weights = vgpo_weights(focus, mask, torch.tensor([0, 0]), config, has_visual=visual.any(1), source=source)
+        model.zero_grad()
+        with fused_logprobs(model) as fused:
+            loss = fused.policy_loss(
+                batch,
+                old.logps,
+                torch.tensor([1.0, -1.0]),
+                mask,
+                prompt_length=prompt,
+                token_weights=weights.token_weights,
+                trajectory_weights=weights.trajectory_weights,
+            ).loss
+        loss.backward()
+        gradients = [p.grad for p in model.model.language_model.layers.parameters() if p.grad is not None]
+        assert all(bool(grad.isfinite().all()) for grad in gradients)
+        assert any(bool(grad.any()) for grad in gradients)
 
 
 def test_a_layer_of_too_large_heads_is_named_before_any_forward() -> None:
