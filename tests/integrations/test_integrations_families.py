@@ -343,6 +343,31 @@ def test_the_first_forward_of_a_compiled_model_gives_what_the_plain_one_gives(co
         assert_close(getattr(found, name), value)
 
 
+def test_a_compiled_model_is_recorded_as_it_is_when_plain() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    config = LlamaConfig(**TEXT)
+    config.image_token_id = IMAGE
+    model = tiny_vlms.with_large_weights(LlamaForCausalLM(config))
+    model.set_attn_implementation("vgpo")
+    batch = {"input_ids": torch.tensor([[5, IMAGE, IMAGE, 6, 7, 8, 9]])}
+
+    def recorded() -> tuple[Tensor, Tensor]:
+        with torch.no_grad(), record_visual_attention(model, "all") as whole:
+            model(**batch)
+        with record_visual_attention(model, queries="predicting") as sampled:
+            model.generate(**batch, max_new_tokens=3, do_sample=False)
+        return whole.mass, sampled.mass
+
+    expected = recorded()
+    model.compile(backend="eager")
+    assert_close(recorded(), expected)
+    compiled: list[Any] = []
+    one_more = torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph)
+    one_more(torch.ones(1))
+    assert compiled, "what is compiled runs compiled again afterwards"
+
+
 def test_meta_tensors_are_named() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**TEXT))

@@ -329,9 +329,7 @@ def test_pictures_that_cannot_be_told_apart_are_refused_before_the_first_rollout
     unknown = Idefics3Config(image_token_id=engine.module.config.image_token_id)
     stand_in = SimpleNamespace(module=SimpleNamespace(config=unknown), device=engine.device)
     undescribed = SimpleNamespace(tensors=lambda device: {"input_ids": torch.ones(1, 2, dtype=torch.long)})  # noqa: ARG005
-    message = (
-        "focus.per_image: where a picture of Idefics3Config ends is said neither .*; leave it out for one"
-    )
+    message = "focus.per_image: where a picture of Idefics3Config ends is said neither .*; leave it out for one"
     with pytest.raises(ConfigError, match=message):
         check_pictures(stand_in, undescribed)
     refused: list[object] = []

@@ -103,6 +103,10 @@ class Recorder:
         return lay_out(values[is_image], picture)
 
     def __enter__(self) -> "Recorder":
+        # A compiled forward would call hooks and attention of the time when it was traced.
+        eager = torch.compiler.set_stance("force_eager")
+        eager.__enter__()
+        self._undo.append(functools.partial(eager.__exit__, None, None, None))
         for module in self._parts.entries:
             before = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             after = module.register_forward_hook(self._after_forward, always_call=True)
@@ -203,8 +207,8 @@ class Recorder:
         if self._called:
             return f"layers {missing} of {name} have no attention to record; those that have: {sorted(self._called)}"
         return (
-            f"{name} is set to 'vgpo' but none of its layers called it: it bypasses transformers' attention interface "
-            "(or torch.compile hides it), and its attention cannot be recorded"
+            f"{name} is set to 'vgpo' but none of its layers called it: it bypasses transformers' attention interface, "
+            "and its attention cannot be recorded"
         )
 
     def _sequence_for(self, ids: Tensor, past: int, cache: Any, kwargs: dict[str, Any]) -> Sequence:
