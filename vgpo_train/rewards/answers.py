@@ -19,7 +19,7 @@ _BETWEEN = re.compile(
 )
 _JOINS = re.compile(r"[,;]|and|or")
 _STYLED = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|boxed|fbox|boldsymbol|bm|operatorname\*?|bold)"
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|boxed|fbox|boldsymbol|bm|operatorname\*?|bold)"
     r"\s*\{([^{}]*)\}"
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿˣ", "0123456789+-=()nx")
@@ -32,8 +32,11 @@ _SIGNS = {
     "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "∠": r"\angle ",
     "△": r"\triangle ", "▲": r"\triangle ", "⊥": r"\perp ", "∥": r"\parallel ", "⁄": "/", "∕": "/", "→": r"\to ",
     "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "。": ".", "、": ",", "ℝ": r"\mathbb{R}", "∶": ":",
-    "µ": "μ", "{,}": ",",
+    "µ": "μ", "≅": r"\cong ", "≌": r"\cong ", "∽": r"\sim ", "⊂": r"\subset ", "⊆": r"\subseteq ",
+    "↔": r"\leftrightarrow ", "⇒": r"\Rightarrow ", "…": "...", "∧": r"\land ", "∨": r"\lor ",
+    "¬": r"\neg ", "⟨": "(", "⟩": ")", "{,}": ",",
 }  # fmt: skip
+CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"  # statements, such as ①③ for those that are true
 _GREEK = {chr(code): unicodedata.name(chr(code)).split()[-1].lower() for code in range(0x3B1, 0x3CA) if code != 0x3C2}
 _GREEK |= {letter: unicodedata.name(letter).split()[-1].capitalize() for letter in "ΓΔΘΛΞΠΣΦΨΩ"}
 _GREEK |= {"λ": "lambda", "Λ": "Lambda", "ϕ": "phi", "ϵ": "epsilon"}
@@ -47,6 +50,8 @@ _LATEX = [
     (re.compile(r"\\(?:degree|deg)(?![a-zA-Z])"), r"^\\circ"),
     (re.compile(r"\^\s*\{?\s*\\circ\s*\}?"), r"^\\circ "),
     (re.compile(r"\\varnothing|\\empty(?![a-zA-Z])"), r"\\emptyset"),
+    (re.compile(r"\\[lr]angle(?![a-zA-Z])"), lambda match: "(" if match.group()[1] == "l" else ")"),
+    (re.compile(r"\\[cl]?dots(?![a-zA-Z])"), "..."),
     (re.compile(r"\\(?:lbrace|rbrace)(?![a-zA-Z])"), lambda match: "\\{" if match.group()[1] == "l" else "\\}"),
     (re.compile(r"(?<!\\)\\[()\[\]]"), " "),
 ]
@@ -123,9 +128,7 @@ def tidy(text: str) -> str:
     text = _BOLD.sub(r"\2", _DOLLARS.sub(r" \1 ", text))
     text = " ".join(text.split())
     bare = text.strip("`*_ ").rstrip(",;: ")
-    while bare.endswith(".") and not bare.endswith(".."):
-        bare = bare[:-1].rstrip()
-    return bare
+    return bare[:-1].rstrip() if bare.endswith(".") and not bare.endswith("..") else bare
 
 
 def _ascii(text: str) -> str:
@@ -136,7 +139,7 @@ def _ascii(text: str) -> str:
 
 
 def _character(character: str) -> str:
-    if character.isascii():
+    if character.isascii() or character in CIRCLED:
         return character
     if character in _SIGNS:
         return _SIGNS[character]

@@ -7,19 +7,23 @@ apart before: choices with their text, lists, names, words (to a parser of LaTeX
 import re
 from typing import NamedTuple
 
-from vgpo_train.rewards.answers import tidy
+from vgpo_train.rewards.answers import CIRCLED, tidy
 from vgpo_train.rewards.phrases import normal_words, plain_math, same_name, split_name, without_preamble
 from vgpo_train.rewards.quantities import close_up, same_expression, same_value
 
+_LONGEST = 2000  # characters of an answer that is taken apart
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)\s*[.:]?\s*(.*)|[.:](?!\d)\s*(.*))?", re.DOTALL | re.IGNORECASE)
-_LETTERS = re.compile(r"\(?[A-J]\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|)\(?[A-J]\)?)+")
+_CHOSEN = re.compile(r"\(?([A-J])\)?(?:\s*[,-]\s+(?!and\b|or\b)(.*)|\s+([\d\\(].*))", re.DOTALL)  # beside a lone letter
+_MARK = f"[A-J{CIRCLED}]"
+_LETTERS = re.compile(rf"\(?{_MARK}\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s*)\(?{_MARK}\)?)+")
 _OPTION = re.compile(r"(?<![A-Za-z0-9\\])\(?([A-J])\s*[).:]\s*")
 _SYSTEM = re.compile(
     r"(?:\\\{|\{)?\s*\\begin\s*\{(cases|array|aligned|split|gathered)\}\s*(?:\{[lcr|]*\})?(.*)\\end\s*\{\1\}\s*(?:\\\}|\})?",
     re.DOTALL,
 )
-_SEPARATOR = re.compile(r"\s*[,;]\s*(?:(?:and|or)(?![a-z]))?|\s+(?:and|or)\s+|\s*\\\\(?![a-zA-Z])")
+_SEPARATOR = re.compile(r"\s*\\cup(?![a-z])\s*|\s*[,;]\s*(?:(?:and|or)(?![a-z]))?|\s+(?:and|or)\s+|\s*\\\\(?![a-zA-Z])")
 _THOUSANDS = re.compile(r",\d{3}(?!\d)")
+_BUILT_SET = re.compile(r"^(?:[A-Z]\s*=\s*)?\\?\{\s*[a-z]\s*(?:\||\\mid|:)(.*?)\\?\}$", re.DOTALL)  # {x | x > 1}
 _BRACKETS = ((r"\{", r"\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"))
 
 
@@ -33,6 +37,8 @@ def same_answer(gold: str, answer: str, problem: str = "") -> bool:
     """
     if gold.strip() == answer.strip() != "":
         return True
+    if max(len(gold), len(answer)) > _LONGEST:
+        return tidy(gold) == tidy(answer)
     gold, answer = (without_preamble(tidy(text)) for text in (gold, answer))
     if not gold or not answer:
         return False
@@ -54,7 +60,7 @@ def _choice(text: str) -> tuple[str | None, str]:
 
 def _letters(text: str) -> list[str]:
     """Returns the letters of several choices, such as A, C or ACD, in order."""
-    letters = re.findall("[A-J]", text) if _LETTERS.fullmatch(text) else []
+    letters = re.findall(_MARK, text) if _LETTERS.fullmatch(text) else []
     return sorted(letters) if len(set(letters)) == len(letters) else []
 
 
@@ -79,6 +85,9 @@ def _same_choice(gold: str, answer: str, options: dict[str, str]) -> bool | None
     if several and also:
         return several == also
     (gold_letter, gold_text), (letter, text) = _choice(gold), _choice(answer)
+    if gold_letter and not gold_text and not letter:
+        match = _CHOSEN.fullmatch(answer)
+        letter = match.group(1) if match and not _letters(answer) else None
     if gold_letter and letter:
         return gold_letter == letter and (not gold_text or not text or _same(gold_text, text))
     if gold_letter:
@@ -101,18 +110,18 @@ class _Parts(NamedTuple):
 def _same(gold: str, answer: str) -> bool:
     if close_up(gold) == close_up(answer):
         return True
-    if normal_words(gold) in ("yes", "no", "true", "false"):
+    if normal_words(gold) in ("yes", "no", "true", "false", "none", "undefined"):
         return normal_words(gold) == normal_words(answer)
-    gold, answer = plain_math(gold), plain_math(answer)
+    gold, answer = (_BUILT_SET.sub(r"\1", plain_math(text)) for text in (gold, answer))
     one, other = _parts(gold), _parts(answer)
     if one and other:
-        return _same_parts(one, other)
+        return _same_parts(one, other) or (r"\cup" in gold + answer and same_expression(gold, answer))
     if one or other:
         # Such as an interval and an inequality, or a set of one.
         return same_expression(gold, answer) or _same_single(one, other, gold, answer)
     (gold_name, gold_value), (name, value) = split_name(gold), split_name(answer)
     if gold_name and name and not same_name(gold_name, name):
-        return False
+        return bool(re.search("[a-z]", gold_value)) and same_expression(gold, answer)  # y = x and x = y
     if bool(gold_name) != bool(name) and "=" in gold_value + value:
         return same_expression(gold, answer)
     if gold_name or name:

@@ -7,9 +7,11 @@ _PREAMBLE = re.compile(
     r"(?:(?:(?:the\s+)?(?:final\s+|correct\s+|right\s+)?(?:answer|option|choice|solution|result)s?)"
     r"(?:\s+(?:is|are))?\s*[:=]?\s*"
     r"|(?:[A-Za-z][a-z']*\s+){1,8}?(?:is|are|was|were|equals|measures)(?:\s+equal\s+to)?\s*:?\s+(?!not\b)"
-    r"|(?:it\s+is|there\s+are|there\s+is)\s+(?!not\b))",
+    r"|(?:the\s+)?(?:points?|coordinates?|intervals?|vector)\s+(?=[(\[\\])|i\s+(?:choose|pick|select)\s+"
+    r"|(?:it\s+is|it's|that's|there\s+are|there\s+is)\s+(?!not\b))",
     re.IGNORECASE,
 )
+_AFTER = re.compile(r"\s+(?:in total|altogether|in all|\(?approx\.?\)?|approximately)$", re.IGNORECASE)
 _ABOUT = re.compile(
     r"(?:approximately|approx\.?|about|roughly|around|nearly|\\approx|\\sim|~|=)\s*(?=[-+\d\\.$])", re.IGNORECASE
 )
@@ -25,11 +27,15 @@ _NUMBER_WORDS |= {f"{ten}-{one}": 10 * t + o for t, ten in enumerate(_TENS, 2) f
 _COUNT = re.compile(
     rf"({'|'.join(sorted(_NUMBER_WORDS, key=len, reverse=True))})(?=$|\s+[A-Za-z]+(?:\s+[A-Za-z]+)?$)", re.IGNORECASE
 )
+_NEGATIVE = re.compile(r"^(?:negative|minus)\s+", re.IGNORECASE)
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_PERIOD = re.compile(r"(\d{0,9})\.(\d{0,9}?)(?:\\(?:overline|bar|dot)\s*\{(\d{1,9})\}|(\d{1,6}?)\4{2,9}\.\.\.)")
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min|gcd|lcm"
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|pi|rho|sigma|tau|phi|omega"
 _PLAIN = [
-    (re.compile(r"(?:negative|minus)\s+(?=[\d\\])", re.IGNORECASE), "-"),
+    (re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE), r"\1m"),
+    (re.compile(r"(?<=\d)\s+to\s+(?=\d)"), ":"),
+    (re.compile(r"(?<=\d)\s*dozen(?![a-z])"), r" \\times 12 "),
     (re.compile(r"(?<![\d/.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])"), r"\1\\frac{\2}{\3}"),
     (re.compile(r"√\s*(?=[{(])"), "sqrt"),
     (re.compile(r"√\s*(\d+(?:\.\d+)?|\\?[A-Za-z]+)"), r"\\sqrt{\1}"),
@@ -70,19 +76,31 @@ _NAME = re.compile(
 )
 
 
+def _fraction(match: re.Match[str]) -> str:
+    """Returns a decimal number with digits that repeat for ever as a fraction."""
+    before, after, period = match.group(1) or "0", match.group(2), match.group(3) or match.group(4)
+    digits = 10 ** len(after)
+    below = digits * (10 ** len(period) - 1)
+    above = int(before + after) * (10 ** len(period) - 1) + int(period)
+    return rf"\frac{{{above}}}{{{below}}}"
+
+
 def without_preamble(text: str) -> str:
     """Returns an answer without what leads to it, such as `The answer is` and `approximately`."""
     match = _PREAMBLE.match(text)
     if match and match.end() < len(text):
         text = text[match.end() :]
+    text = _AFTER.sub("", text)
     return _ABOUT.sub("", text, count=1) if _ABOUT.match(text) else text
 
 
 def plain_math(text: str) -> str:
     """Returns tidy text with mathematics typed as plain text, number words and percent words as LaTeX."""
-    counted = _COUNT.match(text)
+    text = _PERIOD.sub(_fraction, text)
+    text = _NEGATIVE.sub("-", text)
+    counted = _COUNT.match(text, int(text.startswith("-")))
     if counted:
-        text = str(_NUMBER_WORDS[counted.group(1).lower()]) + text[counted.end() :]
+        text = text[: counted.start()] + str(_NUMBER_WORDS[counted.group(1).lower()]) + text[counted.end() :]
     text = _SCALED.sub(lambda match: rf" \times 10^{{{_SCALES[match.group(1).lower()]}}}", text)
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
@@ -131,4 +149,6 @@ def same_name(one: str, other: str) -> bool:
     symbols = [re.sub(r"[\s{}]", "", name) for name in (one, other)]
     if any(re.match(r"[A-Za-z]{3,}", name) and not name.isupper() for name in symbols):
         return True
-    return symbols[0] == symbols[1] or symbols[0] == symbols[1][::-1]
+    if any("_" not in name for name in symbols):  # x_1 = 1, x_2 = 2 beside x = 1 or x = 2
+        symbols = [name.partition("_")[0] for name in symbols]
+    return symbols[0] in (symbols[1], symbols[1][::-1])

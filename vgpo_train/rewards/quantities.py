@@ -14,14 +14,19 @@ from vgpo_train.rewards import processes
 from vgpo_train.rewards.phrases import is_words, normal_words
 from vgpo_train.rewards.units import Unit, may_touch, parse_unit
 
-_LONGEST = 2000  # characters of an answer that is read as mathematics
 _DIGITS = 6  # in which a decimal number must be right
 _TINY = 1e-4  # numbers below are all 0 to math-verify, which rounds after the point
 _POINTS = re.compile(r"((?:\\[a-z]+\s*)?)\{?([A-Z]{2,4})\}?")  # a segment, an angle: named from either end
-_COUNTED = re.compile(r"([-+]?[\d.,]*\d(?:\\%)?)\s*(\(?[A-Za-z]{3,}(?:[ -][A-Za-z]+){0,3}\)?)")
+_COUNTED = re.compile(
+    r"([-+]?(?:[\d.,]*\d(?:/\d+)?|\d*\s*\\frac\{\d+\}\{\d+\})(?:\\%)?)\s*(\(?[A-Za-z]{3,}(?:[ -][A-Za-z]+){0,3}\)?)"
+)
+_QUALIFIED = re.compile(r"(.+?)\s+([A-Za-z]{2,}(?:\s[A-Za-z]+){0,3})")  # 5 m/s to the left
+_RANGE = re.compile(r"\d+\s*-\s*\d+")
 _CURRENCY = re.compile(r"([-+]?)\s*(\\\$|[$€£¥₹]|Rs\b\.?)\s*(?=[\d.])")
 _BEFORE_UNIT = re.compile(r"(?<=[\w})!])\s*(?=\^\\circ|[A-Za-z(\\€£¥₹$元])")
 _GROUPED = re.compile(r"[-+]?\s*\d{1,3}(?:([ ,'])\d{3})(?:\1\d{3})*(?:\.\d+)?")
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_DEGREES = re.compile(r"(\d+(?:\.\d+)?)\s*\^\\circ")
 _ANGLE = (("angle", 1),)
 # Units are taken off before; math-verify's own list also takes `2c` for 2.
 _LATEX = LatexExtractionConfig(
@@ -43,16 +48,19 @@ def same_value(gold: str, answer: str) -> bool:
     named = _POINTS.fullmatch(gold), _POINTS.fullmatch(answer)
     if all(named):
         return named[0][1].strip() == named[1][1].strip() and named[0][2] in (named[1][2], named[1][2][::-1])
+    if _RANGE.fullmatch(gold) and _RANGE.fullmatch(answer):
+        return False  # years or pages, not differences
     one, other = _quantity(gold), _quantity(answer)
     if one is None and other is None and (is_words(gold) or is_words(answer)):
-        return normal_words(gold) == normal_words(answer)
+        return normal_words(gold).replace(" ", "") == normal_words(answer).replace(" ", "")  # north-east
     one, other = one or _Quantity(gold), other or _Quantity(answer)
     if not one.certain and not (other.unit or other.words):
         return same_expression(gold, answer)  # 5h beside no unit is five times h
     if one.words and other.words:
         counted, also = (set(normal_words(quantity.words).split()) for quantity in (one, other))
-        return (counted <= also or also <= counted) and same_expression(one.number, other.number)
-    if (one.words and other.unit) or (one.unit and other.words):
+        if not (counted <= also or also <= counted):
+            return False
+    elif (one.words and not one.unit and other.unit) or (other.words and not other.unit and one.unit):
         return False
     if one.unit and other.unit:
         return _same_measure(one, other)
@@ -61,10 +69,10 @@ def same_value(gold: str, answer: str) -> bool:
 
 def same_expression(gold: str, answer: str) -> bool:
     """Whether math-verify finds two expressions equal."""
-    gold, answer = _ungrouped(gold), _ungrouped(answer)
+    gold, answer = (_radians(_ungrouped(text)) for text in (gold, answer))
     if close_up(gold) == close_up(answer):
         return True
-    if max(len(gold), len(answer)) > _LONGEST or is_words(gold) or is_words(answer):
+    if is_words(gold) or is_words(answer):
         return False
     parsed = _parse(gold), _parse(answer)
     if not all(parsed):
@@ -78,8 +86,8 @@ def same_expression(gold: str, answer: str) -> bool:
 
 
 def close_up(text: str) -> str:
-    """Returns a text without spaces, but for those between digits."""
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    """Returns a text without spaces, but for those between digits, and a letter's index as H2O has it."""
+    return re.sub(r"(?<=[A-Za-z])_\{?(\d+)\}?", r"\1", re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text))
 
 
 def _same_measure(gold: _Quantity, answer: _Quantity) -> bool:
@@ -114,6 +122,10 @@ def _quantity(text: str) -> _Quantity | None:
         unit = parse_unit(rest)
         if unit is not None:
             return _Quantity(number, unit, certain=bool(space) or may_touch(rest))
+        qualified = _QUALIFIED.fullmatch(rest)
+        unit = parse_unit(qualified.group(1)) if qualified else None
+        if unit is not None and is_words(qualified.group(2)):
+            return _Quantity(number, unit, qualified.group(2))
     counted = _COUNTED.fullmatch(text)
     if counted and is_words(counted.group(2)):
         return _Quantity(counted.group(1), words=counted.group(2).strip("()"))
@@ -122,10 +134,17 @@ def _quantity(text: str) -> _Quantity | None:
 
 def _unit_splits(text: str) -> Iterator[tuple[str, str, str]]:
     """Yields the ways of dividing a text into a value, space and what may be a unit."""
-    for match in _BEFORE_UNIT.finditer(text[:_LONGEST]):
+    for match in _BEFORE_UNIT.finditer(text):
         number, space, rest = text[: match.start()], match.group(), text[match.end() :]
+        if _TRIGONOMETRY.search(number):
+            continue
         if not number[-1].isalpha() or number.endswith(r"\pi") or (space and may_touch(rest)):
             yield number, space, rest
+
+
+def _radians(text: str) -> str:
+    """Returns the degrees in an expression of angles, such as \\sin 30^\\circ, as radians."""
+    return _DEGREES.sub(r"{(\\frac{\1 \\pi}{180})}", text) if _TRIGONOMETRY.search(text) else text
 
 
 def _ungrouped(number: str) -> str:

@@ -21,6 +21,7 @@ _METRIC: dict[str, tuple[str, str, float]] = {
     "resistance": (r"\Omega", "ohm", 1.0),
     "frequency": ("Hz", "hertz", 1.0),
     "amount": ("mol", "mole", 1.0),
+    "capacitance": ("F", "farad", 1.0),
     "charge": ("C", "coulomb", 1.0),
     "field": ("T", "tesla", 1.0),
 }
@@ -38,6 +39,7 @@ _OTHER: dict[str, dict[str, float]] = {
     "energy": {"cal calorie calories": 4.184},
     "Celsius": {r"^\circC celsius": 1.0},
     "Fahrenheit": {r"^\circF fahrenheit": 1.0},
+    "level": {"dB decibel decibels": 1.0},
     "kelvin": {"K kelvin kelvins": 1.0},
     "dollar": {r"\$ $ dollar dollars USD usd": 1.0, "cent cents": 0.01},
     "euro": {"€ euro euros EUR": 1.0},
@@ -49,7 +51,7 @@ _OTHER: dict[str, dict[str, float]] = {
 _WORD_POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 _SPEEDS = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "fps": "ft/s", "rpm": "rpm"}
 # Letters that stand for variables at least as often: units after a space alone.
-_RISKY = {"s", "l", "L", "h", "d", "t", "A", "C", "J", "K", "N", "T", "V", "W"}
+_RISKY = {"s", "F", "l", "L", "h", "d", "t", "A", "C", "J", "K", "N", "T", "V", "W"}
 
 
 class Unit(NamedTuple):
