@@ -17,7 +17,7 @@ import torch
 
 from vgpo_train import rewards
 from vgpo_train.data import Sample
-from vgpo_train.rewards import RewardMixer, Rewards, pool, register
+from vgpo_train.rewards import RewardMixer, Rewards, math_verify, pool, register
 
 
 def _sample(answer: str, name: str = "s1") -> Sample:
@@ -74,14 +74,15 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def misbehaving(registry: None) -> Iterator[RewardMixer]:  # noqa: ARG001
+def misbehaving(registry: None, request: pytest.FixtureRequest) -> Iterator[RewardMixer]:  # noqa: ARG001
     """One reward that does on a sample what the sample's answer says, and otherwise is the completion as a number."""
+    timeout = 1.0 if request.node.callspec.params["what"] in _SLOW else 30.0
 
     @register("misbehaving")
     def _(completion: str, sample: Sample) -> object:
         return _FAILURES[sample.answer][0]() if sample.answer in _FAILURES else float(completion)
 
-    mixer = RewardMixer({"exact_match": 0.0, "misbehaving": 1.0}, accuracy="misbehaving", timeout=0.5, workers=2)
+    mixer = RewardMixer({"exact_match": 0.0, "misbehaving": 1.0}, accuracy="misbehaving", timeout=timeout, workers=2)
     yield mixer
     mixer.close()
 
@@ -170,13 +171,14 @@ def test_rewards_run_outside_the_main_thread_and_draw_by_the_seed() -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_processes_that_were_killed_are_started_anew() -> None:
+    before = _children(os.getpid())
     mixer = RewardMixer({"exact_match": 1.0}, accuracy="exact_match")
-    (manager,) = _children(os.getpid())
+    (manager,) = _children(os.getpid()) - before
     os.kill(manager, signal.SIGKILL)
     assert mixer([r"\boxed{1}"], [_sample("1")]).failures == 1
     assert mixer([r"\boxed{1}"], [_sample("1")]).failures == 0
     mixer.close()
-    assert not _children(os.getpid())
+    assert _children(os.getpid()) == before
 
 
 def test_no_process_outlives_the_one_that_rewards(registry: None) -> None:  # noqa: ARG001
@@ -210,8 +212,8 @@ def _runs(process: int) -> bool:
         return False
 
 
-def _children(process: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+def _children(process: int) -> set[int]:
+    return {int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()}
 
 
 def test_the_limit_holds_against_the_c_code_of_mathematics() -> None:
@@ -222,6 +224,19 @@ def test_the_limit_holds_against_the_c_code_of_mathematics() -> None:
     assert time.monotonic() - began < 20
     assert (earned.total.tolist(), earned.failures) == ([0.0, 1.0], 1)
     mixer.close()
+
+
+def test_mathematics_called_by_itself_runs_in_any_thread_and_process() -> None:
+    right = Sample("s1", "?", "90"), r"\boxed{90°}"
+    results = []
+    worker = threading.Thread(target=lambda: results.append(math_verify(right[1], right[0])))
+    worker.start()
+    worker.join()
+    fork = os.fork()
+    if fork == 0:
+        os._exit(int(math_verify(right[1], right[0])))
+    assert os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1]) == 1
+    assert [*results, math_verify(right[1], right[0])] == [1.0, 1.0]
 
 
 def test_mathematics_without_end_counts_as_failed() -> None:

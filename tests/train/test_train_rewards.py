@@ -10,7 +10,7 @@ import pytest
 
 from vgpo_train.config import ConfigError
 from vgpo_train.data import Sample
-from vgpo_train.rewards import RewardMixer, boxed_answer, get_reward, processes
+from vgpo_train.rewards import RewardMixer, boxed_answer, builtin, get_reward
 
 _ANSWERS = list(csv.DictReader((Path(__file__).parent / "answers.tsv").open(), delimiter="\t", quoting=csv.QUOTE_NONE))
 
@@ -137,7 +137,7 @@ def test_word_match_gives_credit_by_place(completion: str, credit: float) -> Non
 )
 @pytest.mark.timeout(60)
 def test_pathological_mathematics_ends(completion: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_OWN_LIMIT", 1)
+    monkeypatch.setattr(builtin, "_LIMIT", 1.0)
     assert get_reward("math_verify")(completion, _sample("3")) == 0.0
 
 

@@ -1,11 +1,19 @@
 """The rewards that come with the driver."""
 
-from math_verify.errors import TimeoutException
+import functools
+import logging
+import os
 
 from vgpo_train.data import Sample
+from vgpo_train.rewards import processes
 from vgpo_train.rewards.answers import final_answer, gold_answer, tidy
 from vgpo_train.rewards.equality import choice_letter, same_answer
+from vgpo_train.rewards.pool import RewardPool
 from vgpo_train.rewards.registered import register
+
+logger = logging.getLogger(__name__)
+
+_LIMIT = 5.0  # seconds of one call of math_verify outside of a mixer
 
 _THINK, _END, _BOX = "<think>", "</think>", "\\boxed{"
 
@@ -36,13 +44,21 @@ def multiple_choice(completion: str, sample: Sample) -> float:
 def math_verify(completion: str, sample: Sample) -> float:
     """1 where the boxed answer says what the sample's does: as mathematics, with its unit, as a choice or in words.
 
-    Called by itself it is limited to seconds by signals, which do not reach into C and belong to the main thread.
+    Called by itself, not by a `RewardMixer`, it runs in a process of its own for 5 seconds at most; then it gives 0.
     """
+    if not processes.is_worker():
+        (outcome,) = _pool(os.getpid(), _LIMIT).run([completion], [sample])["math_verify"]
+        if outcome.error is not None:
+            logger.warning("math_verify failed on sample %r and gives 0: %s", sample.id, outcome.error)
+        return outcome.value
     answer = final_answer(completion)
-    try:
-        return float(answer is not None and same_answer(gold_answer(sample.answer), answer, sample.problem))
-    except TimeoutException:
-        return 0.0
+    return float(answer is not None and same_answer(gold_answer(sample.answer), answer, sample.problem))
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(_process: int, limit: float) -> RewardPool:
+    """Returns the process of calls outside of a mixer; a fork of this process needs another."""
+    return RewardPool({"math_verify": math_verify}, timeout=limit, workers=1)
 
 
 @register("format")

@@ -194,6 +194,7 @@ class _Manager:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and there are several workers
+        _seed(0)  # what the first call imports, each worker would import within its time limit
         with contextlib.suppress(EOFError, OSError):
             while True:
                 while not self._connection.poll(_WAKE):

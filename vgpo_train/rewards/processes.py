@@ -8,6 +8,12 @@ import sys
 
 _PR_SET_PDEATHSIG = 1
 _MOST_WORKERS = 8
+_worker = False
+
+
+def is_worker() -> bool:
+    """Whether this process runs rewards for another, which ends it where a call takes too long."""
+    return _worker
 
 
 def share_of_cores() -> int:
@@ -20,8 +26,8 @@ def share_of_cores() -> int:
 
 def isolate(parent: int) -> None:
     """Makes this process the leader of a group of its own that ends with `parent`, and the first to lose its memory."""
-    global _limited
-    _limited = True
+    global _worker
+    _worker = True
     os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -47,12 +53,3 @@ def describe_end(status: int) -> str:
     if code < 0:
         return f"the process that ran the reward was killed by signal {-code} ({signal.strsignal(-code)})"
     return f"the reward ended its process with status {code}"
-
-
-_OWN_LIMIT = 5
-_limited = False  # whether another process ends this one where it takes too long
-
-
-def own_limit() -> int:
-    """Returns the seconds that one call of math-verify may take by its own clock, which a pool's limit forestalls."""
-    return 3600 if _limited else _OWN_LIMIT
