@@ -62,6 +62,7 @@ class RewardConfig:
 
     weights: dict[str, float] = field(default_factory=dict)
     accuracy: str = "???"  # the reward that counts as being right, also on the held-out split
+    timeout: float = 5.0  # seconds that one reward may take for one completion; then it counts as failed
     normalize_std: bool = True  # divide a group's advantages by its standard deviation
     filter_equal: bool = True  # drop groups whose rewards are all equal
     filter_accuracy: tuple[float, float] | None = None  # keep groups with low < mean accuracy < high
@@ -150,6 +151,7 @@ _POSITIVE = (
     "optim.update_prompts",
     "optim.micro_batch",
     "optim.memory_budget_mb",
+    "rewards.timeout",
     "steps",
     "epochs",
     "save_every",

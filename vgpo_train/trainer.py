@@ -59,6 +59,10 @@ class Trainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.world, self.rank, self.device = distributed.world_size(), distributed.rank(), distributed.device()
+        # First, since it forks: this process is still small, and no GPU is in use.
+        self.rewards = RewardMixer(
+            dict(config.rewards.weights), accuracy=config.rewards.accuracy, timeout=config.rewards.timeout
+        )
         # What forbids a run shows before minutes of loading.
         self.store = CheckpointStore(self.output_dir, config.keep_checkpoints)
         self.saved = self._saved_state()
@@ -76,7 +80,6 @@ class Trainer:
         self.test_data = None
         if config.data.test:
             self.test_data = self._fitting(PictureDataset(config.data.test, config.data.test_limit))
-        self.rewards = RewardMixer(dict(config.rewards.weights), accuracy=config.rewards.accuracy)
         self.steps = total_steps(config, len(self.train_data))
         check_divisible(config, self.world)
         self.updates_per_step = config.rollout.prompts // config.optim.update_prompts
@@ -135,6 +138,7 @@ class Trainer:
         bar.close()
         log.close()
         accuracy_after = self.evaluate()
+        self.rewards.close()
         return self._finish(accuracy_after, seconds_before + time.perf_counter() - started)
 
     def _saved_state(self) -> RunState | None:

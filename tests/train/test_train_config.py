@@ -102,6 +102,7 @@ def test_a_saved_configuration_loads_again(smallest: Path, tmp_path: Path) -> No
         ("data.test_limit=0", "data.test_limit: expected a positive number, got 0"),
         ("data.overlong=cut", "data.overlong: expected one of 'refuse', 'drop', got 'cut'"),
         ("eval_temperature=-1", "eval_temperature: expected a number of at least 0, got -1"),
+        ("rewards.timeout=0", "rewards.timeout: expected a positive number, got 0.0"),
         ("rewards.weights.exact_match=nan", "rewards.weights.exact_match: expected a finite number, got nan"),
         ("rewards.weights={}", r"rewards.accuracy: expected one of rewards.weights \(\), got 'exact_match'"),
         ("steps=0", "steps: expected a positive number, got 0"),
