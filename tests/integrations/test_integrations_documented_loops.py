@@ -1,4 +1,4 @@
-"""The training loops of README and docs, run as they stand on a tiny model, a batch of which has a row without a picture."""
+"""The training loops of README and docs, run as they stand on a tiny model and rows with and without a picture."""
 
 import re
 from pathlib import Path

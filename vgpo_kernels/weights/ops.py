@@ -73,7 +73,7 @@ def _weights_fake(focus: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, 
 
 
 def _has_focus(focus: Tensor, completion_mask: Tensor) -> Tensor:
-    """Returns which rows have a focus other than 0 at a valid token, (B,) bool: both sources give 0 without an image."""
+    """Returns (B,) bool, whether a row has a focus other than 0: without an image both sources give exactly 0."""
     return focus.masked_fill(completion_mask == 0, 0.0).any(1)
 
 
