@@ -1,4 +1,4 @@
-"""VGPOTrainer's prompts to a vLLM in its process, which a stand-in plays here; tests/vllm has the real one."""
+"""VGPOTrainer's prompts to a vLLM in its process, which a stand-in plays here; tests/with_vllm has the real one."""
 
 import inspect
 from typing import Any
