@@ -17,7 +17,6 @@ from trl_trainers import (
     LENGTH,
     assert_same,
     batch_for,
-    build_trainer,
     dataset,
     dense_focus,
     heads_own_calls,
@@ -28,41 +27,11 @@ from trl_trainers import (
 )
 
 from vgpo_kernels import VGPOConfig, vgpo_weights
-from vgpo_kernels.integrations.trl import VGPOTrainer
-from vgpo_train.make_pictures import make_pictures
 from vgpo_train.model import load_processor
-from vgpo_train.tiny_model import build_tiny_model
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 UNWEIGHTED = VGPOConfig.balanced(intra=False, inter=False)
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"), train=16, test=4, seed=0)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny Qwen2.5-VL whose words are still nearly random."""
-    return build_tiny_model(tmp_path_factory.mktemp("checkpoint"), pictures=pictures, warm_start_steps=6)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL counts the trainers that are made; tests send nothing."""
-    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
-
-
-@pytest.fixture
-def make(checkpoint: Path, pictures: Path, tmp_path: Path):
-    """Builds trainers of the tiny model; see `build_trainer`."""
-
-    def build(trainer: type = VGPOTrainer, **options: Any) -> Any:
-        return build_trainer(trainer, checkpoint, pictures, tmp_path, **options)
-
-    return build
 
 
 @pytest.mark.parametrize(
@@ -327,6 +296,7 @@ def test_groups_span_processes(checkpoint, pictures, tmp_path):
         assert not torch.equal(value, results[0]["before"][name]), name
 
 
+@pytest.mark.usefixtures("offline")
 def test_the_example_of_the_documentation_runs(checkpoint, pictures, tmp_path, monkeypatch, capsys):
     """Its code as it stands, on a checkpoint and pictures made beforehand as the page says."""
     page = (ROOT / "docs/trl.md").read_text()

@@ -19,12 +19,20 @@ import torch
 import trl
 from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels._validate import check_choice
 from vgpo_kernels.focus import visual_focus_score
 from vgpo_kernels.integrations._modules import find_parts
 from vgpo_kernels.integrations._trl_options import check_arguments, check_options, loss_config
+from vgpo_kernels.integrations._trl_vllm import (
+    UnexpandedEngine,
+    expands_twice,
+    samples_placeholders,
+    unexpanded_prompts,
+    without_placeholders,
+)
 from vgpo_kernels.integrations.transformers import focus_from_attention, fused_logprobs, record_visual_attention
 from vgpo_kernels.policy_loss import PolicyLossOutput
 from vgpo_kernels.weights import VGPOConfig, VGPOWeights, vgpo_weights
@@ -80,6 +88,8 @@ class VGPOTrainer(GRPOTrainer):
     # Loosely typed where TRL's annotations leave room for None.
     model: Any
     args: Any
+    chat_template_kwargs: Any
+    vllm_generation: Any
     num_generations: int
     num_generations_eval: int
 
@@ -112,6 +122,11 @@ class VGPOTrainer(GRPOTrainer):
         self._check_model()
         self._focus: Tensor | None = None  # (rows, T) fp32, of the policy's first scoring since it was asked for
         self._wants_focus = False
+        self._unexpanded: list[list[int]] | None = None  # the prompts of the batch that vLLM is to complete
+        if self.use_vllm and samples_placeholders():
+            engine, vocabulary = self.vllm_generation, self.model.config.get_text_config().vocab_size
+            banned = [token for token in self._visual_tokens.tolist() if token < vocabulary]
+            engine.generation_kwargs = without_placeholders(engine.generation_kwargs, banned)
 
     def _check_model(self) -> None:
         parts = find_parts(self.model)
@@ -129,6 +144,30 @@ class VGPOTrainer(GRPOTrainer):
             )
         with fused_logprobs(self.model):  # says now, not after the first rollout, that a head is unknown
             pass
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], list[Any] | None, dict[str, Any]]:
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        self._unexpanded = None
+        if images is not None and self._generates_inside() and expands_twice():
+            prompts = [prepare_multimodal_messages(prompt) for prompt in prompts]
+            self._unexpanded = unexpanded_prompts(
+                self.processing_class, prompts, chat_template=self.chat_template, **self.chat_template_kwargs
+            )
+        return prompt_ids, images, fields
+
+    def _generates_inside(self) -> bool:
+        """Returns whether vLLM runs in this process: a server is sent pictures that are processed already."""
+        return bool(self.use_vllm) and self.vllm_mode == "colocate"
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, *arguments: Any, **options: Any) -> Any:
+        if images is None or not self._generates_inside():
+            return super()._generate_single_turn(prompt_ids, images, *arguments, **options)
+        engine = self.vllm_generation
+        self.vllm_generation = UnexpandedEngine(engine, self._unexpanded)
+        try:
+            return super()._generate_single_turn(prompt_ids, images, *arguments, **options)
+        finally:
+            self.vllm_generation, self._unexpanded = engine, None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._wants_focus = self.vgpo_config.intra or self.vgpo_config.inter
