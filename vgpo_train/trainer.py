@@ -1,5 +1,6 @@
 """The training loop: rollouts, rewards, scores, weights, updates, metrics, checkpoints."""
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -18,13 +19,16 @@ from vgpo_train.batching import build_companion, with_picture
 from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable, export
 from vgpo_train.config import ConfigError, TrainConfig, save_config
 from vgpo_train.data import (
+    DataError,
+    Examined,
     PictureDataset,
     PromptBatch,
     PromptCollator,
-    PromptTooLong,
     Sample,
     epoch_order,
-    overlong,
+    examine,
+    report,
+    unusable,
 )
 from vgpo_train.engine import build_policy, build_reference
 from vgpo_train.experience import group_advantages, kept_rows
@@ -63,19 +67,10 @@ class Trainer:
         self.store = CheckpointStore(self.output_dir, config.keep_checkpoints)
         self.saved = self._saved_state()
         self.algorithm = build_algorithm(config)
-        check_layers(config)
-        self.processor = load_processor(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        limit_pixels(self.processor, config.data.min_pixels, config.data.max_pixels)
-        self.collator = PromptCollator(
-            self.processor,
-            system_prompt=config.data.system_prompt,
-            suffix=config.data.suffix,
-            max_prompt_length=config.data.max_prompt_length,
-        )
-        self.train_data = self._fitting(PictureDataset(config.data.train))
-        self.test_data = None
-        if config.data.test:
-            self.test_data = self._fitting(PictureDataset(config.data.test, config.data.test_limit))
+        self.collator, self.companion, opened = distributed.together(self._open_data)
+        self.processor = self.collator.processor
+        datasets = self._usable(opened)
+        self.train_data, self.test_data = datasets["data.train"], datasets.get("data.test")
         self.rewards = RewardMixer(dict(config.rewards.weights), accuracy=config.rewards.accuracy)
         self.steps = total_steps(config, len(self.train_data))
         check_divisible(config, self.world)
@@ -91,7 +86,6 @@ class Trainer:
             pad_token_id=tokenizer.pad_token_id,
             eos_token_ids=end_tokens(config.model.path, tokenizer),
         )
-        self.companion = build_companion(self.collator)
         wants_focus = "focus" in self.algorithm.wants or config.focus.log
         self.scorer = Scorer(config, self.engine, self.reference, self.companion, wants_focus=wants_focus)
         self.update = Update(
@@ -150,23 +144,41 @@ class Trainer:
             )
         return saved
 
-    def _fitting(self, data: PictureDataset) -> PictureDataset:
-        """Returns the samples whose prompts are not too long; the ranks share the work of measuring them."""
-        own = overlong(self.collator, data.samples[self.rank :: self.world])
-        lengths = dict(distributed.gather_lists([(sample.id, length) for sample, length in own]))
-        if not lengths:
-            return data
-        limit = self.config.data.max_prompt_length
-        shown = ", ".join(f"{name!r} ({length})" for name, length in sorted(lengths.items())[:20])
-        found = f"{data.path}: {len(lengths)} of {len(data)} prompts have more than {limit} tokens: {shown}"
-        if self.config.data.overlong == "refuse":
-            raise PromptTooLong(
-                f"{found}; cutting them would cut image tokens: raise data.max_prompt_length, lower data.max_pixels, "
-                "or leave them out with data.overlong=drop"
-            )
-        if distributed.is_main():
-            logger.warning("%s; left out", found)
-        return data.without(lengths.keys())
+    def _open_data(self) -> tuple[PromptCollator, PromptBatch, dict[str, PictureDataset]]:
+        """Returns what makes the prompts, the companion of prompts without a picture, and the data sets by key."""
+        model, data = self.config.model, self.config.data
+        check_layers(self.config)
+        processor = load_processor(model.path, trust_remote_code=model.trust_remote_code)
+        limit_pixels(processor, data.min_pixels, data.max_pixels)
+        collator = PromptCollator(
+            processor,
+            system_prompt=data.system_prompt,
+            suffix=data.suffix,
+            max_prompt_length=data.max_prompt_length,
+        )
+        companion = build_companion(collator)  # a family whose prompts cannot be joined shows here
+        datasets = {"data.train": PictureDataset(data.train, columns=data.columns)}
+        if data.test:
+            columns = data.columns if data.test_columns is None else data.test_columns
+            datasets["data.test"] = PictureDataset(data.test, data.test_limit, columns)
+        return collator, companion, datasets
+
+    def _usable(self, datasets: dict[str, PictureDataset]) -> dict[str, PictureDataset]:
+        """Returns the data sets less the rows that cannot be used; the ranks share the work of finding them."""
+        found: dict[str, list[Examined]] = {}
+        for key, data in datasets.items():
+            own = range(self.rank, len(data), self.world)
+            examined = distributed.together(functools.partial(examine, data, self.collator, own))
+            rows = distributed.gather_lists(examined)
+            found[key] = unusable(rows)
+            if distributed.is_main() and not any(row.images for row in rows):
+                logger.warning("%s: no row has a picture: nothing can be looked at, and every focus is 0", key)
+        reports = [report(f"{key}={datasets[key].name}", len(datasets[key]), bad) for key, bad in found.items() if bad]
+        if reports and self.config.data.invalid == "refuse":
+            raise DataError("\n".join([*reports, "mend these rows, or leave them out with data.invalid=drop"]))
+        for text in reports if distributed.is_main() else ():
+            logger.warning("%s; left out", text)
+        return {key: data.without({row.place for row in found[key]}) for key, data in datasets.items()}
 
     def _finish(self, accuracy_after: float | None, seconds: float) -> dict[str, Any]:
         export(self.engine, self.config.model.path, self.output_dir / "final")
@@ -194,9 +206,8 @@ class Trainer:
         timer = PhaseTimer()
         # A function of seed, step and rank alone: a resumed run draws what the killed one would have drawn.
         set_seed((self.config.seed * _SEED_STRIDE + step) * _SEED_STRIDE % 2**31 + self.rank)
-        prompts_of_step = self._prompts(step)
         group_ids = self._own_groups()
-        samples = [prompts_of_step[group] for group in group_ids.tolist()]
+        samples = distributed.together(lambda: self._samples(step, group_ids.tolist()))
         with timer("rollout"):
             prompts, completions = self.sample(samples, temperature=self.config.rollout.temperature)
         with timer("reward"):
@@ -219,16 +230,17 @@ class Trainer:
             **timer.metrics(tokens=int(whole.completion_mask.sum())),
         }
 
-    def _prompts(self, step: int) -> list[Sample]:
+    def _samples(self, step: int, groups: list[int]) -> list[Sample]:
+        """Returns the sample of each of this rank's rows, whose groups are given."""
         n, count = len(self.train_data), self.config.rollout.prompts
-        orders = {}
-        chosen = []
-        for position in range(step * count, (step + 1) * count):
-            epoch, place = divmod(position, n)
+        orders: dict[int, list[int]] = {}
+        samples: dict[int, Sample] = {}
+        for group in dict.fromkeys(groups):
+            epoch, place = divmod(step * count + group, n)
             if epoch not in orders:
                 orders[epoch] = epoch_order(n, epoch, self.config.seed)
-            chosen.append(self.train_data[orders[epoch][place]])
-        return chosen
+            samples[group] = self.train_data[orders[epoch][place]]
+        return [samples[group] for group in groups]
 
     def _own_groups(self) -> Tensor:
         """Returns the group (prompt of the step) of each of this rank's rows, an equal part of every update."""
@@ -266,7 +278,8 @@ class Trainer:
         # The completions of a prompt share its processed pictures.
         unique = list({sample.id: sample for sample in samples}.values())
         places = {sample.id: place for place, sample in enumerate(unique)}
-        return self.collator(unique).take([places[sample.id] for sample in samples])
+        prompts = distributed.together(lambda: self.collator(unique))  # a picture may have gone since the start
+        return prompts.take([places[sample.id] for sample in samples])
 
     def decode(self, completions: Completions) -> list[str]:
         """Returns the completions' texts without special tokens."""
@@ -357,7 +370,7 @@ class Trainer:
         per_rank = -(-total // self.world)
         # The last ranks repeat samples, uncounted, so that all run the same number of batches.
         places = range(self.rank * per_rank, (self.rank + 1) * per_rank)
-        samples = [self.test_data[min(place, total - 1)] for place in places]
+        samples = distributed.together(lambda: [self.test_data[min(place, total - 1)] for place in places])
         # Batch by batch: the pictures of a whole split need not fit into memory.
         batches = (self._collate([samples[row] for row in rows]) for rows in self._batches(len(samples)))
         completions = self._complete(batches, self.config.eval_temperature)
