@@ -141,15 +141,13 @@ def join(parts: Sequence[Tensor | None], way: Join) -> Tensor:
 
 def _join_tokens(parts: Sequence[Tensor | None], lengths: Sequence[int], length: int, value: int) -> Tensor:
     given = next(part for part in parts if part is not None)
-    rows = [
-        given.new_full((1, n, *given.shape[2:]), value) if part is None else part for part, n in zip(parts, lengths)
-    ]
 
-    def padded(part: Tensor) -> Tensor:
+    def padded(part: Tensor | None, own: int) -> Tensor:
+        part = given.new_full((1, own, *given.shape[2:]), value) if part is None else part
         sides = [0, 0] * (part.dim() - 2) + [length - part.shape[1], 0]
         return torch.nn.functional.pad(part, sides, value=value)
 
-    return join([padded(row) for row in rows], Join())
+    return join([padded(*pair) for pair in zip(parts, lengths, strict=True)], Join())
 
 
 def _try_join(parts: Sequence[Tensor], way: Join) -> Tensor | None:

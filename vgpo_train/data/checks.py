@@ -68,7 +68,7 @@ def report(name: str, count: int, bad: Sequence[Examined]) -> str:
     lines = [f"{name}: {len(bad)} of {count} rows cannot be used"]
     for kind, rows in groupby(sorted(bad, key=lambda row: row.kind), key=lambda row: row.kind):
         messages = [row.message for row in rows]
-        lines.append(f"  {len(messages)} {kind}:")
+        lines.append(f"  {kind}: {len(messages)}")
         lines.extend(f"    {message}" for message in messages[:_LISTED])
         if len(messages) > _LISTED:
             lines.append(f"    ... and {len(messages) - _LISTED} more")

@@ -1,4 +1,4 @@
-"""Which column of a data set holds what: names that are found, presets of published data sets, mappings of one's own."""
+"""Which column of a data set holds what: by known names, by the preset of a published data set, or by a mapping."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class JsonLines:
 
 
 class ParquetRows:
-    """The rows of a Parquet file, in a memory-mapped Arrow copy: a row of Parquet costs the decoding of its row group."""
+    """The rows of a Parquet file, in a memory-mapped Arrow copy: to read one from Parquet is to decode its row group."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow
@@ -156,10 +156,12 @@ def _copy_parquet(path: Path, target: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
-        with pyarrow.ipc.new_stream(target, file.schema_arrow) as copy:
-            for batch in file.iter_batches(batch_size=_COPIED_ROWS):
-                copy.write_batch(batch)
+    with (
+        pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file,
+        pyarrow.ipc.new_stream(target, file.schema_arrow) as copy,
+    ):
+        for batch in file.iter_batches(batch_size=_COPIED_ROWS):
+            copy.write_batch(batch)
 
 
 def _files_of(source: str) -> list[Path]:
@@ -184,7 +186,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
     if len(splits) > 1:
         raise DataError(
             f"folder {str(folder)!r} has files of several splits ({', '.join(splits)}); name one by a glob, such as "
-            f"{str(folder / splits[0])}*"
+            f"{folder / splits[0]}*"
         )
     return files
 

@@ -96,10 +96,9 @@ def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     if not np.isfinite(values).all():
         raise ValueError("it has grey values that are not finite")
     low, high = values.min(), values.max()
+    top = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
     if image.mode == "F":
         top = 1 if high <= 1 else 255
-    else:
-        top = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
     if low < 0 or high > top:
         raise ValueError(f"it has grey values from {low:g} to {high:g}; expected 0 to {top} in mode {image.mode}")
     grey = np.rint(values * (255 / top)).astype(np.uint8)

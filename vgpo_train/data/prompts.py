@@ -63,10 +63,8 @@ class PromptCollator:
         Raises:
             PromptError: the processor does not take two prompts at once, or joins them in a way that is not known.
         """
-        pictures = iter(_UNLIKE_SIZES)
-        samples = [
-            Sample("", text, "", tuple(_png(next(pictures)) for _ in range(n))) for text, n in (("?", 1), ("?!", 2))
-        ]
+        one, *two = (_png(size) for size in _UNLIKE_SIZES)
+        samples = [Sample("", "?", "", (one,)), Sample("", "?!", "", tuple(two))]
         try:
             return learn_joins([self._inputs(sample) for sample in samples], self._apply(samples))
         except Exception as error:
@@ -107,8 +105,8 @@ class PromptCollator:
         """Raise PromptTooLong if `length` tokens of a sample's prompt are more than the limit."""
         if length > self.max_prompt_length:
             raise PromptTooLong(
-                f"{sample.name}: the prompt has {length} tokens, max_prompt_length is {self.max_prompt_length}; cutting "
-                "it would cut image tokens: raise the limit, shrink the picture or drop the row"
+                f"{sample.name}: the prompt has {length} tokens, max_prompt_length is {self.max_prompt_length}; "
+                "cutting it would cut image tokens: raise the limit, shrink the picture or drop the row"
             )
 
     def _process(self, sample: Sample) -> dict[str, Tensor]:
