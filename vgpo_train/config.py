@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import SchedulerType
+from yaml import YAMLError
 
 from vgpo_kernels import PolicyLossConfig, VGPOConfig
 from vgpo_train.data.columns import Columns
@@ -227,6 +228,13 @@ def _overrides(arguments: list[str]) -> DictConfig:
     for argument in arguments:
         if "=" not in argument:
             raise ConfigError(f"expected key=value, got {argument!r}")
+        try:
+            OmegaConf.from_dotlist([argument])
+        except YAMLError as error:
+            key, _, value = argument.partition("=")
+            raise ConfigError(
+                f"{key}: expected a value that YAML reads, got {value}; in quotes it is text: '{key}=\"{value}\"'"
+            ) from error
     return OmegaConf.from_dotlist(arguments)
 
 
@@ -238,7 +246,7 @@ def _replaced_mappings(arguments: list[str]) -> list[str]:
 
 
 def _check_keys(layer: DictConfig, schema: DictConfig, origin: str, prefix: str = "") -> None:
-    free = {"vgpo", "loss", "weights"}  # mappings whose keys their own users check
+    free = {"vgpo", "loss", "weights", "columns", "test_columns"}  # mappings whose keys their own users check
     for key in layer:
         known = [str(k) for k in schema]
         if f"{prefix}{key}" in _REPLACED:

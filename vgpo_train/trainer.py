@@ -1,7 +1,5 @@
 """The training loop: rollouts, rewards, scores, weights, updates, metrics, checkpoints."""
 
-import functools
-import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -18,18 +16,8 @@ from vgpo_train.algorithms import ScoredRollout, Weighting, build_algorithm
 from vgpo_train.batching import build_companion, with_picture
 from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable, export
 from vgpo_train.config import ConfigError, TrainConfig, save_config
-from vgpo_train.data import (
-    DataError,
-    Examined,
-    PictureDataset,
-    PromptBatch,
-    PromptCollator,
-    Sample,
-    epoch_order,
-    examine,
-    report,
-    unusable,
-)
+from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
+from vgpo_train.datasets import open_datasets, usable
 from vgpo_train.engine import build_policy, build_reference
 from vgpo_train.experience import group_advantages, kept_rows
 from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
@@ -40,8 +28,6 @@ from vgpo_train.rewards import RewardMixer, Rewards
 from vgpo_train.rollout import Completions, build_rollout_engine
 from vgpo_train.scoring import Scorer, Scores, focus_of
 from vgpo_train.updates import Experience, Update
-
-logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 1_000_003  # keeps the random streams of neighbouring seeds, steps and ranks apart
 
@@ -69,7 +55,7 @@ class Trainer:
         self.algorithm = build_algorithm(config)
         self.collator, self.companion, opened = distributed.together(self._open_data)
         self.processor = self.collator.processor
-        datasets = self._usable(opened)
+        datasets = usable(opened, self.collator, config.data.invalid)
         self.train_data, self.test_data = datasets["data.train"], datasets.get("data.test")
         self.rewards = RewardMixer(dict(config.rewards.weights), accuracy=config.rewards.accuracy)
         self.steps = total_steps(config, len(self.train_data))
@@ -157,28 +143,7 @@ class Trainer:
             max_prompt_length=data.max_prompt_length,
         )
         companion = build_companion(collator)  # a family whose prompts cannot be joined shows here
-        datasets = {"data.train": PictureDataset(data.train, columns=data.columns)}
-        if data.test:
-            columns = data.columns if data.test_columns is None else data.test_columns
-            datasets["data.test"] = PictureDataset(data.test, data.test_limit, columns)
-        return collator, companion, datasets
-
-    def _usable(self, datasets: dict[str, PictureDataset]) -> dict[str, PictureDataset]:
-        """Returns the data sets less the rows that cannot be used; the ranks share the work of finding them."""
-        found: dict[str, list[Examined]] = {}
-        for key, data in datasets.items():
-            own = range(self.rank, len(data), self.world)
-            examined = distributed.together(functools.partial(examine, data, self.collator, own))
-            rows = distributed.gather_lists(examined)
-            found[key] = unusable(rows)
-            if distributed.is_main() and not any(row.images for row in rows):
-                logger.warning("%s: no row has a picture: nothing can be looked at, and every focus is 0", key)
-        reports = [report(f"{key}={datasets[key].name}", len(datasets[key]), bad) for key, bad in found.items() if bad]
-        if reports and self.config.data.invalid == "refuse":
-            raise DataError("\n".join([*reports, "mend these rows, or leave them out with data.invalid=drop"]))
-        for text in reports if distributed.is_main() else ():
-            logger.warning("%s; left out", text)
-        return {key: data.without({row.place for row in found[key]}) for key, data in datasets.items()}
+        return collator, companion, open_datasets(data)
 
     def _finish(self, accuracy_after: float | None, seconds: float) -> dict[str, Any]:
         export(self.engine, self.config.model.path, self.output_dir / "final")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vgpo_train import policy
-from vgpo_train.data import PromptBatch, PromptCollator, Sample
+from vgpo_train.data import PromptBatch, PromptCollator, Sample, epoch_order
 from vgpo_train.model import load_processor
 from vgpo_train.rollout import Completions
 from vgpo_train.updates import Experience
@@ -68,6 +68,29 @@ def mixed_samples(pictures: Path, kinds: str) -> list[Sample]:
         problem = rows[place]["problem"] + " Count." * (place % 3)
         samples.append(Sample(f"{kind}{place}", problem, rows[place]["answer"], paths))
     return samples
+
+
+def write_one_sided(path: Path, pictures: Path) -> None:
+    """Writes four rows of which the first step gives those with a picture to rank 0, and text alone to rank 1."""
+    lines = (pictures / "train.jsonl").read_text().splitlines()[:4]
+    order = epoch_order(4, 0, seed=0)
+    rows = []
+    for place, line in enumerate(lines):
+        row = json.loads(line)
+        row["images"] = [str(pictures / image) for image in row["images"]] if place in order[:2] else []
+        rows.append(json.dumps(row) + "\n")
+    path.write_text("".join(rows))
+
+
+def write_bad(folder: Path, pictures: Path) -> None:
+    """Writes rows of which each rank reads a bad one, and a file that only rank 0 finds."""
+    lines = (pictures / "train.jsonl").read_text().splitlines()[:6]
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["images"] = [str(pictures / image) for image in row["images"]]
+    (folder / "only_rank_0.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    rows[2]["images"], rows[5]["answer"] = ["gone.png"], None
+    (folder / "bad_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def random_completions(lengths: list[int], seed: int = 0) -> Completions:

@@ -104,23 +104,24 @@ def learn_joins(
     Raises:
         ValueError: an input that neither padding nor concatenation gives; names it with its shapes.
     """
-    pad_values, joins = {}, {}
+    pad_values: dict[str, int] = {}
+    joins: dict[str, Join] = {}
     lengths = [row["input_ids"].shape[1] for row in rows]
     for name, whole in batch.items():
         parts = [row.get(name) for row in rows]
-        if not all(isinstance(part, Tensor) for part in (whole, *parts)):
-            raise ValueError(f"{name} is no tensor or not part of every prompt")
-        if all(part.dim() > 1 and part.shape[:2] == (1, n) for part, n in zip(parts, lengths, strict=True)):
+        if not isinstance(whole, Tensor):
+            raise ValueError(f"{name} is a {type(whole).__name__}, expected a tensor")
+        if [part is not None and part.shape[:2] == (1, n) for part, n in zip(parts, lengths, strict=True)] == [
+            True,
+            True,
+        ]:
             pad_values[name] = int(whole[lengths.index(min(lengths)), 0].reshape(-1)[0])
             found = _join_tokens(parts, lengths, max(lengths), pad_values[name])
-            same = _equal(found, whole)
         else:
-            ways = [Join(dim, per_row=dim == 0 and parts[1].shape[0] == 1) for dim in range(whole.dim())]
-            fitting = (way for way in ways if _equal(_try_join(parts, way), whole))
-            joins[name] = next(fitting, Join())
-            same = _equal(_try_join(parts, joins[name]), whole)
-        if not same:
-            shapes = " and ".join(str(tuple(part.shape)) for part in parts)
+            joins[name] = _learn_join(parts, whole)
+            found = _try_join(parts, joins[name])
+        if not _equal(found, whole):
+            shapes = " and ".join("nothing" if part is None else str(tuple(part.shape)) for part in parts)
             raise ValueError(f"{name} of {shapes} is {tuple(whole.shape)} in a batch, which no padding with 0 gives")
     return pad_values, joins
 
@@ -150,10 +151,18 @@ def _join_tokens(parts: Sequence[Tensor | None], lengths: Sequence[int], length:
     return join([padded(*pair) for pair in zip(parts, lengths, strict=True)], Join())
 
 
-def _try_join(parts: Sequence[Tensor], way: Join) -> Tensor | None:
-    if len({part.dim() for part in parts}) > 1 or not parts[0].dim():
-        return None
-    return join(parts, way)
+def _learn_join(parts: Sequence[Tensor | None], whole: Tensor) -> Join:
+    """Return the first dimension along which the parts give the whole, or dimension 0 if none does."""
+    last = parts[-1]
+    # Two pictures in one row of several dimensions; a flat input counts or measures them.
+    per_row = last is not None and last.dim() > 1 and last.shape[0] == 1
+    ways = [Join(dim, per_row=dim == 0 and per_row) for dim in range(whole.dim())]
+    return next((way for way in ways if _equal(_try_join(parts, way), whole)), Join())
+
+
+def _try_join(parts: Sequence[Tensor | None], way: Join) -> Tensor | None:
+    ranks = {part.dim() for part in parts if part is not None}
+    return join(parts, way) if len(ranks) == 1 and ranks != {0} else None
 
 
 def _equal(found: Tensor | None, whole: Tensor) -> bool:

@@ -101,7 +101,7 @@ class JsonLines:
 
 
 class ParquetRows:
-    """The rows of a Parquet file, in a memory-mapped Arrow copy: to read one from Parquet is to decode its row group."""
+    """The rows of a Parquet file, in a memory-mapped Arrow copy: reading one from Parquet decodes its row group."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow

@@ -15,7 +15,7 @@ from vgpo_train.data.errors import DataError, MarkError, PromptError, PromptTooL
 from vgpo_train.data.samples import Sample
 
 IMAGE_PLACEHOLDER = "<image>"
-_UNLIKE_SIZES = ((168, 56), (84, 112), (56, 196))  # width and height of pictures that show how a processor joins them
+_UNLIKE = {"red": (168, 56), "green": (84, 112), "blue": (56, 196)}  # pictures that show how a processor joins them
 
 
 class PromptCollator:
@@ -63,7 +63,7 @@ class PromptCollator:
         Raises:
             PromptError: the processor does not take two prompts at once, or joins them in a way that is not known.
         """
-        one, *two = (_png(size) for size in _UNLIKE_SIZES)
+        one, *two = (_png(colour, size) for colour, size in _UNLIKE.items())
         samples = [Sample("", "?", "", (one,)), Sample("", "?!", "", tuple(two))]
         try:
             return learn_joins([self._inputs(sample) for sample in samples], self._apply(samples))
@@ -137,7 +137,7 @@ class PromptCollator:
         return messages
 
 
-def _png(size: tuple[int, int]) -> bytes:
+def _png(colour: str, size: tuple[int, int]) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", size, "gray").save(buffer, format="PNG")
+    Image.new("RGB", size, colour).save(buffer, format="PNG")
     return buffer.getvalue()
