@@ -172,7 +172,9 @@ class Trainer:
         # A function of seed, step and rank alone: a resumed run draws what the killed one would have drawn.
         set_seed((self.config.seed * _SEED_STRIDE + step) * _SEED_STRIDE % 2**31 + self.rank)
         group_ids = self._own_groups()
-        samples = distributed.together(lambda: self._samples(step, group_ids.tolist()))
+        prompts_of_step = self._prompts(step)
+        own = [prompts_of_step[group] for group in group_ids.tolist()]
+        samples = distributed.together(lambda: self._samples(own))
         with timer("rollout"):
             prompts, completions = self.sample(samples, temperature=self.config.rollout.temperature)
         with timer("reward"):
@@ -195,17 +197,22 @@ class Trainer:
             **timer.metrics(tokens=int(whole.completion_mask.sum())),
         }
 
-    def _samples(self, step: int, groups: list[int]) -> list[Sample]:
-        """Returns the sample of each of this rank's rows, whose groups are given."""
+    def _prompts(self, step: int) -> list[int]:
+        """Returns the places of a step's prompts in the training data."""
         n, count = len(self.train_data), self.config.rollout.prompts
         orders: dict[int, list[int]] = {}
-        samples: dict[int, Sample] = {}
-        for group in dict.fromkeys(groups):
-            epoch, place = divmod(step * count + group, n)
+        chosen = []
+        for position in range(step * count, (step + 1) * count):
+            epoch, place = divmod(position, n)
             if epoch not in orders:
                 orders[epoch] = epoch_order(n, epoch, self.config.seed)
-            samples[group] = self.train_data[orders[epoch][place]]
-        return [samples[group] for group in groups]
+            chosen.append(orders[epoch][place])
+        return chosen
+
+    def _samples(self, places: list[int]) -> list[Sample]:
+        """Reads the training samples at these places, each once."""
+        read = {place: self.train_data[place] for place in dict.fromkeys(places)}
+        return [read[place] for place in places]
 
     def _own_groups(self) -> Tensor:
         """Returns the group (prompt of the step) of each of this rank's rows, an equal part of every update."""

@@ -162,6 +162,7 @@ def _copy_parquet(path: Path, target: Path) -> None:
     ):
         for batch in file.iter_batches(batch_size=_COPIED_ROWS):
             copy.write_batch(batch)
+    pyarrow.default_memory_pool().release_unused()
 
 
 def _files_of(source: str) -> list[Path]:
