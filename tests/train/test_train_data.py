@@ -281,6 +281,8 @@ def test_pictures_stand_where_the_problem_says(collator: PromptCollator) -> None
     assert kinds("No picture?", 0) == ["No picture?"]
     with pytest.raises(DataError, match="id 'a': the problem has 1 <image> placeholders for 2 images"):
         kinds("<image>?", 2)
+    with pytest.raises(DataError, match=r"id 'a': the problem holds '<\|image_pad\|>', the processor's own mark"):
+        kinds("What does <|image_pad|> mean?", 0)
 
 
 def test_system_prompt_and_suffix(processor) -> None:

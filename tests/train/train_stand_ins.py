@@ -70,27 +70,24 @@ def mixed_samples(pictures: Path, kinds: str) -> list[Sample]:
     return samples
 
 
-def write_one_sided(path: Path, pictures: Path) -> None:
-    """Writes four rows of which the first step gives those with a picture to rank 0, and text alone to rank 1."""
-    lines = (pictures / "train.jsonl").read_text().splitlines()[:4]
+def write_odd_data(folder: Path, pictures: Path) -> None:
+    """Writes data that a run of two ranks must bear, or must refuse.
+
+    Of `one_sided.jsonl` the first step gives the two rows with a picture to rank 0, and text alone to rank 1. Of
+    `bad_rows.jsonl` each rank reads a row that cannot be used. Of `only_rank_N.jsonl` there is that of rank 0 alone.
+    """
+    rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()[:6]]
+    rows = [row | {"images": [str(pictures / image) for image in row["images"]]} for row in rows]
+
+    def write(name: str, chosen: list[dict[str, Any]]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in chosen))
+
     order = epoch_order(4, 0, seed=0)
-    rows = []
-    for place, line in enumerate(lines):
-        row = json.loads(line)
-        row["images"] = [str(pictures / image) for image in row["images"]] if place in order[:2] else []
-        rows.append(json.dumps(row) + "\n")
-    path.write_text("".join(rows))
-
-
-def write_bad(folder: Path, pictures: Path) -> None:
-    """Writes rows of which each rank reads a bad one, and a file that only rank 0 finds."""
-    lines = (pictures / "train.jsonl").read_text().splitlines()[:6]
-    rows = [json.loads(line) for line in lines]
-    for row in rows:
-        row["images"] = [str(pictures / image) for image in row["images"]]
-    (folder / "only_rank_0.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    rows[2]["images"], rows[5]["answer"] = ["gone.png"], None
-    (folder / "bad_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(
+        "one_sided.jsonl", [row if place in order[:2] else row | {"images": []} for place, row in enumerate(rows[:4])]
+    )
+    write("bad_rows.jsonl", [*rows[:2], rows[2] | {"images": ["gone.png"]}, *rows[3:5], rows[5] | {"answer": None}])
+    write("only_rank_0.jsonl", rows[:1])
 
 
 def random_completions(lengths: list[int], seed: int = 0) -> Completions:

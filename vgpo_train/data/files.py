@@ -90,7 +90,7 @@ class JsonLines:
             file.seek(self._offsets[index])
             line = file.readline()
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig"))  # Windows programs begin a file with a mark
         except UnicodeDecodeError as error:
             raise DataError(f"not UTF-8: {error}") from error
         except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
@@ -180,7 +180,8 @@ def _files_of(source: str) -> list[Path]:
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in SUFFIXES)
+    found = (file for file in folder.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
+    files = sorted(file for file in found if file.is_file())
     if not files:
         raise DataError(f"folder {str(folder)!r} has no {' or '.join(SUFFIXES)} file in it; a glob reaches deeper ones")
     splits = sorted({match[1] for match in (_SPLIT.match(file.name) for file in files) if match})

@@ -91,7 +91,7 @@ def _colours(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Return grey values of more than 8 bits as L, and their alpha or None."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image).astype(np.float32)
     tags = getattr(image, "tag_v2", {})
     if not np.isfinite(values).all():
         raise ValueError("it has grey values that are not finite")

@@ -15,6 +15,7 @@ from vgpo_train.data.errors import DataError, MarkError, PromptError, PromptTooL
 from vgpo_train.data.samples import Sample
 
 IMAGE_PLACEHOLDER = "<image>"
+_MARKS = ("image_token", "boi_token", "video_token")  # what processors call the text that they put pictures in place of
 _UNLIKE = {"red": (168, 56), "green": (84, 112), "blue": (56, 196)}  # pictures that show how a processor joins them
 
 
@@ -33,7 +34,7 @@ class PromptCollator:
 
     Raises:
         PromptTooLong: a prompt has more tokens than allowed; names its id, its length and the limit.
-        MarkError: `<image>` placeholders that do not fit the number of pictures; names the id.
+        MarkError: `<image>` placeholders that do not fit the number of pictures, or the processor's own; names the id.
         PictureError: a picture that cannot be read; names the id.
         PromptError: a prompt that the processor refuses; names the id.
     """
@@ -91,6 +92,12 @@ class PromptCollator:
                 f"{sample.name}: the problem has {len(pieces) - 1} {IMAGE_PLACEHOLDER} "
                 f"placeholders for {len(sample.images)} images"
             )
+        for mark in filter(None, (getattr(self.processor, name, None) for name in _MARKS)):
+            if any(mark in piece for piece in pieces):
+                raise MarkError(
+                    f"{sample.name}: the problem holds {mark!r}, the processor's own mark; {IMAGE_PLACEHOLDER} says "
+                    "where a picture belongs"
+                )
         content: list[dict[str, Any]] = []
         for number, piece in enumerate(pieces):
             if number:
