@@ -137,6 +137,25 @@ def test_what_an_image_processor_does_is_read_off(module: str, name: str, option
     assert {key: torch.equal(joined[key], value) for key, value in batch.items()} == dict.fromkeys(batch, True)
 
 
+def test_a_mask_that_is_padded_with_ones_is_read_off() -> None:
+    # As Phi-4's: crops that a picture does not have are 0, and count as seen.
+    def parts(*crops: int, most: int) -> dict[str, torch.Tensor]:
+        pixels, mask = torch.zeros(len(crops), most, 3, 8, 8), torch.ones(len(crops), most, 4, 4)
+        for picture, count in enumerate(crops):
+            pixels[picture, :count] = picture + 1
+            mask[picture, :count, 2:] = 0
+        return {"pixels": pixels, "mask": mask}
+
+    rows = [{"input_ids": torch.zeros(1, length, dtype=torch.long)} for length in (3, 5)]
+    rows = [rows[0] | parts(4, most=4), rows[1] | parts(1, 2, most=2)]
+    batch = {"input_ids": torch.zeros(2, 5, dtype=torch.long)}
+    batch |= {name: torch.cat([rows[0][name], parts(1, 2, most=4)[name]]) for name in ("pixels", "mask")}
+    pad_values, joins = learn_joins(rows, batch)
+    assert (joins["pixels"].fill, joins["mask"].fill) == (0, 1)
+    for name, value in PromptBatch(SAMPLES, rows, pad_values, joins).tensors().items():
+        assert torch.equal(value, batch[name])
+
+
 def test_patches_of_unlike_pictures_are_padded_with_zeros() -> None:
     rows = [
         {"input_ids": torch.zeros(1, 4, dtype=torch.long), "pixel_values": torch.ones(1, n, 3, 28, 28)} for n in (5, 4)

@@ -13,9 +13,10 @@ from vgpo_train.data.samples import Sample
 
 
 class Join(NamedTuple):
-    """How the parts of an input that does not run along the tokens become one; other dimensions are padded with 0."""
+    """How the parts of an input that does not run along the tokens become one."""
 
     dim: int = 0  # along which parts are put one after the other
+    fill: int = 0  # pads the end of the other dimensions, where parts differ
     per_row: bool = False  # a part is a row of the batch: a prompt without a picture has one, too, of zeros
 
 
@@ -69,7 +70,7 @@ class PromptBatch:
 
         Returns:
             Inputs along the tokens as (B, length); vision inputs joined over the pictures of all rows, those of unlike
-            pictures padded with 0 at the end of each dimension in which they differ.
+            pictures padded at the end of each dimension in which they differ.
 
         Raises:
             ValueError: a row is longer than `length`.
@@ -122,7 +123,7 @@ def learn_joins(
             found = _try_join(parts, joins[name])
         if not _equal(found, whole):
             shapes = " and ".join("nothing" if part is None else str(tuple(part.shape)) for part in parts)
-            raise ValueError(f"{name} of {shapes} is {tuple(whole.shape)} in a batch, which no padding with 0 gives")
+            raise ValueError(f"{name} of {shapes} is {tuple(whole.shape)} in a batch, which no padding gives")
     return pad_values, joins
 
 
@@ -133,7 +134,7 @@ def join(parts: Sequence[Tensor | None], way: Join) -> Tensor:
 
     def filled(part: Tensor) -> Tensor:
         missing = [0 if dim == way.dim else size - part.shape[dim] for dim, size in enumerate(sizes)]
-        return torch.nn.functional.pad(part, [n for size in reversed(missing) for n in (0, size)])
+        return torch.nn.functional.pad(part, [n for size in reversed(missing) for n in (0, size)], value=way.fill)
 
     if way.per_row:
         given = [given[0].new_zeros(1, *sizes[1:]) if part is None else part for part in parts]
@@ -152,11 +153,11 @@ def _join_tokens(parts: Sequence[Tensor | None], lengths: Sequence[int], length:
 
 
 def _learn_join(parts: Sequence[Tensor | None], whole: Tensor) -> Join:
-    """Return the first dimension along which the parts give the whole, or dimension 0 if none does."""
+    """Return the first way in which the parts give the whole, or the first of all if none does."""
     last = parts[-1]
     # Two pictures in one row of several dimensions; a flat input counts or measures them.
     per_row = last is not None and last.dim() > 1 and last.shape[0] == 1
-    ways = [Join(dim, per_row=dim == 0 and per_row) for dim in range(whole.dim())]
+    ways = [Join(dim, fill, per_row=dim == 0 and per_row) for dim in range(whole.dim()) for fill in (0, 1)]
     return next((way for way in ways if _equal(_try_join(parts, way), whole)), Join())
 
 

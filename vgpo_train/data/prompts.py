@@ -16,7 +16,8 @@ from vgpo_train.data.samples import Sample
 
 IMAGE_PLACEHOLDER = "<image>"
 _MARKS = ("image_token", "boi_token", "video_token")  # what processors call the text that they put pictures in place of
-_UNLIKE = {"red": (168, 56), "green": (84, 112), "blue": (56, 196)}  # pictures that show how a processor joins them
+# Width and height of pictures that show how a processor joins them; the first has several tiles, if any has.
+_UNLIKE = {"red": (1200, 400), "green": (84, 112), "blue": (56, 168)}
 
 
 class PromptCollator:
