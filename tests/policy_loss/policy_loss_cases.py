@@ -10,6 +10,8 @@ from torch import Tensor
 from vgpo_kernels.policy_loss import PolicyLossConfig, PolicyLossOutput, policy_loss
 from vgpo_kernels.testing import assert_error_budget, ragged_mask
 
+KL_LIMITS = {"kl_log_ratio_limit": 0.9, "kl_limit": 0.3}
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -63,13 +65,12 @@ def every_config() -> list[PolicyLossConfig]:
         {},
         {"beta": 0.1},
         # Limits that cut some of the log-ratios and some of the divergences of `random_inputs`.
-        {"beta": 0.1, "kl_log_ratio_limit": 0.9, "kl_limit": 0.3},
+        {"beta": 0.1, **KL_LIMITS},
     )
+    weighted = tuple({"beta": 0.1, "kl_importance_weighted": True, **limits} for limits in ({}, KL_LIMITS))
     configs = []
-    for loss_type, level, kl in itertools.product(
-        ("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence"), kl_settings
-    ):
-        for delta, dual in itertools.product((None, 1.6), (None, 1.4)):
+    for loss_type, level in itertools.product(("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence")):
+        for kl, delta, dual in itertools.product(kl_settings, (None, 1.6), (None, 1.4)):
             configs.append(
                 PolicyLossConfig(
                     loss_type,
@@ -81,7 +82,10 @@ def every_config() -> list[PolicyLossConfig]:
                     **kl,
                 )
             )
-    for level, kl in itertools.product(("token", "sequence"), kl_settings):
+        for kl in weighted:
+            options = {"epsilon_high": 0.28, "clip_ratio_dual": 1.4, "max_completion_length": 50}
+            configs.append(PolicyLossConfig(loss_type, level, **options, **kl))
+    for level, kl in itertools.product(("token", "sequence"), kl_settings + weighted):
         configs.append(PolicyLossConfig("cispo", level, epsilon_high=1.2, **kl))
     return configs
 
@@ -92,6 +96,7 @@ def config_id(config: PolicyLossConfig) -> str:
         "dual": config.clip_ratio_dual,
         "kl": config.beta or None,
         "limits": config.kl_limit,
+        "weighted": config.kl_importance_weighted or None,
     }
     named = [name for name, value in extras.items() if value is not None]
     return "-".join([config.loss_type, config.importance_sampling_level, *named])
@@ -143,6 +148,8 @@ def _row_terms(inputs: Inputs, logps: Tensor, b: int, config: PolicyLossConfig) 
         kl = d.exp() - d - 1
         if config.kl_limit is not None:
             kl = kl.clamp(-config.kl_limit, config.kl_limit)
+        if config.kl_importance_weighted:
+            kl = kl * ratio
         loss = loss + config.beta * kl
     return loss
 
