@@ -133,7 +133,10 @@ def test_training_learns_logs_and_never_calls_the_head(make, monkeypatch, tmp_pa
     assert logged[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the reference is the start
     assert logged[1]["kl"] > 1e-6
     trainer.create_model_card()
-    assert "trained with VGPO" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "trained with VGPO" in card
+    assert "Cite VGPO as:" in card
+    assert "arXiv:2604.09349" in card
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
@@ -169,6 +172,17 @@ def test_rows_without_a_picture_keep_their_advantages(make, checkpoint, pictures
     logged = only_text.state.log_history[0]
     assert logged["vgpo/visual_rows"] == 0.0
     assert logged["vgpo/focus_mean"] is None
+
+
+def test_a_batch_without_any_picture_warns_once(make, pictures, caplog):
+    """Also one whose pictures stand in a column that TRL does not read."""
+    data = dataset(pictures).rename_column("images", "picture")
+    trainer = make(data=data, num_iterations=1, steps_per_generation=2, max_steps=4)
+    trainer.train()
+    said = [record.message for record in caplog.records if record.name == "vgpo_kernels.integrations.trl"]
+    assert len(said) == 1
+    assert "no row has a picture" in said[0]
+    assert "'image' or 'images'" in said[0]
 
 
 def test_attention_as_the_source_is_the_mass_that_eager_attention_shows(make):
@@ -223,7 +237,8 @@ REFUSED = {
     "compile": ({"torch_compile": True}, "torch_compile: expected False, got True"),
     "KL": ({"beta": 0.04}, r"use_bias_correction_kl: expected False with beta=0\.04, got True"),
     "level": ({"importance_sampling_level": "word"}, "importance_sampling_level: expected one of"),
-    "cispo": ({"loss_type": "cispo"}, "epsilon_high: with loss_type 'cispo'"),
+    "cispo": ({"loss_type": "cispo"}, r"epsilon_high: expected .*'cispo', got None, .* epsilon=0\.2: set epsilon_high"),
+    "ratio": ({"loss_type": "cispo", "epsilon_high": 0.3}, "epsilon_high: with loss_type 'cispo'"),
     "delta": ({"loss_type": "cispo", "epsilon_high": 2.0, "delta": 3.0}, "delta: expected None with loss_type 'cispo'"),
 }
 

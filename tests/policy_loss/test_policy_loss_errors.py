@@ -26,12 +26,12 @@ def call(**changes):
         (
             {"advantages": torch.zeros(3)},
             ValueError,
-            r"advantages: expected shape \(2,\), got \(3,\)",
+            r"advantages: expected shape \(2,\) or \(2, 3\), got \(3,\)",
         ),
         (
             {"advantages": torch.zeros(2, 1)},
             ValueError,
-            r"advantages: expected shape \(2, 3\), got \(2, 1\)",
+            r"advantages: expected shape \(2,\) or \(2, 3\), got \(2, 1\)",
         ),
         (
             {"advantages": torch.tensor(1.0)},

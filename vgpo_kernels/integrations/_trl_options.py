@@ -114,6 +114,11 @@ def loss_config(args: Any) -> PolicyLossConfig:
     Raises:
         ValueError, TypeError: a value that the policy loss does not take; the message names the option.
     """
+    if args.loss_type == "cispo" and args.epsilon_high is None and args.epsilon < 1.0:
+        raise ValueError(
+            "epsilon_high: expected the largest ratio itself, at least 1, with loss_type 'cispo', got None, for which "
+            f"TRL takes epsilon={args.epsilon}: set epsilon_high, such as 5.0"
+        )
     return PolicyLossConfig(
         loss_type=args.loss_type,
         importance_sampling_level=args.importance_sampling_level,

@@ -10,6 +10,7 @@ Needs TRL 1.16: `pip install 'vgpo-kernels[trl]'`. `docs/trl.md` has a whole pro
 """
 
 import inspect
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -39,6 +40,8 @@ from vgpo_kernels.weights import VGPOConfig, VGPOWeights, vgpo_weights
 from vgpo_kernels.weights.api import SOURCES
 
 __all__ = ["VGPOTrainer"]
+
+logger = logging.getLogger(__name__)
 
 if not trl.__version__.startswith("1.16."):
     raise ImportError(f"trl: expected version 1.16, whose trainer VGPOTrainer extends, got {trl.__version__}")
@@ -95,7 +98,19 @@ class VGPOTrainer(GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "vgpo"]  # noqa: RUF012
     _name = "VGPO"
-    _paper = {"title": "Visually-Guided Policy Optimization", "id": "2604.09349"}  # noqa: RUF012
+    _paper = {  # noqa: RUF012
+        "title": "Visually-Guided Policy Optimization for Multimodal Reasoning",
+        "id": "2604.09349",
+        "citation": """\
+@inproceedings{wang2026vgpo,
+    title        = {{Visually-Guided Policy Optimization for Multimodal Reasoning}},
+    author       = {Zengbin Wang and Feng Xiong and Liang Lin and Xuecai Hu and Yong Wang and Yanlin Wang and
+                    Man Zhang and Xiangxiang Chu},
+    year         = 2026,
+    booktitle    = {Annual Meeting of the Association for Computational Linguistics},
+    eprint       = {arXiv:2604.09349},
+}""",
+    }
 
     def __init__(
         self,
@@ -122,6 +137,7 @@ class VGPOTrainer(GRPOTrainer):
         self._check_model()
         self._focus: Tensor | None = None  # (rows, T) fp32, of the policy's first scoring since it was asked for
         self._wants_focus = False
+        self._warned = False
         self._unexpanded: list[list[int]] | None = None  # the prompts of the batch that vLLM is to complete
         if self.use_vllm and samples_placeholders():
             engine, vocabulary = self.vllm_generation, self.model.config.get_text_config().vocab_size
@@ -235,6 +251,7 @@ class VGPOTrainer(GRPOTrainer):
         )
         seen = self._visual_mask(batch["prompt_ids"], batch["prompt_mask"]).any(1)
         has_visual, advantages = self.accelerator.gather(seen), self.accelerator.gather(advantages)
+        self._warn_without_pictures(has_visual)
         completions = self.num_generations if self.model.training else self.num_generations_eval
         weights = vgpo_weights(
             all_focus,
@@ -252,6 +269,18 @@ class VGPOTrainer(GRPOTrainer):
             "token_weights": weights.token_weights[own, :length],
             "trajectory_weights": weights.trajectory_weights[own],
         }
+
+    def _warn_without_pictures(self, has_visual: Tensor) -> None:
+        if self._warned or has_visual.any():
+            return
+        self._warned = True
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "no row has a picture in a generation batch of %d rows: there is no focus to weigh them by. TRL takes "
+                "pictures from the column 'image' or 'images' of the data set or from the messages of 'prompt', and "
+                "drops other columns",
+                len(has_visual),
+            )
 
     def _log_weights(self, focus: Tensor, mask: Tensor, has_visual: Tensor, weights: VGPOWeights) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
