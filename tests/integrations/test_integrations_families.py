@@ -7,7 +7,7 @@ import pytest
 import tiny_vlms
 import torch
 from head_cases import Case
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 from transformers import (
     Blip2Config,
@@ -366,41 +366,3 @@ def test_a_compiled_model_is_recorded_as_it_is_when_plain() -> None:
     one_more = torch.compile(lambda x: x + 1, backend=lambda graph, _: compiled.append(graph) or graph)
     one_more(torch.ones(1))
     assert compiled, "what is compiled runs compiled again afterwards"
-
-
-def test_meta_tensors_are_named() -> None:
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**TEXT))
-    with pytest.raises(ValueError, match="LlamaForCausalLM: expected an output head with weights, got meta tensors"):
-        model_logprobs(model, {"input_ids": torch.tensor([[1, 2, 3]])}, prompt_length=2)
-
-
-class Copied(nn.Module):
-    """What PEFT puts in the place of a module in `modules_to_save`."""
-
-    def __init__(self, original: nn.Module, copied: nn.Module) -> None:
-        super().__init__()
-        self.original_module = original
-        self.modules_to_save = nn.ModuleDict({"default": copied})
-        self.active_adapters = ["default"]
-        self.disable_adapters = False
-
-    def forward(self, states: Tensor) -> Tensor:
-        return (self.original_module if self.disable_adapters else self.modules_to_save["default"])(states)
-
-
-def test_a_head_of_which_a_copy_is_trained_is_that_copy() -> None:
-    case = Case("internvl")
-    original = case.model.lm_head
-    copied = nn.Linear(original.in_features, original.out_features, bias=False)
-    case.model.lm_head = wrapped = Copied(original, copied)
-    given = {"prompt_length": case.prompt, "completion_mask": case.mask}
-    for disabled in (False, True):
-        wrapped.disable_adapters = disabled
-        case.model.zero_grad()
-        found = model_logprobs(case.model, case.batch, **given).logps
-        logits = case.model(**case.batch).logits[:, case.prompt - 1 : -1]
-        expected = logits.log_softmax(-1).gather(-1, case.targets[..., None])[..., 0].masked_fill(~case.mask, 0.0)
-        assert_close(found, expected)
-        found.sum().backward()
-        assert (copied.weight.grad is None) == disabled

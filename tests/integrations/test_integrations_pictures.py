@@ -150,6 +150,15 @@ def heatmap(config: Any, inputs: dict[str, Tensor], image: int, grid: tuple[int,
         pytest.param(KIMI, inputs_of([IMAGE] * 2, image_grid_thw=[[1, 3, 5]]), 0, (1, 2), [[0, 1]], id="grid first"),
         pytest.param(QWEN, inputs_of([IMAGE] * 4, image_grid_thw=[[2, 2, 4]]), 0, None, [[2, 4]], id="frames"),
         pytest.param(HUNYUAN, inputs_of([IMAGE] * 8, image_grid_thw=[[1, 4, 4]]), 0, None, [[1, 2], [4, 5]], id="ends"),
+        pytest.param(UNLIKE_ITS_TOWER, inputs_of([IMAGE] * 8), 1, (2, 2), [[4, 5], [6, 7]], id="touching, as asked"),
+        pytest.param(
+            UNLIKE_ITS_TOWER,
+            {**inputs_of([IMAGE] * 8), "pixel_values": torch.zeros(2, 3, 16, 16)},
+            1,
+            None,
+            [[4, 5], [6, 7]],
+            id="touching, by the number of pictures",
+        ),
         pytest.param(UNKNOWN[2], inputs_of([IMAGE] * 6), 0, (2, 3), [[0, 1, 2], [3, 4, 5]], id="unknown, as asked"),
     ],
 )
@@ -176,10 +185,25 @@ def test_pictures_of_unknown_shape_ask_for_a_grid(config: Any, inputs: dict[str,
         heatmap(config, inputs, 0, None)
 
 
-@pytest.mark.parametrize("grid", [(1, 4), (3, 3), (0, 4)])
-def test_a_grid_that_is_not_that_of_each_unknown_picture_is_refused(grid: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"^grid: expected .*got \(\d, 4|3\)"):
-        heatmap(UNKNOWN[0], inputs_of([*[IMAGE] * 4, 1, *[IMAGE] * 8]), 1, grid)
+@pytest.mark.parametrize(
+    ("config", "row", "grid"),
+    [
+        pytest.param(PIXTRAL, [*[IMAGE] * 4, 1, *[IMAGE] * 8], (1, 4), id="another picture is larger"),
+        pytest.param(PIXTRAL, [*[IMAGE] * 4, 1, *[IMAGE] * 8], (3, 3), id="none has it"),
+        pytest.param(PIXTRAL, [IMAGE] * 8, (0, 4), id="empty"),
+        pytest.param(UNKNOWN[0], [*[IMAGE] * 4, 1, *[IMAGE] * 4], (2, 2), id="tiles or pictures"),
+    ],
+)
+def test_a_grid_that_need_not_be_that_of_each_picture_is_refused(config: Any, row: list[int], grid: Any) -> None:
+    with pytest.raises(ValueError, match=r"^grid: expected .*got \(\d, \d\)"):
+        heatmap(config, inputs_of(row), 1, grid)
+
+
+def test_pictures_of_a_pixtral_tower_are_not_of_one_size() -> None:
+    with pytest.raises(ValueError, match="where a picture of LlavaConfig ends"):
+        image_ids(PIXTRAL, inputs_of([IMAGE] * 4), [2])
+    with pytest.raises(ValueError, match="where a picture of LlavaConfig ends"):
+        check_separable(PIXTRAL, inputs_of([IMAGE] * 4))
 
 
 def test_a_fixed_number_is_that_of_the_tower_where_nothing_else_is_named() -> None:

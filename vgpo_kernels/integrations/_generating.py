@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vgpo_kernels.integrations._pictures import DESCRIPTIONS
+from vgpo_kernels.integrations._pictures import described
 
 
 class Prompt(NamedTuple):
@@ -121,11 +121,6 @@ def read_prompt(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> P
     ends = _setting(module, kwargs, "eos_token_id")
     end_tokens = () if ends is None else tuple(torch.as_tensor(ends).flatten().tolist())
     return Prompt(ids, end_tokens, described(kwargs))
-
-
-def described(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those arguments of a model that describe its pictures."""
-    return {name: kwargs[name] for name in DESCRIPTIONS if kwargs.get(name) is not None}
 
 
 def _setting(module: Any, kwargs: dict[str, Any], name: str) -> Any:

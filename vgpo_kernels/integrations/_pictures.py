@@ -19,7 +19,7 @@ from torch import Tensor
 from vgpo_kernels._validate import INTEGER, check_tensor
 from vgpo_kernels.integrations._visual import among, find_visual_tokens
 
-# The model's arguments that describe its pictures.
+# The model's arguments that describe its pictures, beside the pixels themselves.
 DESCRIPTIONS = ("image_grid_thw", "image_sizes")
 # Fields of configurations: the tokens before and after each picture.
 MARKS = (
@@ -50,6 +50,8 @@ FIXED_FIELDS = ("image_seq_length", "mm_tokens_per_image", "vision_soft_tokens_p
 ONE_RUN = ("internvl", "qianfan_ocr", "got_ocr2")
 # The same, but for pictures without text between them.
 MAY_TOUCH = ("llava_next", "llava_onevision", "granite4_vision")
+# A picture may be cut into tiles, whose runs of tokens look like those of pictures.
+TILED = ("idefics2", "idefics3", "smolvlm", "granite_docling", "aya_vision", "cohere2_vision", "lfm2_vl")
 
 
 class Picture(NamedTuple):
@@ -110,6 +112,13 @@ def image_ids(config: Any, inputs: Mapping[str, Any], counts: Sequence[int] | No
     return found
 
 
+def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what describes the pictures among a model's arguments, of the pixels the shape alone."""
+    found = {name: arguments[name] for name in DESCRIPTIONS if arguments.get(name) is not None}
+    pixels = arguments.get("pixel_values")
+    return found | ({"pixel_values": torch.empty_like(pixels, device="meta")} if isinstance(pixels, Tensor) else {})
+
+
 def check_separable(config: Any, inputs: Mapping[str, Any]) -> None:
     """Checks that the pictures of a family's prompts can be told apart, as `image_ids` does.
 
@@ -119,9 +128,9 @@ def check_separable(config: Any, inputs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: they cannot, with the reason.
     """
-    described = inputs.get("image_grid_thw") is not None or _row_sizes(config, inputs) is not None
-    known = (*FIXED, *ONE_RUN, *MAY_TOUCH)
-    if not (described or _marks(config) or config.model_type in known):
+    by_inputs = inputs.get("image_grid_thw") is not None or _row_sizes(config, inputs) is not None
+    by_family = _has_one_size(config) or config.model_type in (*ONE_RUN, *MAY_TOUCH)
+    if not (by_inputs or _marks(config) or by_family):
         raise UnknownPictures(_unknown(config))
 
 
@@ -139,8 +148,9 @@ def find_pictures(config: Any, inputs: Mapping[str, Any], counts: Sequence[int] 
         found = _of_grids(grids.tolist(), rows, config)
     elif sizes is not None:
         found = _dealt([Picture(0, h * w, (1, h, w)) for h, w in sizes], rows, "image_sizes")
-    elif config.model_type in FIXED:
-        found = [_of_one_size(len(row), counts[i] if counts else None, config) for i, row in enumerate(rows)]
+    elif _has_one_size(config):
+        size = _common_size(config, sum(map(len, rows)), inputs.get("pixel_values"))
+        found = [_of_one_size(len(row), counts[i] if counts else None, size, config) for i, row in enumerate(rows)]
     elif marks is not None:
         found = [_between_marks(ids[i], row, marks, config) for i, row in enumerate(rows)]
     elif config.model_type in (*ONE_RUN, *MAY_TOUCH):
@@ -176,7 +186,7 @@ def find_picture(config: Any, inputs: Mapping[str, Any], row: int, image: int, g
     except UnknownPictures as error:
         if grid is None:
             raise ValueError(f"grid: expected (height, width) of image {image} in tokens, got None: {error}") from error
-        pictures = _of_grid(_positions(config, _checked_ids(inputs))[row], grid, error)
+        pictures = _of_grid(_positions(config, _checked_ids(inputs))[row], grid, config, error)
     if not 0 <= image < len(pictures):
         raise IndexError(f"image: expected one of the sample's {len(pictures)} images, got {image}")
     picture = pictures[image]
@@ -284,9 +294,22 @@ def _between_marks(ids: Tensor, positions: list[int], marks: tuple[int, int], co
     return [Picture(begins.index(mark), begins.count(mark)) for mark in sorted(set(begins))]
 
 
-def _of_one_size(total: int, count: int | None, config: Any) -> list[Picture]:
+def _has_one_size(config: Any) -> bool:
+    vision = getattr(config, "vision_config", None)
+    return config.model_type in FIXED and getattr(vision, "model_type", None) != "pixtral"
+
+
+def _common_size(config: Any, tokens: int, pixels: Any) -> int | None:
+    """Returns how many tokens each picture of a batch has: as its pictures are counted, or its configuration says."""
+    if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.shape[0] and tokens % pixels.shape[0] == 0:
+        return tokens // pixels.shape[0] or None
+    return _fixed_number(config)
+
+
+def _of_one_size(total: int, count: int | None, size: int | None, config: Any) -> list[Picture]:
     """Returns pictures that all have the number of tokens that the family fixes."""
-    size = total // count if count and total % count == 0 else _fixed_number(config)
+    if count and total % count == 0:
+        size = total // count
     if size is None or total % size:
         raise UnknownPictures(
             f"input_ids: expected pictures of as many tokens as the configuration of {config.model_type} fixes "
@@ -338,19 +361,22 @@ def _runs(positions: list[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _of_grid(positions: list[int], grid: tuple[int, int], reason: Exception) -> list[Picture]:
+def _of_grid(positions: list[int], grid: tuple[int, int], config: Any, reason: Exception) -> list[Picture]:
     """Returns the pictures of a row that all have the grid asked for, whole or row by row.
 
     Raises:
-        ValueError: they do not all have it.
+        ValueError: they do not all have it, or may be tiles.
     """
     height, width = grid
     size, runs = height * width, _runs(positions)
-    found, used = [], 0
+    if _has_one_size(config) and len(positions) % size == 0:
+        return [Picture(first, size) for first in range(0, len(positions), size)]
+    found: list[Picture] = []
+    used = 0
     while used < len(runs):
         first, tokens = runs[used]
         whole, by_rows = tokens == size, [run[1] for run in runs[used : used + height]] == [width] * height
-        if not (whole or by_rows):
+        if not (whole or by_rows) or (config.model_type in TILED and len(runs) > 1):
             raise ValueError(
                 f"grid: expected the height and width of each of the row's pictures, whose {len(positions)} tokens are "
                 f"runs of {[run[1] for run in runs]}, got {tuple(grid)}; {reason}; what each token received is in "

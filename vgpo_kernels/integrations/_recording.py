@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from vgpo_kernels.integrations import _interface
-from vgpo_kernels.integrations._generating import FOLLOWERS, Prompt, described, follow, read_prompt, unfollow
+from vgpo_kernels.integrations._generating import FOLLOWERS, Prompt, follow, read_prompt, unfollow
 from vgpo_kernels.integrations._masks import KeyIntervals
 from vgpo_kernels.integrations._modules import Parts
-from vgpo_kernels.integrations._pictures import find_picture, lay_out
+from vgpo_kernels.integrations._pictures import described, find_picture, lay_out
 from vgpo_kernels.integrations._segments import SEGMENTS, Tokens
 from vgpo_kernels.integrations._sequence import Sequence, Wishes
 
