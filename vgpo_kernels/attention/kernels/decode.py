@@ -35,7 +35,7 @@ def padded_rows(rows: int) -> int:
 
 def merge_tiles(head: int) -> dict[str, int]:
     """Returns the tiles of the merging kernel: BLOCK_P parts are held at once."""
-    return {"BLOCK_P": 8 if head > WIDE else 16, "num_warps": 4}
+    return {"BLOCK_P": 16, "num_warps": 8 if head > WIDE else 4}
 
 
 @triton.jit(do_not_specialize=["Hkv", "group", "Lq", "Lk", "n_splits", *STRIDES, "inner", "outer"])
@@ -281,7 +281,7 @@ def compile_cases() -> list[CompileCase]:
         _compile_split("fp32", 512, 32),
         _compile_merge("bf16", 128),
         _compile_merge("fp32", 256),
-        _compile_merge("bf16", 512),
+        _compile_merge("bf16", 320),
     ]
 
 
