@@ -49,7 +49,7 @@ class Trainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.world, self.rank, self.device = distributed.world_size(), distributed.rank(), distributed.device()
-        # First, since it forks: this process is still small, and no GPU is in use.
+        # First, since it forks, and this process is still small.
         self.rewards = RewardMixer(
             dict(config.rewards.weights), accuracy=config.rewards.accuracy, timeout=config.rewards.timeout
         )

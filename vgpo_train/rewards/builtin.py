@@ -80,4 +80,4 @@ def format_reward(completion: str, _sample: Sample) -> float:
 
 
 def _normal(text: str) -> str:
-    return " ".join(tidy(text).lower().split())
+    return (tidy(text).strip("$ ") or text.strip()).lower()

@@ -14,6 +14,7 @@ from vgpo_train.rewards.quantities import close_up, same_expression, same_value
 _LONGEST = 2000  # characters of an answer that is taken apart
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)\s*[.:]?\s*(.*)|[.:](?!\d)\s*(.*))?", re.DOTALL | re.IGNORECASE)
 _CHOSEN = re.compile(r"\(?([A-J])\)?(?:\s*[,-]\s+(?!and\b|or\b)(.*)|\s+([\d\\(].*))", re.DOTALL)  # beside a lone letter
+_FURTHER = re.compile(r"(?:[,;/]|\bor\b|\band\b)\s*\(?[A-J]\s*(?:[).:]|$)")
 _MARK = f"[A-J{CIRCLED}]"
 _LETTERS = re.compile(rf"\(?{_MARK}\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s*)\(?{_MARK}\)?)+")
 _OPTION = re.compile(r"(?<![A-Za-z0-9\\])\(?([A-J])\s*[).:]\s*")
@@ -54,8 +55,12 @@ def choice_letter(text: str) -> str | None:
 def _choice(text: str) -> tuple[str | None, str]:
     """Returns letter and text of a choice."""
     match = _CHOICE.fullmatch(text)
-    said = (match.group(2) or match.group(3) or "").strip() if match else ""
-    return (match.group(1).upper(), said) if match and not _choice(said)[0] else (None, "")  # (A)(B) is no one's
+    if match is None:
+        return None, ""
+    said = (match.group(2) or match.group(3) or "").strip()
+    if _FURTHER.search(said) or _CHOICE.fullmatch(said):  # A. 5 or B. 6 and (A)(B) choose nothing
+        return None, ""
+    return match.group(1).upper(), said
 
 
 def _letters(text: str) -> list[str]:
@@ -87,7 +92,7 @@ def _same_choice(gold: str, answer: str, options: dict[str, str]) -> bool | None
     (gold_letter, gold_text), (letter, text) = _choice(gold), _choice(answer)
     if gold_letter and not gold_text and not letter:
         match = _CHOSEN.fullmatch(answer)
-        letter = match.group(1) if match and not _letters(answer) else None
+        letter = match.group(1) if match and not _letters(answer) and not _FURTHER.search(answer) else None
     if gold_letter and letter:
         return gold_letter == letter and (not gold_text or not text or _same(gold_text, text))
     if gold_letter:
@@ -124,9 +129,7 @@ def _same(gold: str, answer: str) -> bool:
         return bool(re.search("[a-z]", gold_value)) and same_expression(gold, answer)  # y = x and x = y
     if bool(gold_name) != bool(name) and "=" in gold_value + value:
         return same_expression(gold, answer)
-    if gold_name or name:
-        return same_value(gold_value, value)
-    return same_value(gold, answer)
+    return same_value(gold_value, value)
 
 
 def _same_single(one: _Parts | None, other: _Parts | None, gold: str, answer: str) -> bool:

@@ -4,7 +4,7 @@ import re
 
 _PREAMBLE = re.compile(
     r"(?:(?:so|thus|therefore|hence)\b,?\s*)?"
-    r"(?:(?:(?:the\s+)?(?:final\s+|correct\s+|right\s+)?(?:answer|option|choice|solution|result)s?)"
+    r"(?:(?:(?:the\s+)?(?:final\s+|correct\s+|right\s+)?(?:answer|option|choice|solution|result|figure|graph|statement|picture|image|diagram)s?)"
     r"(?:\s+(?:is|are))?\s*[:=]?\s*"
     r"|(?:[A-Za-z][a-z']*\s+){1,8}?(?:is|are|was|were|equals|measures)(?:\s+equal\s+to)?\s*:?\s+(?!not\b)"
     r"|(?:the\s+)?(?:points?|coordinates?|intervals?|vector)\s+(?=[(\[\\])|i\s+(?:choose|pick|select)\s+"
@@ -33,6 +33,7 @@ _PERIOD = re.compile(r"(\d{0,9})\.(\d{0,9}?)(?:\\(?:overline|bar|dot)\s*\{(\d{1,
 _FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min|gcd|lcm"
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|pi|rho|sigma|tau|phi|omega"
 _PLAIN = [
+    (re.compile(r"\\(?:approx|simeq|doteq)(?![a-z])"), "="),
     (re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE), r"\1m"),
     (re.compile(r"(?<=\d)\s+to\s+(?=\d)"), ":"),
     (re.compile(r"(?<=\d)\s*dozen(?![a-z])"), r" \\times 12 "),
@@ -68,6 +69,7 @@ _SYNONYMS = {
 _SPELLINGS = {"grey": "gray", "colour": "color", "centre": "center", "metre": "meter", "litre": "liter"}
 _KNOWN_WORDS = {"no", "up", "on", "in", "at", "by", "he", "it", "we", "us", "to", "of", "so", "ok", "go"}
 _NOT_WORDS = {*_FUNCTIONS.split("|"), *_GREEK.split("|"), "frac", "sqrt", "cdot", "times", "div", "begin", "end"}
+_OF_NUMBERS = re.compile(r"\\(?:frac|sqrt|times|cdot|div|pi|pm)(?![a-z])")
 _NAME = re.compile(
     r"((?:\\(?:angle|triangle|overline|vec|hat|bar|Delta|alpha|beta|theta|gamma|phi|omega|lambda|mu|rho|sigma)\s*)?"
     r"(?:\{?[A-Za-z]{1,4}'?\}?|[A-Za-z]{3,}(?:\s[A-Za-z]+){0,3}|(?<=[a-z]))"
@@ -136,6 +138,8 @@ def _singular(word: str) -> str:
 
 def split_name(text: str) -> tuple[str, str]:
     """Returns the name and the value of `x = 5` and of `x = 2 + 3 = 5`; no name for what is no assignment."""
+    if "=" in text and not re.search(r"[A-Za-z<>]", _OF_NUMBERS.sub("", text)):
+        return "", text.split("=")[-1].strip()  # 17/4 = 4.25
     match = _NAME.match(text)
     if not match or not text[match.end() :].strip():
         return "", text
