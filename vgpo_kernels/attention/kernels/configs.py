@@ -74,7 +74,7 @@ def mass_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: boo
         stages = 2 if amd else 3
         tiles = {"BLOCK_M": 64 if small else 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
     # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
-    return tiles | {"maxnreg": 255 if itemsize == 4 else 168} if target == "sm_100" else tiles
+    return tiles | {"maxnreg": 255} if target == "sm_100" else tiles
 
 
 @tunable(
@@ -197,17 +197,16 @@ def forward_tiles(target: str, itemsize: int, head: int) -> Tiles:
     if head > WIDE:
         return wide_heads.forward_tiles(target, itemsize)
     if itemsize == 4:
-        warps = 4 if head <= (64 if target == "sm_120" else 128) else 8
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": warps, "num_stages": 1}
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 128 else 8, "num_stages": 1}
+        # Left alone, the compiler of sm_120 spills rather than take more than 128 registers.
+        return tiles | {"maxnreg": 255} if target == "sm_120" else tiles
     queries, keys, cut = 128, 128, 64
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         queries, keys, cut = {64: (128, 64, 16), 128: (128, 32, 16)}.get(max(head, 64), (64, 16, 16))
     elif head > 128:
         queries, keys, cut = {"sm_90": (128, 64, 32), "sm_120": (64, 32, 32)}.get(target, (64, 64, 32))
-    elif target in ("sm_80", "sm_120"):
+    elif target in ("sm_80", "sm_120") or (target == "sm_100" and head == 128):
         keys, cut = 64, 32
-    elif target == "sm_100" and head == 128:
-        cut = 32
     stages = 1 if target == "gfx942" else 2
     return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
 
@@ -328,8 +327,10 @@ def queries_tiles(target: str, itemsize: int, head: int) -> Tiles:
     if head > WIDE:
         return wide_heads.queries_tiles(target, itemsize)
     if itemsize == 4:
-        warps = 4 if target == "sm_80" and head <= 64 else 8
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": warps, "num_stages": 1}
+        few = target in ("sm_80", "sm_90") and head <= 64
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if few else 8, "num_stages": 1}
+        # Left alone, the compiler of sm_90 spills rather than take more than 128 registers.
+        return tiles | {"maxnreg": 255} if few and target == "sm_90" else tiles
     queries, keys, cut, stages = (128, 64, 32, 2) if head <= 128 else (64, 32, 32, 2)
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         queries, keys, cut, stages = 64, 32 if head <= 64 else 16, 16, 1
@@ -337,6 +338,8 @@ def queries_tiles(target: str, itemsize: int, head: int) -> Tiles:
         queries, keys = (64, 32) if head <= 128 else (32, 32)
     elif target == "sm_90" and head > 128:
         queries = 128
+    elif target == "sm_80" and 64 < head <= 128:  # a wider tile of keys takes every register there is
+        keys = 32
     return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
 
 
