@@ -14,7 +14,7 @@ from PIL import Image
 
 from vgpo_train.config import load_config
 from vgpo_train.data import Columns, DataError, FieldError, PictureDataset, PromptCollator, examine, unusable
-from vgpo_train.datasets import open_datasets
+from vgpo_train.data_check import open_datasets
 from vgpo_train.model import load_processor
 
 CONFIGS = Path(__file__).resolve().parents[2] / "vgpo_train" / "configs"
