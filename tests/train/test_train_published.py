@@ -32,11 +32,6 @@ def _parquet(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
     """A folder with the two data sets of the paper, as they are downloaded."""
