@@ -17,7 +17,7 @@ from vgpo_train.batching import build_companion, with_picture
 from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable, export
 from vgpo_train.config import ConfigError, TrainConfig, save_config
 from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
-from vgpo_train.datasets import open_datasets, usable
+from vgpo_train.data_check import open_datasets, usable
 from vgpo_train.engine import build_policy, build_reference
 from vgpo_train.experience import group_advantages, kept_rows
 from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics

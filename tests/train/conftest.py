@@ -8,6 +8,14 @@ import pytest
 from vgpo_train.make_pictures import make_pictures
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copies of Parquet files go to a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a data set: 64 training and 12 held-out pictures."""

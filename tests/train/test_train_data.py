@@ -24,7 +24,7 @@ from vgpo_train.data import (
     report,
     unusable,
 )
-from vgpo_train.datasets import usable
+from vgpo_train.data_check import usable
 from vgpo_train.model import load_model, load_processor
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from vgpo_train.config import load_config
 from vgpo_train.data import Columns, DataError, FieldError, PictureDataset, PromptCollator, examine, unusable
-from vgpo_train.datasets import open_datasets
+from vgpo_train.data_check import open_datasets
 from vgpo_train.model import load_processor
 
 CONFIGS = Path(__file__).resolve().parents[2] / "vgpo_train" / "configs"
@@ -30,11 +30,6 @@ def _parquet(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
