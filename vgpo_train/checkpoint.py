@@ -19,6 +19,7 @@ _FREE_KEYS = {
     "steps",
     "epochs",
     "resume",
+    "rewards.timeout",
     "save_every",
     "keep_checkpoints",
     "eval_every",

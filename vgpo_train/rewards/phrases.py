@@ -4,7 +4,8 @@ import re
 
 _PREAMBLE = re.compile(
     r"(?:(?:so|thus|therefore|hence)\b,?\s*)?"
-    r"(?:(?:(?:the\s+)?(?:final\s+|correct\s+|right\s+)?(?:answer|option|choice|solution|result|figure|graph|statement|picture|image|diagram)s?)"
+    r"(?:(?:(?:the\s+)?(?:final\s+|correct\s+|right\s+)?"
+    r"(?:answer|option|choice|solution|result|figure|graph|statement|picture|image|diagram)s?)"
     r"(?:\s+(?:is|are))?\s*[:=]?\s*"
     r"|(?:[A-Za-z][a-z']*\s+){1,8}?(?:is|are|was|were|equals|measures)(?:\s+equal\s+to)?\s*:?\s+(?!not\b)"
     r"|(?:the\s+)?(?:points?|coordinates?|intervals?|vector)\s+(?=[(\[\\])|i\s+(?:choose|pick|select)\s+"
@@ -24,9 +25,13 @@ _NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)} | {
     word: 10 * place for place, word in enumerate(_TENS, start=2)
 }
 _NUMBER_WORDS |= {f"{ten}-{one}": 10 * t + o for t, ten in enumerate(_TENS, 2) for o, one in enumerate(_ONES[1:10], 1)}
-_COUNT = re.compile(
-    rf"({'|'.join(sorted(_NUMBER_WORDS, key=len, reverse=True))})(?=$|\s+[A-Za-z]+(?:\s+[A-Za-z]+)?$)", re.IGNORECASE
-)
+_COUNTS = "|".join(sorted(_NUMBER_WORDS, key=len, reverse=True))
+_PARTS = {
+    "third": 3, "fourth": 4, "quarter": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10,
+}  # fmt: skip
+_COUNT = re.compile(rf"({_COUNTS})(?=$|\s+[A-Za-z]+(?:\s+[A-Za-z]+)?$)", re.IGNORECASE)
+_HALF = re.compile(r"^(?:a\s+|one[- ])?half(?!\w)", re.IGNORECASE)
+_SHARE = re.compile(rf"^({_COUNTS})[- ]({'|'.join(_PARTS)})s?(?!\w)", re.IGNORECASE)  # two thirds
 _NEGATIVE = re.compile(r"^(?:negative|minus)\s+", re.IGNORECASE)
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _PERIOD = re.compile(r"(\d{0,9})\.(\d{0,9}?)(?:\\(?:overline|bar|dot)\s*\{(\d{1,9})\}|(\d{1,6}?)\4{2,9}\.\.\.)")
@@ -98,7 +103,8 @@ def without_preamble(text: str) -> str:
 
 def plain_math(text: str) -> str:
     """Returns tidy text with mathematics typed as plain text, number words and percent words as LaTeX."""
-    text = _PERIOD.sub(_fraction, text)
+    text = _HALF.sub(r"\\frac{1}{2}", _PERIOD.sub(_fraction, text))
+    text = _SHARE.sub(lambda m: rf"\frac{{{_NUMBER_WORDS[m[1].lower()]}}}{{{_PARTS[m[2].lower()]}}}", text)
     text = _NEGATIVE.sub("-", text)
     counted = _COUNT.match(text, int(text.startswith("-")))
     if counted:
