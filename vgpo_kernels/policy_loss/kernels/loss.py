@@ -190,7 +190,8 @@ def policy_loss_kernel(
         acc_low += (m_negative & (b_log_ratio < LOW)).to(tl.float32)
         acc_high += ((b_adv > 0) & (b_log_ratio > HIGH)).to(tl.float32)
         acc_dual += (m_negative & (b_log_ratio > HIGH_NEGATIVE)).to(tl.float32)
-        acc_change += k3(b_change, tl.exp(b_change))
+        if p_old is not None:
+            acc_change += k3(b_change, tl.exp(b_change))
         acc_ratio += b_ratio
         acc_logps -= b_logps
         max_ratio = tl.maximum(max_ratio, b_ratio)
