@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -175,15 +176,24 @@ def layer_count(folder: str | Path, *, trust_remote_code: bool = False) -> int |
     return getattr(config.get_text_config(), "num_hidden_layers", None)
 
 
-def end_tokens(model_folder: str, tokenizer: Any) -> list[int]:
-    """Returns the ids that end a completion: the checkpoint's generation settings', or else the tokenizer's."""
-    found: Any = None
-    if (Path(model_folder) / "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(model_folder).eos_token_id
-    found = tokenizer.eos_token_id if found is None else found
-    if found is None:
-        raise ValueError(f"{model_folder} names no end-of-sequence token")
-    return found if isinstance(found, list) else [found]
+def end_tokens(model_folder: str | Path, tokenizer: Any) -> list[int]:
+    """Returns the ids that end a completion: those that transformers' `generate` takes, or else the tokenizer's.
+
+    Args:
+        model_folder: checkpoint folder; its `generation_config.json` comes first, then its `config.json`, as a whole
+            and then the text half.
+        tokenizer: of the checkpoint.
+
+    Raises:
+        ValueError: none of them names an end-of-sequence token.
+    """
+    files = (Path(model_folder) / name for name in ("generation_config.json", "config.json"))
+    generation, config = (json.loads(file.read_text("utf-8")) if file.is_file() else {} for file in files)
+    of_config = GenerationConfig.from_model_config(config).eos_token_id
+    for found in (generation.get("eos_token_id"), of_config, tokenizer.eos_token_id):
+        if found is not None and found != []:
+            return list(found) if isinstance(found, list) else [found]
+    raise ValueError(f"model folder {str(model_folder)!r} names no end-of-sequence token")
 
 
 def image_token_id(config: Any) -> int:
