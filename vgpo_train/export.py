@@ -75,7 +75,7 @@ class Match:
         for name, entry in entries.items():
             values[places[name].flatten()] = entry.flatten()
         parts = values.split(sizes)
-        return {name: part.view(shape) for name, part, shape in zip(sources, parts, shapes, strict=True)}
+        return {name: part.view(shape).clone() for name, part, shape in zip(sources, parts, shapes, strict=True)}
 
 
 def check_exportable(model: Any, folder: str | Path) -> None:
@@ -105,7 +105,7 @@ def check_exportable(model: Any, folder: str | Path) -> None:
             continue
         sources = {name: originals[name] for name in match.sources}
         problems += [
-            f"parameter {name!r} does not hold the values of {_listed(match.sources)}"
+            f"{name!r} does not hold the values of {_listed(match.sources)}"
             for name in _different(entries, match.convert(model, sources))
         ]
         kind = (*match.patterns.values(), *(tensor.shape for tensor in sources.values()))
@@ -196,7 +196,7 @@ def match_tensors(model: Any, folder: str | Path) -> tuple[list[Match], list[str
             match.patterns[name] = pattern
     for match in matches.values():
         try:
-            match.targets = list(match.convert(model, match.sources))
+            match.targets = [name for name in match.convert(model, match.sources) if name in state]
         except Exception as error:
             raise ConfigError(
                 f"model.path: {folder}: transformers cannot convert {_listed(match.sources)}: {error}"
@@ -241,7 +241,7 @@ def _gathered(state: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor
     with GatheredParameters([state[name] for name in names if isinstance(state[name], torch.nn.Parameter)]):
         if not distributed.is_main():
             return {}
-        return {name: state[name].detach().cpu().clone() for name in names}
+        return {name: state[name].detach().to("cpu", copy=True) for name in names}
 
 
 def _different(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
@@ -254,8 +254,7 @@ def _write(folder: Path, source: Path, tensors: Mapping[str, tuple[Tensor, Tenso
     for name, (original, trained) in tensors.items():
         if trained is not None and trained.shape != original.shape:
             problems.append(f"{name!r} has the shape {tuple(trained.shape)} instead of {tuple(original.shape)}")
-        # A tensor of its own, since a safetensors file holds no views.
-        whole[name] = (original if trained is None else trained).to(original.dtype).contiguous().clone()
+        whole[name] = original.clone() if trained is None else trained.to(original.dtype).contiguous()
     if not problems:
         metadata = None
         if source.suffix == ".safetensors":

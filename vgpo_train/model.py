@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils import CHAT_TEMPLATE_DIR, is_torchvision_available
 
 from vgpo_train.config import RECORDABLE
 
@@ -125,7 +125,7 @@ def copy_processor_files(source_folder: str | Path, target_folder: str | Path) -
         target_folder: checkpoint folder that was just written; created where it is missing.
 
     Returns:
-        Names of the copied files, sorted.
+        Names of the copied files, sorted; a folder of further chat templates is copied, too.
     """
     source, target = checkpoint_folder(source_folder), Path(target_folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -133,6 +133,8 @@ def copy_processor_files(source_folder: str | Path, target_folder: str | Path) -
     for name in names:
         if (source / name).resolve() != (target / name).resolve():
             shutil.copyfile(source / name, target / name)
+    if (source / CHAT_TEMPLATE_DIR).is_dir() and source.resolve() != target.resolve():
+        shutil.copytree(source / CHAT_TEMPLATE_DIR, target / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
     return names
 
 

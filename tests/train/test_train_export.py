@@ -49,7 +49,7 @@ def test_an_export_is_the_source_with_other_values(ranks, folder, name: str) -> 
 
 
 @pytest.mark.deepspeed
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava", "glm4v_moe", "pickled, with tensors of no use"])
 def test_an_export_loads_as_what_was_trained(ranks, folder, name: str) -> None:  # noqa: ARG001
     load = AutoModelForImageTextToText.from_pretrained
     before, after = (load(folder / "exports" / name / which, dtype=torch.bfloat16) for which in ("source", "final"))
@@ -67,7 +67,7 @@ def test_what_could_not_be_exported_is_refused_after_loading(ranks, folder) -> N
             assert message.startswith(f"model.path: {folder / 'exports' / name / 'source'} could not be written back")
             assert not (folder / "exports" / name / "final").exists()
         assert "parameter 'model.language_model.norm.weight' is in no tensor" in said["without a norm"]
-        assert "parameter 'lm_head.weight' does not hold the values of" in said["tied, with another head"]
+        assert "'lm_head.weight' does not hold the values of" in said["tied, with another head"]
 
 
 @pytest.mark.deepspeed

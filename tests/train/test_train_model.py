@@ -58,6 +58,17 @@ def test_processor_files_are_copied_unchanged_and_weights_are_not(tiny_checkpoin
     assert copy_processor_files(tiny_checkpoint, tiny_checkpoint) == names, "a folder may be its own target"
 
 
+def test_further_chat_templates_are_copied(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (source / "config.json").write_text("{}")
+    for _ in range(2):
+        copy_processor_files(source, target)
+        copy_processor_files(source, source)
+    assert (target / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+
+
 def test_a_copied_checkpoint_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = load_model(tiny_checkpoint, dtype=torch.float32)
     model.save_pretrained(tmp_path)

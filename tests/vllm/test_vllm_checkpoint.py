@@ -1,7 +1,6 @@
 """vLLM reads what the driver exports: its greedy completions are those of the trained weights."""
 
-import os
-import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,12 @@ from transformers import AutoModelForImageTextToText
 
 from vgpo_train.model import load_processor
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "train"))
+
+from train_launch import REPOSITORY, WORKERS, launch
+
 vllm = pytest.importorskip("vllm")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NEW_TOKENS = 12
 
 
@@ -26,25 +28,10 @@ def trained(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathF
         pytest.skip("the driver's environment is missing: make setup")
     output = tmp_path_factory.mktemp("run")
     overrides = {"model.path": checkpoint, "data.train": pictures / "train.jsonl", "output_dir": output}
-    overrides |= {"data.test": "null", "steps": 3, "optim.lr": 0.01, "optim.warmup_updates": 0, "eval_every": 0}
-    overrides |= {
-        "rollout.prompts": 4,
-        "rollout.completions": 4,
-        "optim.update_prompts": 4,
-        "rewards.filter_equal": False,
-    }
-    command = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29613"]
-    command += ["vgpo_train/main.py", "--config", "vgpo_train/configs/quickstart.yaml", "algorithm=grpo"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    ended = subprocess.run(
-        [*map(str, command), *(f"{key}={value}" for key, value in overrides.items())],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-4000:]
+    arguments = ["--config", str(WORKERS / "tiny.yaml"), "algorithm=grpo", "optim.lr=0.01"]
+    arguments += [f"{key}={value}" for key, value in overrides.items()]
+    ended = launch(WORKERS / "train.py", *arguments, log=output.with_suffix(".log"), timeout=500, python=python)
+    assert ended.returncode == 0, ended.output[-4000:]
     return output / "final"
 
 
