@@ -261,6 +261,7 @@ def _write(folder: Path, source: Path, tensors: Mapping[str, tuple[Tensor, Tenso
             with safe_open(source, "pt") as opened:
                 metadata = opened.metadata()
         save_file(whole, folder / _safetensors_name(source.name), metadata or {"format": "pt"})
+        shutil.copymode(source, folder / _safetensors_name(source.name))  # safetensors lets the owner alone read
     return problems
 
 

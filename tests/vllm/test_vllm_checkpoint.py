@@ -28,7 +28,7 @@ def trained(checkpoint: Path, pictures: Path, tmp_path_factory: pytest.TempPathF
         pytest.skip("the driver's environment is missing: make setup")
     output = tmp_path_factory.mktemp("run")
     overrides = {"model.path": checkpoint, "data.train": pictures / "train.jsonl", "output_dir": output}
-    arguments = ["--config", str(WORKERS / "tiny.yaml"), "algorithm=grpo", "optim.lr=0.01"]
+    arguments = ["--config", str(WORKERS / "tiny.yaml"), "algorithm=grpo", "optim.lr=0.003"]
     arguments += [f"{key}={value}" for key, value in overrides.items()]
     ended = launch(WORKERS / "train.py", *arguments, log=output.with_suffix(".log"), timeout=500, python=python)
     assert ended.returncode == 0, ended.output[-4000:]
