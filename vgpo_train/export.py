@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from deepspeed.runtime.zero import GatheredParameters
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -115,7 +116,12 @@ def check_exportable(model: Any, folder: str | Path) -> None:
                 f"tensor {name!r} is not what comes out of {_listed(entries)}"
                 for name in _different(match.revert(model, entries, sources), sources)
             ]
-    _raise_together(problems, f"model.path: {folder} could not be written back as it is")
+    _raise_together(
+        problems,
+        f"model.path: {folder} could not be written back as it is",
+        f"; complete the checkpoint, correct its config.json (tie_word_embeddings, for a head of its own), or use "
+        f"another version of transformers than {transformers.__version__}",
+    )
     if unused and distributed.is_main():
         logger.warning("%s: tensors that the model does not use are exported as they are: %s", folder, _listed(unused))
 
@@ -280,12 +286,12 @@ def _safetensors_name(name: str) -> str:
     )
 
 
-def _raise_together(problems: list[str], what: str) -> None:
+def _raise_together(problems: list[str], what: str, remedy: str = "") -> None:
     """Raises ConfigError on every rank if the main one has problems."""
     told = [problems]
     dist.broadcast_object_list(told)
     if told[0]:
-        raise ConfigError(f"{what}: {_listed(told[0], shown=str)}")
+        raise ConfigError(f"{what}: {_listed(told[0], shown=str)}{remedy}")
 
 
 def _listed(items: Iterable[str], shown: Any = repr) -> str:
