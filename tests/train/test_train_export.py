@@ -12,6 +12,7 @@ from torch import Tensor
 from train_launch import WORKERS
 from transformers import AutoModelForImageTextToText
 
+from vgpo_train.config import ConfigError
 from vgpo_train.export import check_exportable, export, weight_files
 from vgpo_train.model import load_model
 
@@ -98,6 +99,18 @@ def test_a_later_export_takes_the_place_of_an_earlier_one(tmp_path: Path) -> Non
         assert torch.equal(_tensors(final)["model.norm.weight"], norm + added)
     assert {path.name for path in tmp_path.iterdir()} == {"source", "final"}
     assert {path.name for path in final.iterdir()} == {path.name for path in source.iterdir()}
+
+
+@pytest.mark.usefixtures("lone_process")
+def test_an_export_that_would_differ_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "source", *published_tensors("qwen2_vl"))
+    model = load_model(tmp_path / "source", dtype=torch.float32)
+    model.resize_token_embeddings(101)
+    with pytest.raises(
+        ConfigError, match=r"final: .* differ from .*'lm_head.weight' has the shape \(101, 32\) instead"
+    ):
+        export(model, tmp_path / "source", tmp_path / "final")
+    assert not (tmp_path / "final").exists()
 
 
 @pytest.mark.usefixtures("lone_process")
