@@ -14,12 +14,13 @@ from transformers import set_seed
 from vgpo_train import distributed
 from vgpo_train.algorithms import ScoredRollout, Weighting, build_algorithm
 from vgpo_train.batching import build_companion, with_picture
-from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable, export
+from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable
 from vgpo_train.config import ConfigError, TrainConfig, save_config
 from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
 from vgpo_train.data_check import open_datasets, usable
 from vgpo_train.engine import build_policy, build_reference
 from vgpo_train.experience import group_advantages, kept_rows
+from vgpo_train.export import export
 from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
 from vgpo_train.model import end_tokens, limit_pixels, load_processor, visual_token_ids
 from vgpo_train.plan import check_divisible, check_layers, total_steps
@@ -150,7 +151,7 @@ class Trainer:
         return collator, companion, open_datasets(data)
 
     def _finish(self, accuracy_after: float | None, seconds: float) -> dict[str, Any]:
-        export(self.engine, self.config.model.path, self.output_dir / "final")
+        export(self.engine.module, self.config.model.path, self.output_dir / "final")
         summary: dict[str, Any] = {
             "algorithm": self.config.algorithm,
             "focus_source": self.config.focus.source,

@@ -275,6 +275,10 @@ def _deepspeed_file(path: Path, content: str) -> list[str]:
             "'optimizer' is set by optim of the YAML file",
         ),
         ('{"zero_optimization": {"stage": 3}, "fp16": {}}', "'fp16' is set by model.dtype"),
+        (
+            '{"zero_optimization": {"stage": 3}, "data_types": {"grad_accum_dtype": "bf16"}}',
+            "data_types.grad_accum_dtype: expected 'fp32', got 'bf16', .*; remove it",
+        ),
     ],
 )
 def test_a_wrong_deepspeed_file_is_named(smallest: Path, tmp_path: Path, content: str, message: str) -> None:
@@ -302,6 +306,7 @@ def test_deepspeed_gets_what_the_yaml_file_says(smallest: Path, tmp_path: Path) 
     assert options["train_micro_batch_size_per_gpu"] == 3
     assert options["gradient_clipping"] == 0.5
     assert options["bf16"] == {"enabled": True}
+    assert options["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 def test_liger_on_a_cpu_is_refused(smallest: Path, monkeypatch) -> None:

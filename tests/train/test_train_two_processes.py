@@ -1,7 +1,6 @@
-"""What needs two real ZeRO-3 processes: one launch does everything (`workers/two_processes.py`), the tests judge it."""
+"""What needs two real ZeRO-3 processes: `ranks` is what they left behind (conftest.py), the tests judge it."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from train_launch import WORKERS, Finished, launch
-from train_stand_ins import PlainEngine, collator, dense_logps, eager_attention, mixed_samples, write_odd_data
+from train_launch import WORKERS
+from train_stand_ins import PlainEngine, collator, dense_logps, eager_attention, mixed_samples
 from transformers import AutoModelForImageTextToText
 
 from vgpo_kernels import VGPOConfig, policy_loss, vgpo_weights
@@ -27,37 +26,6 @@ import scenario
 pytestmark = pytest.mark.deepspeed
 
 LOSSES = tuple(scenario.LOSSES)
-
-
-@pytest.fixture(scope="module")
-def leaky_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with sampling defaults of its own."""
-    folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("leaky") / "checkpoint")
-    path = folder / "generation_config.json"
-    own = {"repetition_penalty": 30.0, "do_sample": True, "top_k": 1, "temperature": 0.01, "max_length": 3}
-    path.write_text(json.dumps(json.loads(path.read_text()) | own))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("two processes")
-
-
-@pytest.fixture(scope="module")
-def finished(folder: Path, tiny_checkpoint: Path, leaky_checkpoint: Path, pictures: Path) -> Finished:
-    write_odd_data(folder, pictures)
-    script = WORKERS / "two_processes.py"
-    paths = [str(path) for path in (folder, tiny_checkpoint, leaky_checkpoint, pictures)]
-    # A collective that one rank does not reach waits for ever: the limit is what turns a hang into a failure.
-    ended = launch(script, *paths, log=folder / "log", timeout=400)
-    assert ended.returncode == 0, ended.output[-6000:]
-    return ended
-
-
-@pytest.fixture(scope="module")
-def ranks(finished: Finished, folder: Path) -> list[dict[str, Any]]:  # noqa: ARG001
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 def _metrics(folder: Path, run: str) -> list[dict[str, Any]]:
@@ -121,6 +89,14 @@ def test_ranks_and_micro_batches_add_up_to_one_batch(ranks, tiny_checkpoint, num
     assert metrics["loss"] == pytest.approx(float(output.loss.detach()), rel=1e-4)
     assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
     assert metrics == ranks[1]["exact"]["updates"][LOSSES[number]][2], "ranks report the same"
+
+
+def test_any_number_of_micro_batches_adds_up_in_bfloat16(ranks) -> None:
+    for rank in ranks:
+        norms = rank["accumulation"]
+        assert norms.keys() == {1, 512}
+        # Each gradient is the first one's 512th, to the bit: what is left is the rounding of a sum in float32.
+        assert norms[512] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_log_probabilities_and_entropies_have_the_gradients_of_one_process(ranks, tiny_checkpoint) -> None:

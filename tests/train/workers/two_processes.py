@@ -8,6 +8,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import accumulation
+import exports
 import heads
 import parts  # noqa: F401
 import torch
@@ -302,6 +304,8 @@ SCENARIOS = {
     "unknown layer": unknown_layer,
     "refusals": refusals,
     "bad data": bad_data,
+    "exports": lambda: exports.export_families(config_of("none", "model.attn_implementation=sdpa"), FOLDER / "exports"),
+    "accumulation": lambda: accumulation.gradient_norms(config_of("none", "model.dtype=bfloat16")),
 }
 
 
