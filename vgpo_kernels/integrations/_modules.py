@@ -59,7 +59,7 @@ def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
     `get_decoder` of some families (Llama 4, BLIP-2) is a whole causal language model.
     """
     decoder: Any = model.get_decoder()
-    while decoder.get_output_embeddings() is not None:
+    while isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
         inner = decoder.get_decoder()
         if inner is decoder:
             inner = next((child for child in decoder.children() if isinstance(child, PreTrainedModel)), decoder)
