@@ -35,9 +35,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("loss_type", "level", "beta"), list(itertools.product(LOSS_TYPES, ("token", "sequence"), (0.0, 0.04)))
+    ("loss_type", "level", "beta", "weighted_kl"),
+    [
+        (loss_type, level, *kl)
+        for loss_type, level in itertools.product(LOSS_TYPES, ("token", "sequence"))
+        for kl in ((0.0, True), (0.04, False), (0.04, True))
+    ],
 )
-def test_without_weights_loss_gradients_and_metrics_are_trls(make, monkeypatch, loss_type, level, beta):
+def test_without_weights_loss_gradients_and_metrics_are_trls(make, monkeypatch, loss_type, level, beta, weighted_kl):
     options = {
         "loss_type": loss_type,
         "importance_sampling_level": level,
@@ -46,7 +51,7 @@ def test_without_weights_loss_gradients_and_metrics_are_trls(make, monkeypatch, 
         "delta": None if loss_type == "cispo" else 1.5,
         "temperature": 0.9,
         "steps_per_generation": 4,
-        "use_bias_correction_kl": False,
+        "use_bias_correction_kl": weighted_kl,
     }
     theirs, ours = make(GRPOTrainer, **options), make(trainer_options={"vgpo_config": UNWEIGHTED}, **options)
     # Two processes of like size: only the number counts tokens of all of them.
@@ -73,7 +78,7 @@ def test_without_weights_loss_gradients_and_metrics_are_trls(make, monkeypatch, 
 @pytest.mark.parametrize("shape", ["row", "token"])
 def test_the_correction_for_vllms_log_probabilities_is_trls(make, shape):
     """The factor on a token's loss, which the KL does not get; vLLM itself only generates."""
-    options = {"beta": 0.04, "use_bias_correction_kl": False, "num_iterations": 2}
+    options = {"beta": 0.04, "num_iterations": 2}
     theirs, ours = make(GRPOTrainer, **options), make(trainer_options={"vgpo_config": UNWEIGHTED}, **options)
     inputs = off_policy(batch_for(theirs))
     mask = inputs["completion_mask"]
@@ -115,9 +120,7 @@ def test_weights_come_from_the_last_states_over_whole_groups_and_enter_the_loss(
 
 
 def test_training_learns_logs_and_never_calls_the_head(make, monkeypatch, tmp_path):
-    trainer = make(
-        num_iterations=2, max_steps=3, beta=0.04, use_bias_correction_kl=False, mask_truncated_completions=False
-    )
+    trainer = make(num_iterations=2, max_steps=3, beta=0.04, mask_truncated_completions=False)
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     calls = heads_own_calls(trainer, monkeypatch)
     trainer.train()
@@ -235,7 +238,6 @@ REFUSED = {
     "adaptive entropy": ({"use_adaptive_entropy": True}, "use_adaptive_entropy: expected False, got True"),
     "off-policy mask": ({"off_policy_mask_threshold": 0.5}, r"off_policy_mask_threshold: expected None, got 0\.5"),
     "compile": ({"torch_compile": True}, "torch_compile: expected False, got True"),
-    "KL": ({"beta": 0.04}, r"use_bias_correction_kl: expected False with beta=0\.04, got True"),
     "level": ({"importance_sampling_level": "word"}, "importance_sampling_level: expected one of"),
     "cispo": ({"loss_type": "cispo"}, r"epsilon_high: expected .*'cispo', got None, .* epsilon=0\.2: set epsilon_high"),
     "ratio": ({"loss_type": "cispo", "epsilon_high": 0.3}, "epsilon_high: with loss_type 'cispo'"),

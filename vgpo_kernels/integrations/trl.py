@@ -81,6 +81,7 @@ class VGPOTrainer(GRPOTrainer):
         ValueError: an option of TRL under which weights would be dropped or the loss would be another; a model whose
             pictures are not tokens of its input; attention as the source with a model that is not set to "vgpo".
         TypeError: `vgpo_config` is no VGPOConfig; a head that is no plain linear layer.
+        RuntimeError: in training, with vLLM in this process: it completed another prompt than the one trained on.
 
     Example:
         See `docs/trl.md`: a checkpoint, pictures, rewards and a generation loop are needed.
