@@ -38,7 +38,9 @@ def keys_tiles(target: str, itemsize: int) -> Tiles:
     keys, warps = 16 if itemsize == 4 else 32, 8
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         keys, warps = 16, 16 if itemsize == 4 else 4
-    return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1}
+    tiles = {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1}
+    # Left alone, the compiler of Triton 3.6 spills on sm_80 rather than take more than 128 registers.
+    return tiles | {"maxnreg": 255} if itemsize == 4 and target == "sm_80" else tiles
 
 
 def queries_tiles(target: str, itemsize: int) -> Tiles:
