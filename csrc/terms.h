@@ -1,5 +1,5 @@
 // The terms of the policy loss on vectors of tokens: ratio, clip, KL, as in vgpo_kernels/policy_loss/terms.py.
-// Comparisons, not min and max, so that NaN stays NaN, in the gradient too; a clamp passes its gradient on at its bounds.
+// Comparisons, not min and max, so that NaN stays NaN, in the gradient, too; on its bounds a clamp passes gradients on.
 #pragma once
 #include "exp.h"
 
@@ -44,8 +44,8 @@ VGPO_INLINE F k3(F difference, F exponential) {
 // 0 where `values` is, whatever the ratio overflowed to.
 VGPO_INLINE F times(F ratio, F values) { return select(values == 0.0f, F{}, ratio * values); }
 
-// The KL to the reference of each token as it enters the loss and its derivative by logp, which holds the ratio constant
-// where the row has one: k3 of d = ref - new, clamped, times the importance ratio if settings.kl_weighted.
+// The KL to the reference of each token as it enters the loss and its derivative by logp, which holds the ratio
+// constant if the row has one: k3 of d = ref - new, clamped, times the importance ratio if settings.kl_weighted.
 VGPO_INLINE void kl_to_reference(const Settings& settings, F logp, F log_ratio, F ref_logp, bool one_a_row, F& kl,
                                  F& gradient) {
     F difference = ref_logp - logp;

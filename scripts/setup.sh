@@ -23,7 +23,12 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
 else
     # The newest build brings gigabytes of CUDA; this version has a CPU build.
     pip install --quiet torch==2.13.0
+    if ! "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+        echo "setup: the package index gave a CUDA build of torch 2.13.0; it works, and is larger than needed here" >&2
+    fi
 fi
 echo "setup: torch is there; now the package, its driver and its tools"
+# No dependency may replace that torch: another one would bring gigabytes, or not fit the GPU's driver.
+torch=$("$venv/bin/python" -c 'import torch; print(torch.__version__.partition("+")[0])')
 # DeepSpeed's build looks at the installed torch, so it is built without isolation.
-pip install --quiet --no-build-isolation --editable '.[dev]'
+pip install --quiet --no-build-isolation --editable '.[dev]' "torch==$torch"

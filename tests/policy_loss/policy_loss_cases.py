@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +106,7 @@ def config_id(config: PolicyLossConfig) -> str:
 def transcription(inputs: Inputs, config: PolicyLossConfig, num_items: float | None = None) -> tuple[Tensor, Tensor]:
     """Loss and gradient from the published formulas: a row at a time, products compared, autograd of torch."""
     logps = inputs.logps.double().requires_grad_()
-    rows = [_row_terms(inputs, logps[b], b, config) for b in range(logps.shape[0])]
+    rows = row_losses(inputs, logps, config)
     tokens = sum(row.numel() for row in rows)
     total = torch.stack([row.sum() for row in rows]).sum()
     if config.loss_type == "grpo":
@@ -118,6 +119,11 @@ def transcription(inputs: Inputs, config: PolicyLossConfig, num_items: float | N
         loss = total / max(num_items, 1)
     (gradient,) = torch.autograd.grad(loss, logps)
     return loss.detach(), gradient
+
+
+def row_losses(inputs: Inputs, logps: Tensor, config: PolicyLossConfig) -> list[Tensor]:
+    """The loss of each row's valid tokens before any average, by autograd differentiable in `logps` (B, T)."""
+    return [_row_terms(inputs, logps[b], b, config) for b in range(logps.shape[0])]
 
 
 def _row_terms(inputs: Inputs, logps: Tensor, b: int, config: PolicyLossConfig) -> Tensor:
@@ -142,14 +148,19 @@ def _row_terms(inputs: Inputs, logps: Tensor, b: int, config: PolicyLossConfig) 
             ceiling = torch.minimum(loss, -config.clip_ratio_dual * advantage)
             loss = torch.where(advantage < 0, ceiling, loss)
     if config.beta:
-        d = inputs.ref_logps[b][keep].double() - new
+        whole = inputs.ref_logps[b][keep].double() - new
+        d = whole
         if config.kl_log_ratio_limit is not None:
-            d = d.clamp(-config.kl_log_ratio_limit, config.kl_log_ratio_limit)
-        kl = d.exp() - d - 1
+            d = whole.clamp(-config.kl_log_ratio_limit, config.kl_log_ratio_limit)
+        kl = unlimited = d.exp() - d - 1
         if config.kl_limit is not None:
             kl = kl.clamp(-config.kl_limit, config.kl_limit)
         if config.kl_importance_weighted:
             kl = kl * ratio
+            if config.importance_sampling_level == "token":
+                # Multiplied out, since autograd of the product cancels terms in exp(d), too large for float64.
+                open_ = (whole == d) & (unlimited.abs() <= (config.kl_limit or math.inf))
+                kl = torch.where(open_, (inputs.ref_logps[b][keep].double() - old).exp() - ratio * (d + 1), kl)
         loss = loss + config.beta * kl
     return loss
 

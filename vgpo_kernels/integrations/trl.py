@@ -147,7 +147,7 @@ class VGPOTrainer(GRPOTrainer):
 
     def _check_model(self) -> None:
         parts = find_parts(self.model)
-        self._visual_tokens = torch.tensor(sorted(parts.image_tokens | parts.video_tokens))
+        self._visual_tokens = torch.tensor(sorted(parts.visual.all))
         if self.aux_loss_enabled:
             raise ValueError(
                 f"router_aux_loss_coef: expected 0.0, got {self.router_aux_loss_coef} (the model's own where it is not "

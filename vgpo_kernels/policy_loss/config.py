@@ -42,9 +42,8 @@ class PolicyLossConfig:
         max_completion_length: longest completion in tokens; only "dr_grpo" reads it, and needs it.
         kl_log_ratio_limit: clamps ref_logps - logps to [-limit, limit] before the KL is formed.
         kl_limit: clamps the KL of a token to [-limit, limit].
-        kl_importance_weighted: multiplies the KL of a token, after its clamps, by the importance ratio, unclipped and
-            with its gradient (TRL's `use_bias_correction_kl`, the default there): at token level the gradient is then
-            that of the reverse KL itself.
+        kl_importance_weighted: multiplies the KL of a token, after its clamps, by the importance ratio, which is not
+            clipped and has its gradient (`use_bias_correction_kl` of TRL, there True by default).
 
     Raises:
         TypeError: a number is not a number, max_completion_length not an int, or kl_importance_weighted not a bool.

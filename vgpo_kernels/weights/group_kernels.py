@@ -116,7 +116,8 @@ def weights_group_kernel(
     takes_part = tl.abs(own) < float("inf")
     low = tl.where(takes_part, low, 0.0)
     high = tl.where(takes_part, high, 0.0)
-    differ = high - low > _RESOLUTION * tl.maximum(tl.abs(low), tl.abs(high))
+    # A constant in front would make the product a constant in the interpreter of Triton 3.8.
+    differ = high - low > tl.maximum(tl.abs(low), tl.abs(high)) * _RESOLUTION
     span = tl.where(differ, high - low, 1.0)
     mean = (tl.sum(b_total, 0) / tl.maximum(members, 1).to(tl.float64) - low) / span
 

@@ -5,6 +5,8 @@ Choices were made by registers and shared memory; none has been timed yet. Candi
 """
 
 from vgpo_kernels._tuning import Tiles, listed, tunable
+from vgpo_kernels.attention.kernels import wide_heads
+from vgpo_kernels.attention.kernels.wide_heads import WIDE
 
 _MASS = "BLOCK_M BLOCK_N num_warps num_stages maxnreg"
 _FORWARD = "BLOCK_M BLOCK_N CUT_N num_warps num_stages maxnreg"
@@ -58,6 +60,8 @@ _SPLIT = "BLOCK_N num_warps num_stages"
 )
 def mass_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: bool) -> Tiles:
     """Returns the tiles for heads padded to `head`: BLOCK_M rows stay, tiles of BLOCK_N keys pass by."""
+    if head > WIDE and itemsize == 2:
+        return wide_heads.mass_tiles(target)
     amd = target == "gfx942"
     if itemsize == 4:
         tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8 if target == "sm_100" else 4, "num_stages": 2}
@@ -70,7 +74,7 @@ def mass_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: boo
         stages = 2 if amd else 3
         tiles = {"BLOCK_M": 64 if small else 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
     # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
-    return tiles | {"maxnreg": 255 if itemsize == 4 else 168} if target == "sm_100" else tiles
+    return tiles | {"maxnreg": 255} if target == "sm_100" else tiles
 
 
 @tunable(
@@ -118,6 +122,8 @@ def mass_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: boo
 )
 def column_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: bool) -> Tiles:
     """Returns the tiles for heads padded to `head`: BLOCK_N positions stay, blocks of BLOCK_M queries pass by."""
+    if head > WIDE and itemsize == 2:
+        return wide_heads.column_tiles(target)
     amd = target == "gfx942"
     small = softcap or head > 128
     if amd and softcap and head > 128:
@@ -188,18 +194,19 @@ def forward_tiles(target: str, itemsize: int, head: int) -> Tiles:
     tiles that an interval cuts are narrower, since their masks take registers, too. Single precision has no tensor
     cores: a product is unrolled, so its tiles are small.
     """
+    if head > WIDE:
+        return wide_heads.forward_tiles(target, itemsize)
     if itemsize == 4:
-        warps = 4 if head <= (64 if target == "sm_120" else 128) else 8
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": warps, "num_stages": 1}
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 128 else 8, "num_stages": 1}
+        # Left alone, the compiler of sm_120 spills rather than take more than 128 registers.
+        return tiles | {"maxnreg": 255} if target == "sm_120" else tiles
     queries, keys, cut = 128, 128, 64
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         queries, keys, cut = {64: (128, 64, 16), 128: (128, 32, 16)}.get(max(head, 64), (64, 16, 16))
     elif head > 128:
         queries, keys, cut = {"sm_90": (128, 64, 32), "sm_120": (64, 32, 32)}.get(target, (64, 64, 32))
-    elif target in ("sm_80", "sm_120"):
+    elif target in ("sm_80", "sm_120") or (target == "sm_100" and head == 128):
         keys, cut = 64, 32
-    elif target == "sm_100" and head == 128:
-        cut = 32
     stages = 1 if target == "gfx942" else 2
     return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
 
@@ -253,6 +260,8 @@ def keys_tiles(target: str, itemsize: int, head: int) -> Tiles:
     A block of 64 keys a warp group; its accumulators stay in registers, which bounds the tile of queries beside them.
     Single precision unrolls its products, so its tiles are small.
     """
+    if head > WIDE:
+        return wide_heads.keys_tiles(target, itemsize)
     if itemsize == 4:
         keys, warps = 16 if head <= 64 else 32, 4 if head <= 64 and target != "sm_80" else 8
         return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1}
@@ -315,9 +324,13 @@ def queries_tiles(target: str, itemsize: int, head: int) -> Tiles:
 
     CUT_N divides the BLOCK_N of dK and dV, to which the keys are padded.
     """
+    if head > WIDE:
+        return wide_heads.queries_tiles(target, itemsize)
     if itemsize == 4:
-        warps = 4 if target == "sm_80" and head <= 64 else 8
-        return {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": warps, "num_stages": 1}
+        few = target in ("sm_80", "sm_90") and head <= 64
+        tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if few else 8, "num_stages": 1}
+        # Left alone, the compiler of sm_90 spills rather than take more than 128 registers.
+        return tiles | {"maxnreg": 255} if few and target == "sm_90" else tiles
     queries, keys, cut, stages = (128, 64, 32, 2) if head <= 128 else (64, 32, 32, 2)
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         queries, keys, cut, stages = 64, 32 if head <= 64 else 16, 16, 1
@@ -325,6 +338,8 @@ def queries_tiles(target: str, itemsize: int, head: int) -> Tiles:
         queries, keys = (64, 32) if head <= 128 else (32, 32)
     elif target == "sm_90" and head > 128:
         queries = 128
+    elif target == "sm_80" and 64 < head <= 128:  # a wider tile of keys takes every register there is
+        keys = 32
     return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
 
 
@@ -355,13 +370,15 @@ def constants_tiles() -> Tiles:
         "gfx942": listed(_SPLIT, (16, 4, 1), (32, 4, 1), (32, 8, 1), (32, 8, 2)),
     },
 )
-def split_tiles(target: str, itemsize: int, BLOCK_R: int, unit: int) -> Tiles:
-    """Returns the tiles of keys for few queries, padded to BLOCK_R.
+def split_tiles(target: str, itemsize: int, head: int, BLOCK_R: int, unit: int) -> Tiles:
+    """Returns the tiles of keys for few queries, padded to BLOCK_R, of heads padded to `head`.
 
     The keys stream once, so what counts is bytes in flight: three tiles of 64 keys where they fit. Single precision
     unrolls its products, rows off 16 bytes have an address for each element, and masks on AMD live in scalar registers,
     so their tiles are small.
     """
+    if head > WIDE:
+        return wide_heads.split_tiles(target, itemsize, BLOCK_R)
     keys, warps, stages = 64, 8, 3
     if itemsize == 4:
         keys, warps, stages = 16, 4 if BLOCK_R == 16 else 8, 1

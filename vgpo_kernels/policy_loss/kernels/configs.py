@@ -44,13 +44,17 @@ def linear_tiles(itemsize: int, target: str, *, unit: int, softcap: bool) -> Til
     On sm_90 the product is 256 by 128: with as many elements the other way around, a row's maximum keeps too many
     registers busy, and smaller ones want more of the second-level cache than it gives.
     """
+    # tanh takes registers beside the logits: of vectors on sm_100, of scalars, where masks live, on AMD.
+    words = {"gfx942": 16, "sm_100": 64}.get(target, 128) if softcap else 128
     if itemsize == 4 or unit == 1:  # products without tensor cores, or an address an element
         columns = 16 if unit == 1 else 32
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": columns, "num_warps": 8, "num_stages": 2}
+        tiles = {"BLOCK_M": 64, "BLOCK_N": min(words, 64), "BLOCK_K": columns, "num_warps": 8, "num_stages": 2}
+        # Left alone, ptxas spills rather than take more than 128 registers.
+        return tiles if target == "gfx942" else tiles | {"maxnreg": 255}
     rows = 256 if target == "sm_90" else 128
-    words = 64 if target == "gfx942" and softcap else 128
-    stages = {"sm_90": 4, "sm_100": 4, "gfx942": 2}.get(target, 3)
-    return {"BLOCK_M": rows, "BLOCK_N": words, "BLOCK_K": 64, "num_warps": 8, "num_stages": stages}
+    # On sm_120 a wider step leaves no register beside its fragments.
+    columns, stages = {"sm_80": (64, 3), "sm_120": (32, 4), "gfx942": (64, 2)}.get(target, (64, 4))
+    return {"BLOCK_M": rows, "BLOCK_N": words, "BLOCK_K": columns, "num_warps": 8, "num_stages": stages}
 
 
 def _rows(threads: int, vectors: int, target: str) -> Tiles:

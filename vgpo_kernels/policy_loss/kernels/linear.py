@@ -86,7 +86,8 @@ def linear_logprobs_kernel(
     in_group = tl.minimum(tl.cdiv(tokens, BLOCK_M) - first_block, group)
     place = tl.program_id(0) - first_block * splits
     split = place // in_group
-    o_m = (first_block + place % in_group) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BM]
+    begin = (first_block + place % in_group) * BLOCK_M
+    o_m = begin + tl.arange(0, BLOCK_M)  # [BM]
     m_m = o_m < tokens
     b_target = tl.load(targets_ptr + o_m, mask=m_m, other=-1)  # [BM]
     b_target = tl.where((b_target >= 0) & (b_target < vocabulary), b_target, -1).to(tl.int32)
@@ -98,6 +99,7 @@ def linear_logprobs_kernel(
     p_hidden = hidden_ptr + (tl.load(offsets_ptr + o_m, mask=m_m, other=0) * UNIT)[:, None] + o_k[None, :]  # [BM, BK]
     o_w = (o_n * stride_w)[:, None] + o_k[None, :]  # [BN, BK]
     width = width_units * UNIT
+    tl.assume(width > 0)  # else the one loop below comes with a second one, for no width at all
     first = split * tiles_per_split
     last = tl.minimum(first + tiles_per_split, tl.cdiv(vocabulary, BLOCK_N))
 
@@ -105,7 +107,6 @@ def linear_logprobs_kernel(
     b_shift = tl.full([BLOCK_M], -1.0e37, tl.float32)  # [BM]
     b_total = tl.zeros([BLOCK_M], tl.float32)  # [BM]
     b_weighted = tl.zeros([BLOCK_M], tl.float32)  # [BM]
-    b_chosen = tl.zeros([BLOCK_M], tl.float32)  # [BM]
     # One loop out of two: the next tile is on its way while this one's exponentials are made.
     for tile in tl.range(first, last, flatten=True):
         start = tile * BLOCK_N
@@ -134,7 +135,9 @@ def linear_logprobs_kernel(
         # Triton 3.6 does not make one loop of two where a branch comes last.
         b_at = b_target - start  # [BM]
         if tl.max(((b_at >= 0) & (b_at < BLOCK_N)).to(tl.int32), axis=0) != 0:  # few tiles hold a target of the block
-            b_chosen += tl.sum(tl.where(b_at[:, None] == o_n[None, :], b_y, 0.0), axis=1)
+            b_chosen = tl.sum(tl.where(b_at[:, None] == o_n[None, :], b_y, 0.0), axis=1)  # [BM]
+            # Kept in registers until the end, it would make sm_90 spill.
+            tl.store(chosen_ptr + o_m, b_chosen, mask=(b_at >= 0) & (b_at < BLOCK_N))
 
         b_new = tl.maximum(b_shift, tl.max(b_y, axis=1))  # [BM]
         b_u = (b_y - b_new[:, None]) * outer  # [BM, BN]
@@ -148,14 +151,12 @@ def linear_logprobs_kernel(
         b_total = b_total * b_keep + tl.sum(b_e, axis=1)
         b_shift = b_new
 
-    o_out = split.to(tl.int64) * tokens + o_m  # [BM]
+    # From the first token's place: those of o_m are 64 bits wide, kept beside the loop for nothing else.
+    o_out = split.to(tl.int64) * tokens + begin + tl.arange(0, BLOCK_M)  # [BM]
     tl.store(shift_ptr + o_out, b_shift, mask=m_m)
     tl.store(total_ptr + o_out, b_total, mask=m_m)
     if ENTROPY:
         tl.store(weighted_ptr + o_out, b_weighted, mask=m_m)
-    # One program of all that share the token has its target.
-    m_here = (b_target >= first * BLOCK_N) & (b_target < last * BLOCK_N)
-    tl.store(chosen_ptr + o_m, b_chosen, mask=m_m & m_here)
 
 
 @triton.jit(do_not_specialize=["tokens", "splits"])

@@ -8,9 +8,9 @@ from vgpo_kernels.policy_loss import terms
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 from vgpo_kernels.policy_loss.kernels.terms import bounded_ratio, k3, kl_to_reference, surrogate, term_constants
 
-# Two tokens a thread: with four or eight, Triton 3.6 spills a register on sm_80 or sm_120.
+# One token a thread: with two or more, Triton 3.6 spills a register in more forms of the kernel.
 BLOCK = 512
-WARPS = 8
+WARPS = 16
 
 RUN_TIME = (
     "length",
@@ -86,6 +86,9 @@ def policy_loss_kernel(
     p_old = None
     if old_ptr is not None:
         p_old = old_ptr + row * old_stride_b
+    p_ref = None
+    if ref_ptr is not None:
+        p_ref = ref_ptr + row * ref_stride_b
     p_tw = None
     if tw_ptr is not None:
         p_tw = tw_ptr + row * tw_stride_b
@@ -133,9 +136,8 @@ def policy_loss_kernel(
                     o_t = start + o_tile
                     m_valid = _load_valid(p_mask, mask_stride_t, o_t, length)
                     b_logps = _load(p_logps, logps_stride_t, o_t, m_valid)
-                    b_ref = _load(ref_ptr + row * ref_stride_b, ref_stride_t, o_t, m_valid)
-                    b_log_ratio = tl.where(m_valid, row_log_ratio, 0.0)
-                    b_kl, _ = kl_to_reference(b_logps, b_log_ratio, b_ref, KL_LOG_LIMIT, KL_LIMIT, True, True)
+                    b_ref = _load(p_ref, ref_stride_t, o_t, m_valid)
+                    b_kl, _ = kl_to_reference(b_logps, row_log_ratio, b_ref, KL_LOG_LIMIT, KL_LIMIT, True, True)
                     acc_through += b_kl
                 row_gradient += BETA * tl.sum(acc_through) * row_inverse
 
@@ -166,7 +168,7 @@ def policy_loss_kernel(
         if SEQUENCE and not CISPO:
             b_grad = tl.zeros([BLOCK], tl.float32)
         if ref_ptr is not None:
-            b_ref = _load(ref_ptr + row * ref_stride_b, ref_stride_t, o_t, m_valid)
+            b_ref = _load(p_ref, ref_stride_t, o_t, m_valid)
             b_kl, b_kl_grad = kl_to_reference(
                 b_logps, b_log_ratio, b_ref, KL_LOG_LIMIT, KL_LIMIT, KL_WEIGHTED, SEQUENCE
             )
@@ -188,7 +190,8 @@ def policy_loss_kernel(
         acc_low += (m_negative & (b_log_ratio < LOW)).to(tl.float32)
         acc_high += ((b_adv > 0) & (b_log_ratio > HIGH)).to(tl.float32)
         acc_dual += (m_negative & (b_log_ratio > HIGH_NEGATIVE)).to(tl.float32)
-        acc_change += k3(b_change, tl.exp(b_change))
+        if p_old is not None:
+            acc_change += k3(b_change, tl.exp(b_change))
         acc_ratio += b_ratio
         acc_logps -= b_logps
         max_ratio = tl.maximum(max_ratio, b_ratio)
