@@ -19,13 +19,15 @@ PORT ?= $(shell $(PYTHON) -c "import socket; s = socket.socket(); s.bind(('127.0
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 READY := $(VENV)/.ready
 NATIVE := $(VENV)/.native
+# vLLM wants versions of its own.
+VLLM_VENV ?= .venv-vllm
 EXTENSION := vgpo_kernels/_csrc.abi3.so
 
-.PHONY: help setup native train test bench lint clean
+.PHONY: help setup native train test vllm-test bench lint clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-9s %s\n", $$1, $$2}'
 
 setup: $(READY) ## Make the environment in .venv.
 
@@ -58,6 +60,13 @@ $(DATA)/checkpoint/.ready: $(DATA)/pictures/.ready
 # The record says of which commit the tests were green: figures measured after it can be reported.
 test: $(NATIVE) ## Run all tests.
 	python -m pytest tests --record .tests.json
+
+$(VLLM_VENV)/.ready: scripts/setup_vllm.sh
+	scripts/setup_vllm.sh $(VLLM_VENV) $(PYTHON)
+	@touch $@
+
+vllm-test: $(VLLM_VENV)/.ready ## Run the tests with vLLM for CPUs, in an environment of their own: .venv-vllm.
+	PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python -m pytest tests/with_vllm
 
 bench: $(NATIVE) ## Run the benchmarks: RESULTS=FILE, CASES=small|paper|all.
 	@mkdir -p $(dir $(RESULTS))

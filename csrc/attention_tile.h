@@ -11,7 +11,6 @@ namespace vgpo::VGPO_TARGET {
 
 constexpr int64_t PANEL_FLOATS = 128 * 1024;  // in a block of panels: 512 KB
 constexpr int64_t MOST_PANELS = 32;           // in a block
-constexpr int64_t SUM_DEPTH = 128;            // terms of a score that are added up before they join the others
 constexpr int32_t NOWHERE = INT32_MAX;        // the position of a lane without a key: in no interval
 
 struct Attention {

@@ -44,11 +44,16 @@ inline void score_panels(float* scores, int64_t width, const float* queries, con
         with_count<TILE_VECTORS>(smaller<int64_t>(TILE_VECTORS, (width - column) / LANES), [&](auto vectors) {
             constexpr int VECTORS = decltype(vectors)::value;
             for (int64_t key = 0; key < count; key += TILE_ROWS) {
-                F tile[TILE_ROWS][VECTORS];
-                outer_products(tile, keys + key * stride, stride, 1, queries, TILE_COLUMNS, depth);
-                for (int r = 0; r < TILE_ROWS; ++r)
-                    for (int v = 0; v < VECTORS; ++v)
-                        store(scores + (key + r) * width + column + v * LANES, tile[r][v]);
+                for (int64_t d = 0; d < depth || d == 0; d += SUM_DEPTH) {
+                    F tile[TILE_ROWS][VECTORS];
+                    outer_products(tile, keys + key * stride + d, stride, 1, queries + d * TILE_COLUMNS, TILE_COLUMNS,
+                                   smaller(SUM_DEPTH, depth - d));
+                    for (int r = 0; r < TILE_ROWS; ++r)
+                        for (int v = 0; v < VECTORS; ++v) {
+                            float* score = scores + (key + r) * width + column + v * LANES;
+                            store(score, d == 0 ? tile[r][v] : load(score) + tile[r][v]);
+                        }
+                }
             }
         });
     }

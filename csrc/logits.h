@@ -129,7 +129,7 @@ void logits_loss(Floats<3> out, View<float, 2> logps, View<float, 2> entropy, Fl
                 const float logp = static_cast<float>(totals.logp(chosen));
                 *logps.at(b, t) = logp;
                 *entropy.at(b, t) = static_cast<float>(totals.entropy());
-                const float log_ratio = old_logps.present ? logp - *old_logps.view.at(b, t) : 0.0f;
+                const float log_ratio = logp - (old_logps.present ? *old_logps.view.at(b, t) : logp);
                 F loss, by_logp;
                 token_loss(settings, all(logp), all(log_ratio), all(*advantages.at(b, t)),
                            all(value_or_0(ref_logps, b, t)), ref_logps.present, loss, by_logp);

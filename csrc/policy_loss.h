@@ -67,8 +67,8 @@ inline void survey(const LossCall& call, int64_t row, float* buffer, double& tok
     }
 }
 
-// Writes loss and gradient, by row_weight, of `count` tokens from `start` on. At sequence level the surrogate's part
-// of the gradient is summed up instead.
+// Writes loss and gradient, by row_weight, of `count` tokens from `start` on. What of the gradient comes through the
+// row's ratio is summed up instead.
 inline void loss_piece(const LossCall& call, int64_t row, int64_t start, int64_t count, float row_log_ratio,
                        float row_weight, float* buffer, LossSums& sums) {
     const Settings& settings = call.settings;
@@ -98,19 +98,22 @@ inline void loss_piece(const LossCall& call, int64_t row, int64_t start, int64_t
         const F log_ratio = call.sequence ? all(row_log_ratio) : change;
         F loss, gradient;
         surrogate(settings, logp, log_ratio, advantage, loss, gradient);
+        F through_ratio{};
         if (call.sequence && !settings.cispo) {
-            lanes.gradient += select(valid, gradient, F{});
+            through_ratio = gradient;
             gradient = F{};
         }
         if (has_ref) {
             F kl, by_logp;
-            kl_to_reference(settings, logp, select(valid, load(ref + i), F{}), kl, by_logp);
-            lanes.kl += kl;
+            kl_to_reference(settings, logp, log_ratio, select(valid, load(ref + i), F{}), call.sequence, kl, by_logp);
+            lanes.kl += select(valid, kl, F{});
             if (settings.beta != 0.0f) {
                 loss += settings.beta * kl;
                 gradient += settings.beta * by_logp;
+                if (settings.kl_weighted) through_ratio += settings.beta * kl;
             }
         }
+        lanes.gradient += select(valid, through_ratio, F{});
         loss = select(valid, loss, F{});
         store_some(call.loss.at(row, start + i), loss, some, call.loss.stride[1]);
         store_some(call.gradient.at(row, start + i), select(valid, gradient * row_weight, F{}), some,
@@ -124,7 +127,7 @@ inline void loss_piece(const LossCall& call, int64_t row, int64_t start, int64_t
         lanes.low += negative & (log_ratio < settings.low);
         lanes.high += positive & (log_ratio > settings.high);
         lanes.dual += negative & (log_ratio > settings.high_negative);
-        if (has_old) lanes.change += moved - change - 1.0f;
+        if (has_old) lanes.change += k3(change, moved);
         lanes.ratio += ratio;
         lanes.proxy -= logp;
         lanes.ratio_max = select((ratio > lanes.ratio_max) | (ratio != ratio), ratio, lanes.ratio_max);
@@ -153,7 +156,7 @@ inline void loss_row(const LossCall& call, int64_t row, float* buffer) {
         loss_piece(call, row, start, smaller(LOSS_PIECE, length - start), static_cast<float>(log_ratio * inverse),
                    static_cast<float>(row_weight), buffer, sums);
     // A row with one ratio, the mean of its tokens': each of them moves it by an equal share.
-    if (call.sequence && !call.settings.cispo)
+    if (call.sequence && (!call.settings.cispo || call.settings.kl_weighted))
         add_to_row(call, row, static_cast<float>(sums.gradient * inverse * row_weight));
     const double columns[LOSS_COLUMNS] = {sums.loss * row_weight, sums.tokens, sums.low,   sums.high,  sums.dual,
                                           sums.change,            sums.kl,     sums.ratio, sums.proxy, sums.ratio_max};

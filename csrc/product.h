@@ -10,6 +10,8 @@ constexpr int TILE_VECTORS = 3;
 constexpr int TILE_COLUMNS = TILE_VECTORS * LANES;
 constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;
 
+constexpr int64_t SUM_DEPTH = 128;  // terms of a score that are added up before they join the others
+
 struct Tile {
     F at[TILE_ROWS][TILE_VECTORS];
 };

@@ -16,12 +16,12 @@ void policy_loss(View<float, 2> loss, View<float, 2> gradient, View<float, 2> ro
                  bool sequence, bool row_mean, int64_t threads);
 
 // Token weights, normalized scores and gate (rows, tokens), trajectory weights and scores (rows), as `weights` of
-// vgpo_kernels/weights/reference.py. `options` as in weights.h; `visual`: rows with a visual token, None: all;
+// vgpo_kernels/weights/reference.py. `options` as in weights.h; `visual`: rows with a visual token;
 // `negative`: rows whose strength is multiplied by an option, None: none. The score of a row with a focus that is not
 // finite is NaN, and other results are then of no meaning.
 void weights(View<float, 2> token, View<float, 1> trajectory, View<float, 2> normalized, View<uint8_t, 2> gate,
              View<float, 1> score, Floats<2> focus, View<uint8_t, 2> mask, View<int64_t, 1> groups,
-             Maybe<View<uint8_t, 1>> visual, Maybe<View<uint8_t, 1>> negative, View<double, 1> options, double strength,
+             View<uint8_t, 1> visual, Maybe<View<uint8_t, 1>> negative, View<double, 1> options, double strength,
              int64_t threads);
 
 // out (B, Hq, Lq, S) = sums, by segment, of the probabilities exp(score - lse) of the keys in [key_start, key_end) of a

@@ -48,14 +48,15 @@ struct WeightsCall {
     WeightOptions options;
     Floats<2> focus;
     View<uint8_t, 2> mask;
-    Maybe<View<uint8_t, 1>> visual, negative;
+    View<uint8_t, 1> visual;
+    Maybe<View<uint8_t, 1>> negative;
     double strength;
     float batch_low, batch_high;
     View<float, 2> token, normalized;
     View<uint8_t, 2> gate;
     View<float, 1> score;
 
-    VGPO_INLINE bool sees(int64_t row) const { return !visual.present || *visual.view.at(row) != 0; }
+    VGPO_INLINE bool sees(int64_t row) const { return *visual.at(row) != 0; }
     VGPO_INLINE double strength_of(int64_t row) const {
         return negative.present && *negative.view.at(row) != 0 ? strength * options.negative_strength : strength;
     }
@@ -338,7 +339,7 @@ inline double weigh_row(const WeightsCall& call, int64_t row, float* buffer) {
 
 void weights(View<float, 2> token, View<float, 1> trajectory, View<float, 2> normalized, View<uint8_t, 2> gate,
              View<float, 1> score, Floats<2> focus, View<uint8_t, 2> mask, View<int64_t, 1> groups,
-             Maybe<View<uint8_t, 1>> visual, Maybe<View<uint8_t, 1>> negative, View<double, 1> options, double strength,
+             View<uint8_t, 1> visual, Maybe<View<uint8_t, 1>> negative, View<double, 1> options, double strength,
              int64_t threads) {
     const int64_t rows = focus.size[0], length = focus.size[1];
     expect_size("token", token, {rows, length});

@@ -47,7 +47,7 @@ def with_picture(prompts: PromptBatch, companion: PromptBatch) -> PromptBatch:
     """Returns the prompts, followed by the companion where none of them has a picture."""
     if any(prompts.images_per_row):
         return prompts
-    return PromptBatch(prompts.samples + companion.samples, prompts.rows + companion.rows, companion.pad_values)
+    return prompts + companion
 
 
 def micro_batches(

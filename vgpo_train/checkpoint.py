@@ -1,4 +1,4 @@
-"""Saving and resuming a run, and exporting a checkpoint that `from_pretrained` loads."""
+"""Saving and resuming a run."""
 
 import json
 import os
@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from deepspeed.runtime.zero import GatheredParameters
 
 from vgpo_train import distributed
 from vgpo_train.config import ConfigError, TrainConfig
-from vgpo_train.model import copy_processor_files
 
 # What may differ between a run and its continuation; everything else decides what is learnt.
 _FREE_KEYS = {
     "steps",
     "epochs",
     "resume",
+    "rewards.timeout",
     "save_every",
     "keep_checkpoints",
     "eval_every",
@@ -99,24 +98,6 @@ def check_resumable(state: RunState, config: TrainConfig) -> None:
         )
 
 
-def export(engine: Any, source_folder: str, target_folder: Path) -> None:
-    """Writes the policy as a checkpoint folder for `from_pretrained`, with the processor it came with."""
-    state = {}
-    for name, parameter in engine.module.named_parameters():
-        # One at a time, so that no rank ever holds the whole model on its device.
-        with GatheredParameters(parameter):
-            if distributed.is_main():
-                state[name] = parameter.detach().cpu().clone()
-    if distributed.is_main():
-        state |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in _persistent(engine)}
-        engine.module.save_pretrained(target_folder, state_dict=state)
-        copy_processor_files(source_folder, target_folder)
-        generation = Path(source_folder) / "generation_config.json"
-        if generation.is_file():
-            shutil.copyfile(generation, target_folder / generation.name)
-    dist.barrier()
-
-
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON as `write_text` writes text."""
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -135,7 +116,3 @@ def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in options.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _persistent(engine: Any) -> set[str]:
-    return set(engine.module.state_dict(keep_vars=True))

@@ -10,8 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import SchedulerType
+from yaml import YAMLError
 
 from vgpo_kernels import PolicyLossConfig, VGPOConfig
+from vgpo_train.data.columns import Columns
 
 
 @dataclass
@@ -28,15 +30,17 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Prompts with pictures: JSONL or Parquet rows {problem, answer, images}."""
+    """Prompts with pictures: rows {problem, answer, images} of JSONL or Parquet files."""
 
-    train: str = "???"
-    test: str | None = None
+    train: Any = "???"  # a file, a folder, a glob, or a list of these
+    test: Any = None
     test_limit: int | None = None
+    columns: Any = "auto"  # auto | virl39k | mmk12 | a mapping such as {problem: question, images: figures}
+    test_columns: Any = None  # None: as `columns`
     system_prompt: str | None = None
     suffix: str | None = None  # appended to every problem, such as how to format the answer
     max_prompt_length: int = 4096
-    overlong: str = "refuse"  # longer prompts, found before the first step: refuse | drop
+    invalid: str = "refuse"  # rows that cannot be used, all found before the first step: refuse | drop
     min_pixels: int | None = None  # of a picture after resizing; None: what the checkpoint's processor says
     max_pixels: int | None = None
 
@@ -62,6 +66,7 @@ class RewardConfig:
 
     weights: dict[str, float] = field(default_factory=dict)
     accuracy: str = "???"  # the reward that counts as being right, also on the held-out split
+    timeout: float = 5.0  # seconds that one reward may take for one completion; then it counts as failed
     normalize_std: bool = True  # divide a group's advantages by its standard deviation
     filter_equal: bool = True  # drop groups whose rewards are all equal
     filter_accuracy: tuple[float, float] | None = None  # keep groups with low < mean accuracy < high
@@ -90,7 +95,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     update_prompts: int = 128  # prompts per optimizer step, over all ranks
     micro_batch: int = 4  # rows in one forward and backward on a rank
-    memory_budget_mb: float | None = None  # of logits and their gradient in an update; None: 512 on a GPU, 128 on a CPU
+    memory_budget_mb: float | None = None  # of logits and their gradient in an update; None: 512 on a GPU, 108 on a CPU
 
     def memory_budget(self) -> int | None:
         """Returns the budget in bytes."""
@@ -150,6 +155,7 @@ _POSITIVE = (
     "optim.update_prompts",
     "optim.micro_batch",
     "optim.memory_budget_mb",
+    "rewards.timeout",
     "steps",
     "epochs",
     "save_every",
@@ -168,6 +174,7 @@ _AT_LEAST = {
 }
 
 
+_REPLACED = {"data.overlong": "data.invalid (refuse | drop), for all rows that cannot be used"}
 RECORDABLE = "vgpo"  # the model.attn_implementation whose attention the scoring pass records
 
 
@@ -223,19 +230,29 @@ def _overrides(arguments: list[str]) -> DictConfig:
     for argument in arguments:
         if "=" not in argument:
             raise ConfigError(f"expected key=value, got {argument!r}")
+        try:
+            OmegaConf.from_dotlist([argument])
+        except YAMLError as error:
+            key, _, value = argument.partition("=")
+            raise ConfigError(
+                f"{key}: expected a value that YAML reads, got {value}; in quotes it is text: '{key}=\"{value}\"'"
+            ) from error
     return OmegaConf.from_dotlist(arguments)
 
 
 def _replaced_mappings(arguments: list[str]) -> list[str]:
     """Returns the mappings that are given whole, such as `rewards.weights={...}`: nothing of the file's stays."""
     keys = {argument.partition("=")[0] for argument in arguments}
-    return [mapping for mapping in ("rewards.weights", "vgpo", "loss") if mapping in keys]
+    mappings = ("rewards.weights", "vgpo", "loss", "data.columns", "data.test_columns")
+    return [mapping for mapping in mappings if mapping in keys]
 
 
 def _check_keys(layer: DictConfig, schema: DictConfig, origin: str, prefix: str = "") -> None:
-    free = {"vgpo", "loss", "weights"}  # mappings whose keys their own users check
+    free = {"vgpo", "loss", "weights", "columns", "test_columns"}  # mappings whose keys their own users check
     for key in layer:
         known = [str(k) for k in schema]
+        if f"{prefix}{key}" in _REPLACED:
+            raise ConfigError(f"{origin}: {prefix}{key} is now {_REPLACED[f'{prefix}{key}']}")
         if key not in known:
             raise ConfigError(f"{origin}: {prefix}{key}: no such option{nearest(str(key), known)}")
         child, expected = layer._get_node(key), schema._get_node(key)
@@ -266,6 +283,7 @@ def _check(config: TrainConfig) -> None:
     _check_choices(config)
     _check_ranges(config)
     _check_focus(config)
+    _check_data(config)
     for build in (config.vgpo_config, config.loss_config):
         try:
             build()
@@ -288,7 +306,7 @@ def _check_choices(config: TrainConfig) -> None:
         "model.dtype": (config.model.dtype, ("float32", "bfloat16")),
         "model.liger": (config.model.liger, ("auto", "on", "off")),
         "rollout.gather": (config.rollout.gather, ("auto", "always", "never")),
-        "data.overlong": (config.data.overlong, ("refuse", "drop")),
+        "data.invalid": (config.data.invalid, ("refuse", "drop")),
         "focus.source": (config.focus.source, ("similarity", "attention")),
         "optim.schedule": (config.optim.schedule, tuple(kind.value for kind in SchedulerType)),
         "resume": (config.resume, ("no", "auto")),
@@ -331,6 +349,19 @@ def _check_focus(config: TrainConfig) -> None:
             f"model.attn_implementation: expected {RECORDABLE!r} with focus.source=attention, "
             f"got {config.model.attn_implementation!r}, whose attention cannot be recorded"
         )
+
+
+def _check_data(config: TrainConfig) -> None:
+    for key, source in (("data.train", config.data.train), ("data.test", config.data.test)):
+        parts = source if isinstance(source, list) else [source]
+        if not (key == "data.test" and source is None) and not (parts and all(isinstance(p, str) and p for p in parts)):
+            raise ConfigError(f"{key}: expected a file, a folder, a glob or a list of these, got {source!r}")
+    for key, columns in (("data.columns", config.data.columns), ("data.test_columns", config.data.test_columns)):
+        if columns is not None or key == "data.columns":
+            try:
+                Columns(columns)
+            except ValueError as error:
+                raise ConfigError(f"{key}: {error}") from error
 
 
 def _value(config: TrainConfig, key: str) -> Any:

@@ -1,11 +1,21 @@
 """The few collectives the driver needs, over whatever backend DeepSpeed started."""
 
 import os
-from typing import Any
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vgpo_train.config import ConfigError
+
+T = TypeVar("T")
+
+
+class RankError(ConfigError):
+    """Something failed on some rank; every rank raises it, with the words of those that failed."""
 
 
 def rank() -> int:
@@ -42,6 +52,29 @@ def gather_lists(own: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, own)
     return [item for part in parts for item in part]
+
+
+def together(work: Callable[[], T]) -> T:
+    """Runs `work`, which has no collective, on every rank; where it fails on one, no rank goes on without it.
+
+    Returns:
+        What it returned on this rank.
+
+    Raises:
+        RankError: bad input, such as a file that is missing on one machine, was found by some rank.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except (ImportError, OSError, ValueError) as raised:  # ConfigError and DataError are ValueErrors
+        error = raised
+    said = gather_lists([None if error is None else (socket.gethostname(), str(error))])
+    messages = {text for _, text in filter(None, said)}
+    if not messages:
+        return result  # type: ignore[return-value]
+    if len(messages) == 1 and None not in said:
+        raise RankError(messages.pop()) from error
+    raise RankError("\n".join(f"rank {n} on {one[0]}: {one[1]}" for n, one in enumerate(said) if one)) from error
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:

@@ -13,6 +13,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from vgpo_train import distributed
 from vgpo_train.config import ConfigError, ModelConfig, TrainConfig
+from vgpo_train.export import check_exportable
 from vgpo_train.model import load_model
 
 _OWNED = {  # DeepSpeed keys that follow from the YAML file, with the option that sets them
@@ -25,6 +26,8 @@ _OWNED = {  # DeepSpeed keys that follow from the YAML file, with the option tha
     "bf16": "model.dtype",
     "fp16": "model.dtype (float32 or bfloat16)",
 }
+# Micro-batches are summed in float32: in bfloat16, a sum of 512 equal gradients is a quarter short.
+_ACCUMULATION = "grad_accum_dtype"
 
 
 def start_distributed() -> None:
@@ -58,6 +61,12 @@ def deepspeed_options(config: TrainConfig) -> dict[str, Any]:
     for key, owner in _OWNED.items():
         if key in options:
             raise ConfigError(f"deepspeed: {path}: {key!r} is set by {owner} of the YAML file; remove it")
+    data_types = options.get("data_types", {})
+    if data_types.get(_ACCUMULATION, "fp32") != "fp32":
+        raise ConfigError(
+            f"deepspeed: {path}: data_types.{_ACCUMULATION}: expected 'fp32', got {data_types[_ACCUMULATION]!r}, in "
+            "which gradients of many micro-batches do not add up; remove it"
+        )
     stage = options.get("zero_optimization", {}).get("stage")
     if stage != 3:
         raise ConfigError(f"deepspeed: {path}: expected zero_optimization.stage 3, got {stage!r}")
@@ -67,6 +76,7 @@ def deepspeed_options(config: TrainConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.max_grad_norm,
         "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "data_types": data_types | {_ACCUMULATION: "fp32"},
     }
 
 
@@ -78,7 +88,8 @@ def build_policy(config: TrainConfig, total_updates: int) -> Any:
         total_updates: optimizer steps of the whole run, for the learning-rate schedule.
     """
     options = deepspeed_options(config)
-    model = _load_sharded(config.model, options)
+    model = load_sharded(config.model, options)
+    check_exportable(model, config.model.path)
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = _optimizer(config, model, options)
@@ -96,14 +107,14 @@ def build_policy(config: TrainConfig, total_updates: int) -> Any:
 def build_reference(config: TrainConfig) -> Any:
     """Returns the DeepSpeed engine around the frozen starting model, sharded like the policy."""
     options = deepspeed_options(config)
-    model = _load_sharded(config.model, options)
+    model = load_sharded(config.model, options)
     model.requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, config=options)
     engine.eval()
     return engine
 
 
-def _load_sharded(config: ModelConfig, options: dict[str, Any]) -> Any:
+def load_sharded(config: ModelConfig, options: dict[str, Any]) -> Any:
     keep_alive = HfDeepSpeedConfig(options)  # from_pretrained shards while it loads as long as this lives
     model = load_model(
         config.path,

@@ -28,10 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == "0":  # every rank reads the same file
             print(f"error: {error}", file=sys.stderr)
         return 2
-    return _train(config, rank)
+    return _train(config)
 
 
-def _train(config: TrainConfig, rank: str) -> int:
+def _train(config: TrainConfig) -> int:
     if "RANK" not in os.environ:
         print("error: start it with: deepspeed vgpo_train/main.py --config FILE [key=value ...]", file=sys.stderr)
         return 2
@@ -44,16 +44,19 @@ def _train(config: TrainConfig, rank: str) -> int:
     from vgpo_train.trainer import Trainer
 
     start_distributed()
+    status = 0
     try:
         summary = Trainer(config).run()
-    except (ConfigError, DataError, FileNotFoundError) as error:
-        # Files may be missing on one machine only, so each rank speaks for itself.
-        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        return 2
+    except (ConfigError, DataError) as error:  # every rank raises the same
+        status, message = 2, f"error: {error}"
+    else:
+        message = f"results in {config.output_dir}: {summary}"
     if distributed.is_main():
-        print(f"results in {config.output_dir}: {summary}")
+        print(message, file=sys.stderr if status else sys.stdout, flush=True)
+    # The launcher ends all ranks once one has left with an error: none leaves before the main one has spoken.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils import CHAT_TEMPLATE_DIR, is_torchvision_available
 
 from vgpo_train.config import RECORDABLE
 
@@ -124,7 +125,7 @@ def copy_processor_files(source_folder: str | Path, target_folder: str | Path) -
         target_folder: checkpoint folder that was just written; created where it is missing.
 
     Returns:
-        Names of the copied files, sorted.
+        Names of the copied files, sorted; a folder of further chat templates is copied, too.
     """
     source, target = checkpoint_folder(source_folder), Path(target_folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -132,6 +133,8 @@ def copy_processor_files(source_folder: str | Path, target_folder: str | Path) -
     for name in names:
         if (source / name).resolve() != (target / name).resolve():
             shutil.copyfile(source / name, target / name)
+    if (source / CHAT_TEMPLATE_DIR).is_dir() and source.resolve() != target.resolve():
+        shutil.copytree(source / CHAT_TEMPLATE_DIR, target / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
     return names
 
 
@@ -175,28 +178,24 @@ def layer_count(folder: str | Path, *, trust_remote_code: bool = False) -> int |
     return getattr(config.get_text_config(), "num_hidden_layers", None)
 
 
-def end_tokens(model_folder: str, tokenizer: Any) -> list[int]:
-    """Returns the ids that end a completion: the checkpoint's generation settings', or else the tokenizer's."""
-    found: Any = None
-    if (Path(model_folder) / "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(model_folder).eos_token_id
-    found = tokenizer.eos_token_id if found is None else found
-    if found is None:
-        raise ValueError(f"{model_folder} names no end-of-sequence token")
-    return found if isinstance(found, list) else [found]
+def end_tokens(model_folder: str | Path, tokenizer: Any) -> list[int]:
+    """Returns the ids that end a completion: those that transformers' `generate` takes, or else the tokenizer's.
 
-
-def image_token_id(config: Any) -> int:
-    """Return the id of the token that stands for a piece of a picture, from a model configuration.
+    Args:
+        model_folder: checkpoint folder; its `generation_config.json` comes first, then its `config.json`, as a whole
+            and then the text half.
+        tokenizer: of the checkpoint.
 
     Raises:
-        ValueError: the configuration names no such token.
+        ValueError: none of them names an end-of-sequence token.
     """
-    for field in ("image_token_id", "image_token_index"):
-        token = getattr(config, field, None)
-        if token is not None:
-            return int(token)
-    raise ValueError(f"{type(config).__name__} names no image token (image_token_id or image_token_index)")
+    files = (Path(model_folder) / name for name in ("generation_config.json", "config.json"))
+    generation, config = (json.loads(file.read_text("utf-8")) if file.is_file() else {} for file in files)
+    of_config = GenerationConfig.from_model_config(config).eos_token_id
+    for found in (generation.get("eos_token_id"), of_config, tokenizer.eos_token_id):
+        if found is not None and found != []:
+            return list(found) if isinstance(found, list) else [found]
+    raise ValueError(f"model folder {str(model_folder)!r} names no end-of-sequence token")
 
 
 def visual_token_ids(config: Any, processor: Any = None) -> list[int]:
@@ -222,26 +221,6 @@ def visual_token_ids(config: Any, processor: Any = None) -> list[int]:
     unknown = getattr(tokenizer, "unk_token_id", None)
     found.discard(unknown if unknown is not None else -1)
     return sorted(found)
-
-
-def image_token_mask(input_ids: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return which positions hold picture or video tokens.
-
-    Args:
-        input_ids: (B, L) token ids.
-        config: model configuration.
-
-    Returns:
-        (B, L) bool.
-
-    Raises:
-        ValueError: the configuration names no image token.
-    """
-    mask = input_ids == image_token_id(config)
-    for field in ("video_token_id", "video_token_index"):
-        for token in _as_ids(getattr(config, field, None)):
-            mask = mask | (input_ids == token)
-    return mask
 
 
 def _class_with_video_half(path: Path, options: dict[str, Any]) -> type | None:

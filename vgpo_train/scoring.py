@@ -9,13 +9,18 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import visual_focus_score
-from vgpo_kernels.integrations.transformers import model_logprobs, record_visual_attention
+from vgpo_kernels.integrations.transformers import (
+    check_separable,
+    image_ids,
+    model_logprobs,
+    record_visual_attention,
+    visual_token_mask,
+)
 from vgpo_train import policy
 from vgpo_train.algorithms import SEGMENTS
 from vgpo_train.batching import micro_batches
 from vgpo_train.config import RECORDABLE, ConfigError, TrainConfig
 from vgpo_train.data import PromptBatch
-from vgpo_train.model import image_token_mask
 from vgpo_train.rollout import Completions
 
 
@@ -50,14 +55,14 @@ class Scorer:
         wants_focus: score focus from both sources, attention where it can be recorded.
 
     Raises:
-        ConfigError: the policy's output head is none that can be stood in for, or its attention cannot be recorded,
-            though `model.attn_implementation` says so.
+        ConfigError: the policy's output head is none that can be stood in for; its attention cannot be recorded,
+            though `model.attn_implementation` says so; or its pictures cannot be told apart for `focus.per_image`.
     """
 
     def __init__(
         self, config: TrainConfig, engine: Any, reference: Any | None, companion: PromptBatch, *, wants_focus: bool
     ) -> None:
-        check_head(engine, companion)
+        check_head(engine, companion, hidden_states=wants_focus)
         self.engine = engine
         self.reference = reference
         self.companion = companion
@@ -65,6 +70,8 @@ class Scorer:
         self.temperature = config.rollout.temperature
         self.wants_focus = wants_focus
         self.per_image = config.focus.per_image
+        if wants_focus and self.per_image:
+            check_pictures(engine, companion)
         records = wants_focus and config.model.attn_implementation == RECORDABLE
         self.layers = config.focus.layers if records else None
         if self.layers is not None:
@@ -96,6 +103,7 @@ class Scorer:
                 temperature=self.temperature,
                 wants_focus=self.wants_focus,
                 per_image=self.per_image,
+                images_per_row=batch.prompts.images_per_row,
                 layers=self.layers,
             )
             scores.put(batch.rows, part)
@@ -116,7 +124,7 @@ def focus_of(source: str, similarity: Tensor | None, attention: Tensor | None) -
 
 
 @torch.no_grad()
-def check_head(engine: Any, companion: PromptBatch) -> None:
+def check_head(engine: Any, companion: PromptBatch, *, hidden_states: bool = False) -> None:
     """Raises ConfigError, with the reason, where this policy's log-probabilities cannot be had without logits.
 
     It runs a small forward, which shows what the model does with logits after its head.
@@ -124,12 +132,26 @@ def check_head(engine: Any, companion: PromptBatch) -> None:
     Args:
         engine: the policy.
         companion: what the forward takes; its last token stands for a completion.
+        hidden_states: the last hidden states have to be at hand, too.
     """
     inputs = companion.tensors(device=engine.device)
     try:
-        model_logprobs(engine, inputs, prompt_length=inputs["input_ids"].shape[1] - 1)
+        model_logprobs(engine, inputs, prompt_length=inputs["input_ids"].shape[1] - 1, hidden_states=hidden_states)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.path: {error}") from error
+
+
+def check_pictures(engine: Any, companion: PromptBatch) -> None:
+    """Raises ConfigError, with the reason, where several pictures of a prompt cannot be told apart.
+
+    Args:
+        engine: the policy.
+        companion: a prompt with a picture, which shows what the model gets with one.
+    """
+    try:
+        check_separable(engine.module.config, companion.tensors(device=engine.device))
+    except ValueError as error:
+        raise ConfigError(f"focus.per_image: {error}; leave it out for one prototype of all pictures") from error
 
 
 @torch.no_grad()
@@ -161,6 +183,7 @@ def score(
     temperature: float,
     wants_focus: bool,
     per_image: bool,
+    images_per_row: list[int] | None = None,
     layers: str | list[int] | None = None,
 ) -> Scores:
     """Scores the rows of one forward: the log-probabilities that updates start from, and where the policy looks.
@@ -173,6 +196,7 @@ def score(
         temperature: the rollout's.
         wants_focus: compute the visual focus score.
         per_image: score against each image on its own and take the maximum.
+        images_per_row: how many pictures each prompt has; None leaves it to the model's inputs and family.
         layers: whose attention is recorded in the same forward, as `focus.layers` says; None records none.
     """
     length = prompts["input_ids"].shape[1]
@@ -190,10 +214,12 @@ def score(
     ref_logps = None
     if reference is not None:
         ref_logps = policy.logprobs(reference, prompts, completions, temperature=temperature).logps
-    prompt_mask = image_token_mask(prompts["input_ids"], engine.module.config)
+    config = engine.module.config
+    prompt_mask = visual_token_mask(config, prompts["input_ids"])
     focus = None
     if wants_focus:
-        focus = _focus(output.hidden_states, prompt_mask, completions.mask, per_image)
+        images = image_ids(config, prompts, images_per_row) if per_image else None
+        focus = _focus(output.hidden_states, prompt_mask, completions.mask, images)
     return Scores(output.logps, output.entropy, ref_logps, focus, attention, prompt_mask.any(1))
 
 
@@ -208,15 +234,9 @@ def _mass(record: Any, mask: Tensor) -> Tensor:
     return record.mass.mean(0).masked_fill(~mask[..., None], 0.0)
 
 
-def _focus(hidden_states: Tensor, prompt_visual: Tensor, mask: Tensor, per_image: bool) -> Tensor:
+def _focus(hidden_states: Tensor, prompt_visual: Tensor, mask: Tensor, images: Tensor | None) -> Tensor:
     visual = torch.cat([prompt_visual, torch.zeros_like(mask)], dim=1)
     completion = torch.cat([torch.zeros_like(prompt_visual), mask], dim=1)
-    images = image_ids(visual) if per_image else None
+    if images is not None:
+        images = torch.cat([images, images.new_full(mask.shape, -1)], dim=1)
     return visual_focus_score(hidden_states, visual, completion, image_ids=images)[:, prompt_visual.shape[1] :]
-
-
-def image_ids(visual_mask: Tensor) -> Tensor:
-    """Returns (B, L) int64: the number of the run of visual tokens a position is in, -1 outside."""
-    before = torch.nn.functional.pad(visual_mask[:, :-1], (1, 0))
-    starts = visual_mask & ~before
-    return torch.where(visual_mask, starts.long().cumsum(1) - 1, -1)

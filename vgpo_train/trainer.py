@@ -1,6 +1,5 @@
 """The training loop: rollouts, rewards, scores, weights, updates, metrics, checkpoints."""
 
-import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -15,19 +14,13 @@ from transformers import set_seed
 from vgpo_train import distributed
 from vgpo_train.algorithms import ScoredRollout, Weighting, build_algorithm
 from vgpo_train.batching import build_companion, with_picture
-from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable, export
+from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable
 from vgpo_train.config import ConfigError, TrainConfig, save_config
-from vgpo_train.data import (
-    PictureDataset,
-    PromptBatch,
-    PromptCollator,
-    PromptTooLong,
-    Sample,
-    epoch_order,
-    overlong,
-)
+from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
+from vgpo_train.data_check import open_datasets, usable
 from vgpo_train.engine import build_policy, build_reference
 from vgpo_train.experience import group_advantages, kept_rows
+from vgpo_train.export import export
 from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
 from vgpo_train.model import end_tokens, limit_pixels, load_processor, visual_token_ids
 from vgpo_train.plan import check_divisible, check_layers, total_steps
@@ -36,8 +29,6 @@ from vgpo_train.rewards import RewardMixer, Rewards
 from vgpo_train.rollout import Completions, build_rollout_engine
 from vgpo_train.scoring import Scorer, Scores, focus_of
 from vgpo_train.updates import Experience, Update
-
-logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 1_000_003  # keeps the random streams of neighbouring seeds, steps and ranks apart
 
@@ -59,24 +50,18 @@ class Trainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.world, self.rank, self.device = distributed.world_size(), distributed.rank(), distributed.device()
+        # First, since it forks, and this process is still small.
+        self.rewards = RewardMixer(
+            dict(config.rewards.weights), accuracy=config.rewards.accuracy, timeout=config.rewards.timeout
+        )
         # What forbids a run shows before minutes of loading.
         self.store = CheckpointStore(self.output_dir, config.keep_checkpoints)
         self.saved = self._saved_state()
         self.algorithm = build_algorithm(config)
-        check_layers(config)
-        self.processor = load_processor(config.model.path, trust_remote_code=config.model.trust_remote_code)
-        limit_pixels(self.processor, config.data.min_pixels, config.data.max_pixels)
-        self.collator = PromptCollator(
-            self.processor,
-            system_prompt=config.data.system_prompt,
-            suffix=config.data.suffix,
-            max_prompt_length=config.data.max_prompt_length,
-        )
-        self.train_data = self._fitting(PictureDataset(config.data.train))
-        self.test_data = None
-        if config.data.test:
-            self.test_data = self._fitting(PictureDataset(config.data.test, config.data.test_limit))
-        self.rewards = RewardMixer(dict(config.rewards.weights), accuracy=config.rewards.accuracy)
+        self.collator, self.companion, opened = distributed.together(self._open_data)
+        self.processor = self.collator.processor
+        datasets = usable(opened, self.collator, config.data.invalid)
+        self.train_data, self.test_data = datasets["data.train"], datasets.get("data.test")
         self.steps = total_steps(config, len(self.train_data))
         check_divisible(config, self.world)
         self.updates_per_step = config.rollout.prompts // config.optim.update_prompts
@@ -91,7 +76,6 @@ class Trainer:
             pad_token_id=tokenizer.pad_token_id,
             eos_token_ids=end_tokens(config.model.path, tokenizer),
         )
-        self.companion = build_companion(self.collator)
         wants_focus = "focus" in self.algorithm.wants or config.focus.log
         self.scorer = Scorer(config, self.engine, self.reference, self.companion, wants_focus=wants_focus)
         self.update = Update(
@@ -135,6 +119,7 @@ class Trainer:
         bar.close()
         log.close()
         accuracy_after = self.evaluate()
+        self.rewards.close()
         return self._finish(accuracy_after, seconds_before + time.perf_counter() - started)
 
     def _saved_state(self) -> RunState | None:
@@ -150,26 +135,23 @@ class Trainer:
             )
         return saved
 
-    def _fitting(self, data: PictureDataset) -> PictureDataset:
-        """Returns the samples whose prompts are not too long; the ranks share the work of measuring them."""
-        own = overlong(self.collator, data.samples[self.rank :: self.world])
-        lengths = dict(distributed.gather_lists([(sample.id, length) for sample, length in own]))
-        if not lengths:
-            return data
-        limit = self.config.data.max_prompt_length
-        shown = ", ".join(f"{name!r} ({length})" for name, length in sorted(lengths.items())[:20])
-        found = f"{data.path}: {len(lengths)} of {len(data)} prompts have more than {limit} tokens: {shown}"
-        if self.config.data.overlong == "refuse":
-            raise PromptTooLong(
-                f"{found}; cutting them would cut image tokens: raise data.max_prompt_length, lower data.max_pixels, "
-                "or leave them out with data.overlong=drop"
-            )
-        if distributed.is_main():
-            logger.warning("%s; left out", found)
-        return data.without(lengths.keys())
+    def _open_data(self) -> tuple[PromptCollator, PromptBatch, dict[str, PictureDataset]]:
+        """Returns what makes the prompts, the companion of prompts without a picture, and the data sets by key."""
+        model, data = self.config.model, self.config.data
+        check_layers(self.config)
+        processor = load_processor(model.path, trust_remote_code=model.trust_remote_code)
+        limit_pixels(processor, data.min_pixels, data.max_pixels)
+        collator = PromptCollator(
+            processor,
+            system_prompt=data.system_prompt,
+            suffix=data.suffix,
+            max_prompt_length=data.max_prompt_length,
+        )
+        companion = build_companion(collator)  # a family whose prompts cannot be joined shows here
+        return collator, companion, open_datasets(data)
 
     def _finish(self, accuracy_after: float | None, seconds: float) -> dict[str, Any]:
-        export(self.engine, self.config.model.path, self.output_dir / "final")
+        export(self.engine.module, self.config.model.path, self.output_dir / "final")
         summary: dict[str, Any] = {
             "algorithm": self.config.algorithm,
             "focus_source": self.config.focus.source,
@@ -194,9 +176,10 @@ class Trainer:
         timer = PhaseTimer()
         # A function of seed, step and rank alone: a resumed run draws what the killed one would have drawn.
         set_seed((self.config.seed * _SEED_STRIDE + step) * _SEED_STRIDE % 2**31 + self.rank)
-        prompts_of_step = self._prompts(step)
         group_ids = self._own_groups()
-        samples = [prompts_of_step[group] for group in group_ids.tolist()]
+        prompts_of_step = self._prompts(step)
+        own = [prompts_of_step[group] for group in group_ids.tolist()]
+        samples = distributed.together(lambda: self._samples(own))
         with timer("rollout"):
             prompts, completions = self.sample(samples, temperature=self.config.rollout.temperature)
         with timer("reward"):
@@ -219,16 +202,22 @@ class Trainer:
             **timer.metrics(tokens=int(whole.completion_mask.sum())),
         }
 
-    def _prompts(self, step: int) -> list[Sample]:
+    def _prompts(self, step: int) -> list[int]:
+        """Returns the places of a step's prompts in the training data."""
         n, count = len(self.train_data), self.config.rollout.prompts
-        orders = {}
+        orders: dict[int, list[int]] = {}
         chosen = []
         for position in range(step * count, (step + 1) * count):
             epoch, place = divmod(position, n)
             if epoch not in orders:
                 orders[epoch] = epoch_order(n, epoch, self.config.seed)
-            chosen.append(self.train_data[orders[epoch][place]])
+            chosen.append(orders[epoch][place])
         return chosen
+
+    def _samples(self, places: list[int]) -> list[Sample]:
+        """Reads the training samples at these places, each once."""
+        read = {place: self.train_data[place] for place in dict.fromkeys(places)}
+        return [read[place] for place in places]
 
     def _own_groups(self) -> Tensor:
         """Returns the group (prompt of the step) of each of this rank's rows, an equal part of every update."""
@@ -266,7 +255,8 @@ class Trainer:
         # The completions of a prompt share its processed pictures.
         unique = list({sample.id: sample for sample in samples}.values())
         places = {sample.id: place for place, sample in enumerate(unique)}
-        return self.collator(unique).take([places[sample.id] for sample in samples])
+        prompts = distributed.together(lambda: self.collator(unique))  # a picture may have gone since the start
+        return prompts.take([places[sample.id] for sample in samples])
 
     def decode(self, completions: Completions) -> list[str]:
         """Returns the completions' texts without special tokens."""
@@ -357,7 +347,7 @@ class Trainer:
         per_rank = -(-total // self.world)
         # The last ranks repeat samples, uncounted, so that all run the same number of batches.
         places = range(self.rank * per_rank, (self.rank + 1) * per_rank)
-        samples = [self.test_data[min(place, total - 1)] for place in places]
+        samples = distributed.together(lambda: [self.test_data[min(place, total - 1)] for place in places])
         # Batch by batch: the pictures of a whole split need not fit into memory.
         batches = (self._collate([samples[row] for row in rows]) for rows in self._batches(len(samples)))
         completions = self._complete(batches, self.config.eval_temperature)

@@ -95,6 +95,29 @@ def test_both_routes_agree_with_eager_attention(name: str, impl: str, device: st
     torch.testing.assert_close(at_positions, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["reference", "native"])
+@pytest.mark.parametrize("width", [257, 512])
+def test_wide_heads_by_both_routes_with_their_gradients(width: int, impl: str) -> None:
+    q, k, v = (x.requires_grad_() for x in inputs(B, (4, 2), (9, 21), width))
+    exact_q, exact_k, exact_v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    mask = {"window": 7, "softcap": 4.0}
+    visual = (torch.arange(21) % 7 < 3).expand(B, -1)
+    riding = vgpo.visual_attention(q, k, v, visual, **mask, impl=impl)
+    exact = vgpo.visual_attention(exact_q, exact_k, exact_v, visual, **mask, impl="reference")
+    for actual, expected in zip(riding, exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+    out, lse = vgpo.attention_with_lse(q, k, v, **mask)
+    torch.testing.assert_close(out, riding.out, rtol=1e-5, atol=1e-5)
+    mass = vgpo.attention_mass(q, k, lse, visual.int() - 1, 1, **mask, impl=impl)
+    torch.testing.assert_close(mass[..., 0], riding.visual_mass, rtol=1e-5, atol=1e-6)
+    last = vgpo.visual_attention_decode(q[:, :, -1:], k, v, visual, torch.full((B,), 21), **mask, impl=impl)
+    torch.testing.assert_close(last.visual_mass, riding.visual_mass[:, :, -1:], rtol=1e-5, atol=1e-6)
+    (riding.out.sum() + riding.visual_mass.sum()).backward()
+    (exact.out.sum() + exact.visual_mass.sum()).backward()
+    for leaf, expected in ((q, exact_q), (k, exact_k), (v, exact_v)):
+        torch.testing.assert_close(leaf.grad.double(), expected.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_packed_rows_are_rows(impl: str, device: str) -> None:
     """Three sequences of odd lengths in one row, and padding after the last."""
     bounds = torch.tensor([0, 7, 18, 31], device=device)

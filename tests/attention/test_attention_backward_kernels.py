@@ -75,6 +75,7 @@ def test_through_each_result(device, through):
         (100, torch.float32),  # cut within a vector, so that rows are laid out anew
         (128, torch.float16),
         (256, torch.float16),  # dK and dV one after the other
+        (289, torch.float16),  # tiles of wide heads, cut within a vector
     ],
 )
 def test_head_sizes(device, D, dtype):
@@ -95,6 +96,12 @@ def test_lengths(device, lengths):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softcap(device, dtype):
     check(device, case("packed", "image", (1, 1), LENGTHS, 32, dtype), scale=1.0, softcap=3.0)
+
+
+@pytest.mark.parametrize(("D", "dtype", "lengths"), [(512, torch.float16, (19, 35)), (320, torch.float32, (5, 18))])
+def test_wide_heads_in_groups_with_a_window_and_a_softcap(device, D, dtype, lengths):
+    tensors = case("window", "holes", (2, 1), lengths, D, dtype)
+    check(device, tensors, scale=0.2, softcap=3.0)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])

@@ -72,8 +72,9 @@ def test_complete_columns_sum_to_the_queries(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# Powers of two, multiples of eight that are none, a head no vector divides, and one with a single vector.
-@pytest.mark.parametrize("D", [8, 32, 64, 72, 80, 96, 100, 128, 256])
+# Powers of two, multiples of eight that are none, a head no vector divides, and one with a single vector. Above 256
+# tiles are others, and rows that no vector divides are laid out anew.
+@pytest.mark.parametrize("D", [8, 32, 64, 72, 80, 96, 100, 128, 256, 289, 512])
 def test_head_sizes(device: str, dtype: torch.dtype, D: int) -> None:
     q, k, _ = inputs(1, (2, 1), (70, 90), D, dtype)
     check(q, k, torch.arange(0, 30).int()[None], "causal", "sum", device)
@@ -91,6 +92,12 @@ def test_groups_of_heads(device: str, dtype: torch.dtype, heads: tuple[int, int]
 def test_softcap(device: str, dtype: torch.dtype, softcap: float) -> None:
     q, k, _ = inputs(B, (4, 2), LENGTHS, 24, dtype)
     check(4 * q, k, scattered(LENGTHS[1], 40), "causal", "sum", device, softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_heads_in_groups_with_a_window_and_a_softcap(device: str, dtype: torch.dtype) -> None:
+    q, k, _ = inputs(B, (4, 2), (21, 75), 384, dtype)
+    check(4 * q, k, scattered(75, 40), "window", "max", device, 5.0)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "max"])

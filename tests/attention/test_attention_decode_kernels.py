@@ -9,7 +9,7 @@ from vgpo_kernels.attention.kernels import decode, forward, visual_attention
 
 def attend(device, tensors, scale=None, softcap=None):
     q, k = tensors["q"], tensors["k"]
-    assert decode.takes(q.shape[2], q.shape[1] // k.shape[1])
+    assert decode.takes(q.shape[2], q.shape[1] // k.shape[1], q.shape[3])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return visual_attention(**on(device, tensors), scale=scale, softcap=softcap)
 
@@ -36,7 +36,15 @@ def test_one_query_of_groups_of_heads(device, heads):
 
 @pytest.mark.parametrize(
     ("D", "dtype"),
-    [(64, torch.float16), (72, torch.float16), (100, torch.float32), (128, torch.float32), (256, torch.float16)],
+    [
+        (64, torch.float16),
+        (72, torch.float16),
+        (100, torch.float32),
+        (128, torch.float32),
+        (256, torch.float16),
+        (289, torch.float16),  # wide heads, whose rows no vector divides
+        (512, torch.float32),
+    ],
 )
 def test_every_head_size(device, D, dtype):
     tensors = case("causal", "image", (2, 1), (2, 90), D, dtype)
@@ -47,6 +55,15 @@ def test_every_head_size(device, D, dtype):
 def test_softcap(device, dtype):
     tensors = case("window", "holes", (2, 1), (4, 90), 32, dtype)
     check_forward(attend(device, tensors, 1.0, 3.0), tensors, scale=1.0, softcap=3.0)
+
+
+@pytest.mark.parametrize(("queries", "split"), [(4, True), (5, False)])
+def test_wide_heads_take_half_as_many_rows(device, queries, split):
+    # Eight heads a group: 32 rows are the most for heads above 256; 40 go to the other kernel.
+    assert decode.takes(queries, 8, 320) is split
+    tensors = case("window", "holes", (8, 1), (queries, 90), 320, torch.float16)
+    results = visual_attention(**on(device, tensors), scale=0.2, softcap=3.0)
+    check_forward(results, tensors, scale=0.2, softcap=3.0)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 17, 40])

@@ -69,9 +69,9 @@ def test_errors_name_the_argument(wrong: dict, error: type[Exception], message: 
         vgpo.visual_attention(**arguments)
 
 
-def test_a_head_size_above_256_is_refused() -> None:
-    q = torch.zeros(1, 1, 2, 288)
-    with pytest.raises(ValueError, match="q: expected a head size of at most 256, got 288"):
+def test_a_head_size_above_512_is_refused() -> None:
+    q = torch.zeros(1, 1, 2, 576)
+    with pytest.raises(ValueError, match="q: expected a head size of at most 512, got 576"):
         vgpo.visual_attention(q, q, q, torch.ones(1, 2))
 
 

@@ -43,6 +43,8 @@ def test_every_kind_of_key(device, mask, kind):
         (100, torch.float32),  # cut within a vector, so that rows are laid out anew
         (128, torch.float16),
         (256, torch.float16),
+        (289, torch.float16),  # tiles of wide heads, cut within a vector
+        (512, torch.float16),
     ],
 )
 def test_every_head_size(device, D, dtype):
@@ -68,6 +70,12 @@ def test_softcap(device, dtype):
     tensors = case("window", "holes", (1, 1), LENGTHS, 32, dtype)
     # Scores of a size that the cap bends.
     check_forward(attend(device, tensors, 1.0, 3.0), tensors, scale=1.0, softcap=3.0)
+
+
+@pytest.mark.parametrize(("D", "dtype", "lengths"), [(384, torch.float16, (19, 35)), (512, torch.float32, (17, 19))])
+def test_wide_heads_in_groups_with_a_window_and_a_softcap(device, D, dtype, lengths):
+    tensors = case("window", "holes", (2, 1), lengths, D, dtype)
+    check_forward(attend(device, tensors, 0.2, 3.0), tensors, scale=0.2, softcap=3.0)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 4.0])

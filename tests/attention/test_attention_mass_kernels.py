@@ -57,8 +57,9 @@ def test_every_mask_and_segmentation(device: str, mask: str, wanted: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-# Powers of two, multiples of eight that are none, a head no vector divides, and one with a single vector.
-@pytest.mark.parametrize("D", [8, 32, 64, 72, 80, 96, 100, 128, 256])
+# Powers of two, multiples of eight that are none, a head no vector divides, and one with a single vector. Above 256
+# tiles are others, and rows that no vector divides are laid out anew.
+@pytest.mark.parametrize("D", [8, 32, 64, 72, 80, 96, 100, 128, 256, 289, 512])
 def test_head_sizes(device: str, dtype: torch.dtype, D: int) -> None:
     q, k, _ = inputs(1, (2, 1), (20, 140), D, dtype)
     check(q, k, "causal", "two", device)
@@ -85,6 +86,12 @@ def test_more_segments_than_a_program_sums(device: str, dtype: torch.dtype) -> N
 def test_softcap(device: str, dtype: torch.dtype, softcap: float) -> None:
     q, k, _ = inputs(B, (4, 2), LENGTHS, 24, dtype)
     check(4 * q, k, "causal", "two", device, softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_heads_in_groups_with_a_window_and_a_softcap(device: str, dtype: torch.dtype) -> None:
+    q, k, _ = inputs(B, (4, 2), (21, 75), 320, dtype)
+    check(4 * q, k, "window", "two", device, 5.0)
 
 
 def test_more_tiles_than_are_listed_at_once(device: str) -> None:

@@ -64,7 +64,7 @@ def test_columns_under_every_mask(mask: str, reduction: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", [1, 7, 16, 33, 128, 256])  # less than a vector, whole vectors, one more element
+@pytest.mark.parametrize("D", [1, 7, 16, 33, 128, 256, 289, 512])  # less than a vector, whole vectors, one more element
 def test_head_sizes(D: int, dtype: torch.dtype) -> None:
     tensors = case("causal", (2, 1), D=D, dtype=dtype)
     check_mass(tensors, *segments("two", B, LENGTHS[1]))

@@ -69,7 +69,7 @@ def test_one_query_of_groups_of_heads(heads):
 
 
 @pytest.mark.parametrize("lengths", [(2, 101), (23, 101)])
-@pytest.mark.parametrize("D", [1, 3, 8, 40, 64, 72, 100, 128, 256])
+@pytest.mark.parametrize("D", [1, 3, 8, 40, 64, 72, 100, 128, 256, 320, 511, 512])
 def test_every_head_size(D, lengths):
     check_case("causal", "image", (2, 1), lengths, D, torch.float32)
     check_case("causal", "image", (2, 1), lengths, D, torch.bfloat16)

@@ -74,9 +74,10 @@ def test_masses_and_column_sums_are_those_of_the_dense_map(mask: str, wanted: st
         torch.testing.assert_close(received, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("D", [72, 512])  # no power of two; the largest
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_lower_precision_is_within_the_budget(dtype: torch.dtype) -> None:
-    q, k, v = inputs(B, (4, 2), LENGTHS, 72, dtype)  # a head size that is no power of two
+def test_lower_precision_is_within_the_budget(dtype: torch.dtype, D: int) -> None:
+    q, k, v = inputs(B, (4, 2), LENGTHS, D, dtype)
     bounds, kinds = intervals("causal", B, *LENGTHS), kinds_of_keys(LENGTHS[1])
     outs = []
     for tensors in ((q, k, v), (q.double(), k.double(), v.double())):
@@ -85,9 +86,9 @@ def test_lower_precision_is_within_the_budget(dtype: torch.dtype) -> None:
         mass = (dense.probabilities * (kinds == 2)[:, None, None]).sum(-1)
         (dense.out.sum() + mass.sum() + dense.lse.sum()).backward()
         outs.append([dense.out.detach(), mass.detach(), dense.lse.detach(), *(leaf.grad for leaf in leaves)])
-    results = reference.visual_attention(q, k, v, kinds, *bounds, 72**-0.5, None)
+    results = reference.visual_attention(q, k, v, kinds, *bounds, D**-0.5, None)
     ones = [torch.ones_like(x) for x in results]
-    gradients = reference.visual_attention_backward(*ones, q, k, v, kinds, *bounds, *results, 72**-0.5, None)
+    gradients = reference.visual_attention_backward(*ones, q, k, v, kinds, *bounds, *results, D**-0.5, None)
     names = ("out", "mass", "lse", "grad q", "grad k", "grad v")
     for name, actual, same, exact in zip(names, (*results, *gradients), *outs, strict=True):
         assert_error_budget(name, actual, same, exact)

@@ -47,6 +47,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"softcap": 5.0}, "flash_attn_3"),
         ({"packed": True}, "flash_attn_3"),
         ({"device": torch.device("cpu"), "dtype": torch.float64}, "cpu"),
+        ({"head_dim": 512}, "vgpo"),
         ({"device": torch.device("cpu"), "softcap": 5.0}, "vgpo"),
     ],
 )

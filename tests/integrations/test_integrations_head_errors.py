@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_vlms
 import torch
 from head_cases import PROMPT, SMALL, Adapted, Case, make_text
 from torch import Tensor, nn
@@ -147,3 +148,10 @@ def test_bad_arguments(changes: dict[str, Any], options: dict[str, Any], error: 
                 fused.policy_loss(case.batch | changes, None, case.advantages, **given)
     with pytest.raises(TypeError, match="batch: expected a mapping of the model's arguments, got Tensor"):
         model_logprobs(case.model, case.batch["input_ids"], prompt_length=PROMPT)
+
+
+def test_meta_tensors_are_named() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**tiny_vlms.TEXT))
+    with pytest.raises(ValueError, match="LlamaForCausalLM: expected an output head with weights, got meta tensors"):
+        model_logprobs(model, {"input_ids": torch.tensor([[1, 2, 3]])}, prompt_length=2)

@@ -7,13 +7,7 @@ import tiny_vlms
 import torch
 from torch.testing import assert_close
 
-from vgpo_kernels.integrations import _grids
-from vgpo_kernels.integrations._grids import Span
 from vgpo_kernels.integrations.transformers import Recorder, record_visual_attention
-
-
-class Config:
-    """A configuration that says nothing."""
 
 
 def record(name: str, batch: dict[str, Any], **options: Any) -> Recorder:
@@ -91,38 +85,10 @@ def test_generate_lays_out_pictures_that_are_no_square(samples: int) -> None:
         assert_close(rec.heatmap(other, 1), rec.columns[0, other, 3:5].view(1, 2))
 
 
-def test_a_family_of_any_shape_is_not_taken_for_a_square() -> None:
-    config = Config()
-    config.vision_config = Config()
-    config.vision_config.spatial_merge_size = 2
-    with pytest.raises(ValueError, match=r"grid: expected \(height, width\) of the 16 tokens of image 0, got None"):
-        _grids.lay_out(torch.arange(16.0), [Span(0, 16, None)], 0, None, config)
-
-
-def test_tokens_of_unknown_shape_ask_for_a_grid() -> None:
-    values = torch.arange(12.0)
-    with pytest.raises(ValueError, match=r"grid: expected \(height, width\) of the 12 tokens of image 0, got None"):
-        _grids.lay_out(values, [Span(0, 12, None)], 0, None, Config())
-    tiled = Config()
-    tiled.image_seq_length = 4
-    with pytest.raises(ValueError, match=r"grid: expected \(height, width\) of the 9 tokens of image 0, got None"):
-        _grids.lay_out(values, [Span(0, 9, None)], 0, None, tiled)
-    assert _grids.lay_out(values, [Span(3, 9, None)], 0, None, Config()).tolist()[0] == [3, 4, 5]
-
-
-def test_frames_are_added_up() -> None:
-    assert _grids.lay_out(torch.arange(8.0), [Span(0, 8, (2, 2, 2))], 0, None, Config()).tolist() == [[4, 6], [8, 10]]
-
-
-def test_grids_that_do_not_add_up() -> None:
-    with pytest.raises(ValueError, match="image_grid_thw: expected grids of 3 tokens in row 0, got 4"):
-        _grids.image_spans([[1, 2, 3]], 0, torch.tensor([[1, 2, 2]]), Config())
-
-
 def test_videos_are_visual_but_no_pictures() -> None:
     """Without pixels their embeddings stand for them."""
     ids = torch.tensor([[5, *[tiny_vlms.VIDEO] * 3, 6, *[tiny_vlms.IMAGE] * 4, 7]])
     rec = record("llava_onevision", {"input_ids": ids})
     assert rec.visual_positions.tolist() == [[1, 2, 3, 5, 6, 7, 8]]
-    assert_close(rec.heatmap(0), rec.columns[:, 0, 3:].mean(0).view(2, 2))
+    assert_close(rec.heatmap(0, grid=(2, 2)), rec.columns[:, 0, 3:].mean(0).view(2, 2))
     assert bool((rec.mass[:, 0, 1:4] > 0).all())

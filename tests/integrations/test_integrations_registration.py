@@ -150,7 +150,11 @@ def call(softcap: float | None = None, lengths: tuple[int, int] = (4, 4), **opti
     ("options", "message"),
     [
         ({"s_aux": torch.zeros(2)}, r"Attention of layer 3: .* cannot take attention sinks \(s_aux\)"),
-        ({"indices": torch.zeros(2)}, r"Attention of layer 3: .* cannot take chosen keys \(indices\)"),
+        ({"indices": torch.zeros(2)}, r"Attention of layer 3: .* chosen keys \(indices\) of shape \(2,\); expected"),
+        (
+            {"softcap": 5.0, "indices": torch.zeros(1, 4, 1)},
+            r"chosen keys \(indices\) where it is recorded",
+        ),
         (
             {"block_indices": torch.zeros(2)},
             r"cannot take chosen keys \(block_indices\); use attn_implementation='eager'",

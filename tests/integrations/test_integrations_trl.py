@@ -17,7 +17,6 @@ from trl_trainers import (
     LENGTH,
     assert_same,
     batch_for,
-    build_trainer,
     dataset,
     dense_focus,
     heads_own_calls,
@@ -28,47 +27,22 @@ from trl_trainers import (
 )
 
 from vgpo_kernels import VGPOConfig, vgpo_weights
-from vgpo_kernels.integrations.trl import VGPOTrainer
-from vgpo_train.make_pictures import make_pictures
 from vgpo_train.model import load_processor
-from vgpo_train.tiny_model import build_tiny_model
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 UNWEIGHTED = VGPOConfig.balanced(intra=False, inter=False)
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"), train=16, test=4, seed=0)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a tiny Qwen2.5-VL whose words are still nearly random."""
-    return build_tiny_model(tmp_path_factory.mktemp("checkpoint"), pictures=pictures, warm_start_steps=6)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL counts the trainers that are made; tests send nothing."""
-    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: None)
-
-
-@pytest.fixture
-def make(checkpoint: Path, pictures: Path, tmp_path: Path):
-    """Builds trainers of the tiny model; see `build_trainer`."""
-
-    def build(trainer: type = VGPOTrainer, **options: Any) -> Any:
-        return build_trainer(trainer, checkpoint, pictures, tmp_path, **options)
-
-    return build
-
-
 @pytest.mark.parametrize(
-    ("loss_type", "level", "beta"), list(itertools.product(LOSS_TYPES, ("token", "sequence"), (0.0, 0.04)))
+    ("loss_type", "level", "beta", "weighted_kl"),
+    [
+        (loss_type, level, *kl)
+        for loss_type, level in itertools.product(LOSS_TYPES, ("token", "sequence"))
+        for kl in ((0.0, True), (0.04, False), (0.04, True))
+    ],
 )
-def test_without_weights_loss_gradients_and_metrics_are_trls(make, monkeypatch, loss_type, level, beta):
+def test_without_weights_loss_gradients_and_metrics_are_trls(make, monkeypatch, loss_type, level, beta, weighted_kl):
     options = {
         "loss_type": loss_type,
         "importance_sampling_level": level,
@@ -77,7 +51,7 @@ def test_without_weights_loss_gradients_and_metrics_are_trls(make, monkeypatch, 
         "delta": None if loss_type == "cispo" else 1.5,
         "temperature": 0.9,
         "steps_per_generation": 4,
-        "use_bias_correction_kl": False,
+        "use_bias_correction_kl": weighted_kl,
     }
     theirs, ours = make(GRPOTrainer, **options), make(trainer_options={"vgpo_config": UNWEIGHTED}, **options)
     # Two processes of like size: only the number counts tokens of all of them.
@@ -104,7 +78,7 @@ def test_without_weights_loss_gradients_and_metrics_are_trls(make, monkeypatch, 
 @pytest.mark.parametrize("shape", ["row", "token"])
 def test_the_correction_for_vllms_log_probabilities_is_trls(make, shape):
     """The factor on a token's loss, which the KL does not get; vLLM itself only generates."""
-    options = {"beta": 0.04, "use_bias_correction_kl": False, "num_iterations": 2}
+    options = {"beta": 0.04, "num_iterations": 2}
     theirs, ours = make(GRPOTrainer, **options), make(trainer_options={"vgpo_config": UNWEIGHTED}, **options)
     inputs = off_policy(batch_for(theirs))
     mask = inputs["completion_mask"]
@@ -146,9 +120,7 @@ def test_weights_come_from_the_last_states_over_whole_groups_and_enter_the_loss(
 
 
 def test_training_learns_logs_and_never_calls_the_head(make, monkeypatch, tmp_path):
-    trainer = make(
-        num_iterations=2, max_steps=3, beta=0.04, use_bias_correction_kl=False, mask_truncated_completions=False
-    )
+    trainer = make(num_iterations=2, max_steps=3, beta=0.04, mask_truncated_completions=False)
     before = {name: value.clone() for name, value in trainer.model.named_parameters()}
     calls = heads_own_calls(trainer, monkeypatch)
     trainer.train()
@@ -164,7 +136,10 @@ def test_training_learns_logs_and_never_calls_the_head(make, monkeypatch, tmp_pa
     assert logged[0]["kl"] == pytest.approx(0.0, abs=1e-6)  # the reference is the start
     assert logged[1]["kl"] > 1e-6
     trainer.create_model_card()
-    assert "trained with VGPO" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "trained with VGPO" in card
+    assert "Cite VGPO as:" in card
+    assert "arXiv:2604.09349" in card
 
 
 @pytest.mark.parametrize("num_iterations", [1, 2])
@@ -200,6 +175,17 @@ def test_rows_without_a_picture_keep_their_advantages(make, checkpoint, pictures
     logged = only_text.state.log_history[0]
     assert logged["vgpo/visual_rows"] == 0.0
     assert logged["vgpo/focus_mean"] is None
+
+
+def test_a_batch_without_any_picture_warns_once(make, pictures, caplog):
+    """Also one whose pictures stand in a column that TRL does not read."""
+    data = dataset(pictures).rename_column("images", "picture")
+    trainer = make(data=data, num_iterations=1, steps_per_generation=2, max_steps=4)
+    trainer.train()
+    said = [record.message for record in caplog.records if record.name == "vgpo_kernels.integrations.trl"]
+    assert len(said) == 1
+    assert "no row has a picture" in said[0]
+    assert "'image' or 'images'" in said[0]
 
 
 def test_attention_as_the_source_is_the_mass_that_eager_attention_shows(make):
@@ -252,9 +238,9 @@ REFUSED = {
     "adaptive entropy": ({"use_adaptive_entropy": True}, "use_adaptive_entropy: expected False, got True"),
     "off-policy mask": ({"off_policy_mask_threshold": 0.5}, r"off_policy_mask_threshold: expected None, got 0\.5"),
     "compile": ({"torch_compile": True}, "torch_compile: expected False, got True"),
-    "KL": ({"beta": 0.04}, r"use_bias_correction_kl: expected False with beta=0\.04, got True"),
     "level": ({"importance_sampling_level": "word"}, "importance_sampling_level: expected one of"),
-    "cispo": ({"loss_type": "cispo"}, "epsilon_high: with loss_type 'cispo'"),
+    "cispo": ({"loss_type": "cispo"}, r"epsilon_high: expected .*'cispo', got None, .* epsilon=0\.2: set epsilon_high"),
+    "ratio": ({"loss_type": "cispo", "epsilon_high": 0.3}, "epsilon_high: with loss_type 'cispo'"),
     "delta": ({"loss_type": "cispo", "epsilon_high": 2.0, "delta": 3.0}, "delta: expected None with loss_type 'cispo'"),
 }
 
@@ -327,6 +313,7 @@ def test_groups_span_processes(checkpoint, pictures, tmp_path):
         assert not torch.equal(value, results[0]["before"][name]), name
 
 
+@pytest.mark.usefixtures("offline")
 def test_the_example_of_the_documentation_runs(checkpoint, pictures, tmp_path, monkeypatch, capsys):
     """Its code as it stands, on a checkpoint and pictures made beforehand as the page says."""
     page = (ROOT / "docs/trl.md").read_text()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from vgpo_kernels.policy_loss import PolicyLossConfig, PolicyLossOutput, policy_loss
 from vgpo_kernels.testing import assert_error_budget, ragged_mask
+
+KL_LIMITS = {"kl_log_ratio_limit": 0.9, "kl_limit": 0.3}
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,12 @@ def every_config() -> list[PolicyLossConfig]:
         {},
         {"beta": 0.1},
         # Limits that cut some of the log-ratios and some of the divergences of `random_inputs`.
-        {"beta": 0.1, "kl_log_ratio_limit": 0.9, "kl_limit": 0.3},
+        {"beta": 0.1, **KL_LIMITS},
     )
+    weighted = tuple({"beta": 0.1, "kl_importance_weighted": True, **limits} for limits in ({}, KL_LIMITS))
     configs = []
-    for loss_type, level, kl in itertools.product(
-        ("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence"), kl_settings
-    ):
-        for delta, dual in itertools.product((None, 1.6), (None, 1.4)):
+    for loss_type, level in itertools.product(("grpo", "bnpo", "dr_grpo", "dapo"), ("token", "sequence")):
+        for kl, delta, dual in itertools.product(kl_settings, (None, 1.6), (None, 1.4)):
             configs.append(
                 PolicyLossConfig(
                     loss_type,
@@ -81,7 +83,10 @@ def every_config() -> list[PolicyLossConfig]:
                     **kl,
                 )
             )
-    for level, kl in itertools.product(("token", "sequence"), kl_settings):
+        for kl in weighted:
+            options = {"epsilon_high": 0.28, "clip_ratio_dual": 1.4, "max_completion_length": 50}
+            configs.append(PolicyLossConfig(loss_type, level, **options, **kl))
+    for level, kl in itertools.product(("token", "sequence"), kl_settings + weighted):
         configs.append(PolicyLossConfig("cispo", level, epsilon_high=1.2, **kl))
     return configs
 
@@ -92,6 +97,7 @@ def config_id(config: PolicyLossConfig) -> str:
         "dual": config.clip_ratio_dual,
         "kl": config.beta or None,
         "limits": config.kl_limit,
+        "weighted": config.kl_importance_weighted or None,
     }
     named = [name for name, value in extras.items() if value is not None]
     return "-".join([config.loss_type, config.importance_sampling_level, *named])
@@ -100,7 +106,7 @@ def config_id(config: PolicyLossConfig) -> str:
 def transcription(inputs: Inputs, config: PolicyLossConfig, num_items: float | None = None) -> tuple[Tensor, Tensor]:
     """Loss and gradient from the published formulas: a row at a time, products compared, autograd of torch."""
     logps = inputs.logps.double().requires_grad_()
-    rows = [_row_terms(inputs, logps[b], b, config) for b in range(logps.shape[0])]
+    rows = row_losses(inputs, logps, config)
     tokens = sum(row.numel() for row in rows)
     total = torch.stack([row.sum() for row in rows]).sum()
     if config.loss_type == "grpo":
@@ -113,6 +119,11 @@ def transcription(inputs: Inputs, config: PolicyLossConfig, num_items: float | N
         loss = total / max(num_items, 1)
     (gradient,) = torch.autograd.grad(loss, logps)
     return loss.detach(), gradient
+
+
+def row_losses(inputs: Inputs, logps: Tensor, config: PolicyLossConfig) -> list[Tensor]:
+    """The loss of each row's valid tokens before any average, by autograd differentiable in `logps` (B, T)."""
+    return [_row_terms(inputs, logps[b], b, config) for b in range(logps.shape[0])]
 
 
 def _row_terms(inputs: Inputs, logps: Tensor, b: int, config: PolicyLossConfig) -> Tensor:
@@ -137,12 +148,19 @@ def _row_terms(inputs: Inputs, logps: Tensor, b: int, config: PolicyLossConfig) 
             ceiling = torch.minimum(loss, -config.clip_ratio_dual * advantage)
             loss = torch.where(advantage < 0, ceiling, loss)
     if config.beta:
-        d = inputs.ref_logps[b][keep].double() - new
+        whole = inputs.ref_logps[b][keep].double() - new
+        d = whole
         if config.kl_log_ratio_limit is not None:
-            d = d.clamp(-config.kl_log_ratio_limit, config.kl_log_ratio_limit)
-        kl = d.exp() - d - 1
+            d = whole.clamp(-config.kl_log_ratio_limit, config.kl_log_ratio_limit)
+        kl = unlimited = d.exp() - d - 1
         if config.kl_limit is not None:
             kl = kl.clamp(-config.kl_limit, config.kl_limit)
+        if config.kl_importance_weighted:
+            kl = kl * ratio
+            if config.importance_sampling_level == "token":
+                # Multiplied out, since autograd of the product cancels terms in exp(d), too large for float64.
+                open_ = (whole == d) & (unlimited.abs() <= (config.kl_limit or math.inf))
+                kl = torch.where(open_, (inputs.ref_logps[b][keep].double() - old).exp() - ratio * (d + 1), kl)
         loss = loss + config.beta * kl
     return loss
 

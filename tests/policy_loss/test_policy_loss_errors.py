@@ -26,12 +26,12 @@ def call(**changes):
         (
             {"advantages": torch.zeros(3)},
             ValueError,
-            r"advantages: expected shape \(2,\), got \(3,\)",
+            r"advantages: expected shape \(2,\) or \(2, 3\), got \(3,\)",
         ),
         (
             {"advantages": torch.zeros(2, 1)},
             ValueError,
-            r"advantages: expected shape \(2, 3\), got \(2, 1\)",
+            r"advantages: expected shape \(2,\) or \(2, 3\), got \(2, 1\)",
         ),
         (
             {"advantages": torch.tensor(1.0)},
@@ -116,6 +116,12 @@ def test_kernels_check_the_mask_when_debugging(monkeypatch, device):
         ({"clip_ratio_dual": 0.5}, ValueError, "clip_ratio_dual: expected a number in .* got 0.5"),
         ({"beta": float("nan")}, ValueError, "beta: expected a number in .* got nan"),
         ({"kl_limit": 0.0}, ValueError, "kl_limit: expected a number in .* got 0.0"),
+        ({"kl_limit": 1e39}, ValueError, r"kl_limit: expected a number in \(0.0, 3.4.*e\+38\], got 1e\+39"),
+        (
+            {"kl_importance_weighted": 1},
+            TypeError,
+            "kl_importance_weighted: expected True or False, got 1",
+        ),
         ({"kl_log_ratio_limit": -1.0}, ValueError, "kl_log_ratio_limit: expected a number in .* got -1.0"),
         (
             {"loss_type": "dr_grpo"},

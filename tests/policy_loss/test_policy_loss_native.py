@@ -253,7 +253,7 @@ def test_the_kernel_refuses_wrong_sizes(name):
 def test_the_kernel_refuses_what_is_no_argument():
     with pytest.raises(ValueError, match="trajectory_weights: expected size 2"):
         _native.call("policy_loss", *arguments(trajectory_weights=torch.zeros(3)))
-    with pytest.raises(ValueError, match="settings: expected size 7"):
+    with pytest.raises(ValueError, match="settings: expected size 8"):
         _native.call("policy_loss", *arguments(settings=torch.zeros(6).double()))
     with pytest.raises(TypeError, match="argument 10: expected a tensor of another dtype"):
         _native.call("policy_loss", *arguments(settings=torch.zeros(7)))

@@ -275,7 +275,7 @@ def test_opcheck(impl, full, device):
         inputs.completion_mask.to(device),
         *optional,
         torch.tensor(9.0, device=device) if full else None,
-        *("dapo", "token", 0.2, 0.28, None, 3.0, 0.1 if full else 0.0, None, 20.0, 10.0, impl),
+        *("dapo", "token", 0.2, 0.28, None, 3.0, 0.1 if full else 0.0, None, 20.0, 10.0, full, impl),
     )
     torch.library.opcheck(ops.policy_loss, arguments)
 

@@ -27,22 +27,25 @@ MAX_COMPLETION_LENGTH = 16
 
 
 def configs() -> list[PolicyLossConfig]:
-    """Every loss type x importance-sampling level x delta x beta; "cispo" knows no delta."""
+    """Every loss type x importance-sampling level x delta x KL; "cispo" knows no delta."""
     shared = {"epsilon_low": 0.2, "max_completion_length": MAX_COMPLETION_LENGTH}
     made = []
-    for loss_type, level, beta in itertools.product(
-        ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"), ("token", "sequence"), (0.0, 0.04)
+    for loss_type, level, kl in itertools.product(
+        ("grpo", "bnpo", "dr_grpo", "dapo", "cispo"),
+        ("token", "sequence"),
+        ({}, {"beta": 0.04}, {"beta": 0.04, "kl_importance_weighted": True}),
     ):
         if loss_type == "cispo":
-            made.append(PolicyLossConfig(loss_type, level, epsilon_high=1.3, beta=beta, **shared))
+            made.append(PolicyLossConfig(loss_type, level, epsilon_high=1.3, **kl, **shared))
             continue
         for delta in (None, 1.5):
-            made.append(PolicyLossConfig(loss_type, level, epsilon_high=0.28, delta=delta, beta=beta, **shared))
+            made.append(PolicyLossConfig(loss_type, level, epsilon_high=0.28, delta=delta, **kl, **shared))
     return made
 
 
 def config_id(config: PolicyLossConfig) -> str:
-    return f"{config.loss_type}-{config.importance_sampling_level}-delta{config.delta}-beta{config.beta}"
+    weighted = "-weighted" if config.kl_importance_weighted else ""
+    return f"{config.loss_type}-{config.importance_sampling_level}-delta{config.delta}-beta{config.beta}{weighted}"
 
 
 every_config = pytest.mark.parametrize("config", configs(), ids=config_id)
@@ -77,7 +80,9 @@ def trainer_for(
         _metrics=defaultdict(lambda: defaultdict(list)),
         accelerator=SingleProcess(num_processes),
         args=SimpleNamespace(
-            delta=config.delta, use_bias_correction_kl=False, steps_per_generation=steps_per_generation
+            delta=config.delta,
+            use_bias_correction_kl=config.kl_importance_weighted,
+            steps_per_generation=steps_per_generation,
         ),
         aux_loss_enabled=False,
         beta=config.beta,
@@ -208,10 +213,12 @@ def test_accumulation_with_the_windows_tokens_is_the_whole_batch(loss_type):
     assert_close(torch.cat([part for _, part in split]), gradient)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("loss_type", ["bnpo", "cispo"])
-def test_metrics(loss_type):
+def test_metrics(loss_type, weighted):
     """Means over tokens, as TRL logs them at token level."""
-    config = PolicyLossConfig(loss_type, epsilon_high=1.3 if loss_type == "cispo" else 0.28, beta=0.04)
+    high = 1.3 if loss_type == "cispo" else 0.28
+    config = PolicyLossConfig(loss_type, epsilon_high=high, beta=0.04, kl_importance_weighted=weighted)
     inputs = random_inputs(LENGTHS, 11, weights=False).map(lambda x: x.double())
     _, _, logged = trl_loss(inputs, config, 31)
     metrics = inputs.call(config).metrics

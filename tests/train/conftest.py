@@ -1,11 +1,25 @@
-"""A small data set of real pictures and a small checkpoint, made once for all tests of the driver."""
+"""A small data set of real pictures, a small checkpoint, and one run of two processes, made once for all tests."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from train_launch import WORKERS, Finished, launch
+from train_stand_ins import write_odd_data
 
 from vgpo_train.make_pictures import make_pictures
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copies of Parquet files go to a folder of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +44,34 @@ def lone_process() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def leaky_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with sampling defaults of its own."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("leaky") / "checkpoint")
+    path = folder / "generation_config.json"
+    own = {"repetition_penalty": 30.0, "do_sample": True, "top_k": 1, "temperature": 0.01, "max_length": 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two processes")
+
+
+@pytest.fixture(scope="session")
+def finished(folder: Path, tiny_checkpoint: Path, leaky_checkpoint: Path, pictures: Path) -> Finished:
+    write_odd_data(folder, pictures)
+    script = WORKERS / "two_processes.py"
+    paths = [str(path) for path in (folder, tiny_checkpoint, leaky_checkpoint, pictures)]
+    # A collective that one rank does not reach waits for ever: the limit is what turns a hang into a failure.
+    ended = launch(script, *paths, log=folder / "log", timeout=400)
+    assert ended.returncode == 0, ended.output[-6000:]
+    return ended
+
+
+@pytest.fixture(scope="session")
+def ranks(finished: Finished, folder: Path) -> list[dict[str, Any]]:  # noqa: ARG001
+    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]

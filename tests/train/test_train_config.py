@@ -100,8 +100,20 @@ def test_a_saved_configuration_loads_again(smallest: Path, tmp_path: Path) -> No
         ("optim.betas=[2,3]", r"optim.betas: expected two numbers in \[0, 1\), got \(2.0, 3.0\)"),
         ("optim.schedule=cosin", "optim.schedule: expected one of .*'cosine', .*, got 'cosin'"),
         ("data.test_limit=0", "data.test_limit: expected a positive number, got 0"),
-        ("data.overlong=cut", "data.overlong: expected one of 'refuse', 'drop', got 'cut'"),
+        ("data.invalid=cut", "data.invalid: expected one of 'refuse', 'drop', got 'cut'"),
+        (
+            "data.overlong=drop",
+            r"data.overlong is now data.invalid \(refuse \| drop\), for all rows that cannot be used",
+        ),
+        ("data.train=[]", r"data.train: expected a file, a folder, a glob or a list of these, got \[\]"),
+        ("data.train=*.jsonl", r"data.train: expected a value that YAML reads, got \*.jsonl; in quotes it is text"),
+        ("data.train=3", "data.train: expected a file, a folder, a glob or a list of these, got 3"),
+        ("data.test=[a.jsonl,2]", r"data.test: expected a file, .*, got \['a.jsonl', 2\]"),
+        ("data.columns=virl", "data.columns: expected 'auto', 'virl39k', 'mmk12' or a mapping .*, got 'virl'"),
+        ("data.columns={question: problem}", "data.columns: expected a mapping of id, .*, got the field 'question'"),
+        ("data.test_columns={problem: 3}", "data.test_columns: problem: expected the name of a column, got 3"),
         ("eval_temperature=-1", "eval_temperature: expected a number of at least 0, got -1"),
+        ("rewards.timeout=0", "rewards.timeout: expected a positive number, got 0.0"),
         ("rewards.weights.exact_match=nan", "rewards.weights.exact_match: expected a finite number, got nan"),
         ("rewards.weights={}", r"rewards.accuracy: expected one of rewards.weights \(\), got 'exact_match'"),
         ("steps=0", "steps: expected a positive number, got 0"),
@@ -121,6 +133,19 @@ def test_a_saved_configuration_loads_again(smallest: Path, tmp_path: Path) -> No
 def test_a_wrong_value_is_named(smallest: Path, argument: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(smallest, [argument])
+
+
+def test_data_is_a_path_or_a_list_and_columns_a_name_or_a_mapping(smallest: Path) -> None:
+    arguments = ["data.train=[a.jsonl,b/*.parquet]", "data.test=b", "data.columns={problem: text}"]
+    config = load_config(smallest, [*arguments, "data.test_columns=mmk12"])
+    assert (config.data.train, config.data.test) == (["a.jsonl", "b/*.parquet"], "b")
+    assert (config.data.columns, config.data.test_columns) == ({"problem": "text"}, "mmk12")
+    assert load_config(smallest, ['data.train="*.parquet"']).data.train == "*.parquet"
+    path = smallest.parent / "saved.yaml"
+    save_config(config, path)
+    assert load_config(path, []).data == config.data
+    assert load_config(path, ["data.columns=virl39k"]).data.columns == "virl39k"
+    assert load_config(path, ["data.columns={answer: gold}"]).data.columns == {"answer": "gold"}
 
 
 def test_attention_as_source_needs_an_attention_that_can_be_recorded(smallest: Path) -> None:
@@ -250,6 +275,10 @@ def _deepspeed_file(path: Path, content: str) -> list[str]:
             "'optimizer' is set by optim of the YAML file",
         ),
         ('{"zero_optimization": {"stage": 3}, "fp16": {}}', "'fp16' is set by model.dtype"),
+        (
+            '{"zero_optimization": {"stage": 3}, "data_types": {"grad_accum_dtype": "bf16"}}',
+            "data_types.grad_accum_dtype: expected 'fp32', got 'bf16', .*; remove it",
+        ),
     ],
 )
 def test_a_wrong_deepspeed_file_is_named(smallest: Path, tmp_path: Path, content: str, message: str) -> None:
@@ -277,6 +306,7 @@ def test_deepspeed_gets_what_the_yaml_file_says(smallest: Path, tmp_path: Path) 
     assert options["train_micro_batch_size_per_gpu"] == 3
     assert options["gradient_clipping"] == 0.5
     assert options["bf16"] == {"enabled": True}
+    assert options["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 def test_liger_on_a_cpu_is_refused(smallest: Path, monkeypatch) -> None:

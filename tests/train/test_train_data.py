@@ -1,4 +1,4 @@
-"""Rows from disk, prompts with pictures, and batches whose rows can be taken apart."""
+"""Rows from disk, prompts with pictures, batches whose rows can be taken apart, and what is wrong with a data set."""
 
 import io
 import json
@@ -10,8 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
-from vgpo_train.data import DataError, PictureDataset, PromptCollator, PromptTooLong, Sample, epoch_order, overlong
-from vgpo_train.model import image_token_mask, load_model, load_processor
+from vgpo_kernels.integrations.transformers import visual_token_mask
+from vgpo_train.data import (
+    DataError,
+    FieldError,
+    PictureDataset,
+    PictureError,
+    PromptCollator,
+    PromptTooLong,
+    Sample,
+    epoch_order,
+    examine,
+    report,
+    unusable,
+)
+from vgpo_train.data_check import usable
+from vgpo_train.model import load_model, load_processor
 
 
 def _png(colour: str = "red", size: tuple[int, int] = (56, 84)) -> bytes:
@@ -21,6 +35,7 @@ def _png(colour: str = "red", size: tuple[int, int] = (56, 84)) -> bytes:
 
 
 def _jsonl(folder: Path, *rows: dict | str) -> Path:
+    folder.mkdir(exist_ok=True)
     path = folder / "rows.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
@@ -49,9 +64,9 @@ def test_rows_of_a_real_data_set(pictures: Path) -> None:
 
 def test_an_id_is_the_rows_or_its_number(tmp_path: Path) -> None:
     rows = {"problem": "?", "answer": 1, "images": None}
-    data = PictureDataset(_jsonl(tmp_path, rows, rows | {"id": 7}, rows | {"qid": "q1"}))
-    assert [sample.id for sample in data] == ["0", "7", "q1"]
-    assert [sample.answer for sample in data] == ["1", "1", "1"]
+    data = PictureDataset(_jsonl(tmp_path, rows, rows | {"id": 7}, rows | {"qid": "q1"}, rows | {"qid": 0}))
+    assert [sample.id for sample in data] == ["0", "7", "q1", "0"]
+    assert [sample.answer for sample in data] == ["1", "1", "1", "1"]
     assert all(sample.images == () for sample in data)
 
 
@@ -80,22 +95,37 @@ def test_errors_name_file_row_and_id(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("problem,answer\n")
     with pytest.raises(DataError, match=r"rows\.csv: unknown extension '\.csv'; expected \.jsonl or \.parquet"):
         PictureDataset(tmp_path / "rows.csv")
-    with pytest.raises(DataError, match=r"rows\.jsonl, row 1: id 'b': field 'answer' is missing"):
-        PictureDataset(_jsonl(tmp_path, good, {"id": "b", "problem": "?"}))
-    with pytest.raises(FileNotFoundError, match=r"rows\.jsonl, row 0: id 'a': image file '.*gone\.png' does not exist"):
-        PictureDataset(_jsonl(tmp_path, good | {"images": ["gone.png"]}))
-    with pytest.raises(DataError, match=r"row 0: id 'a': an image must be a path, bytes or .*, got int"):
-        PictureDataset(_jsonl(tmp_path, good | {"images": [3]}))
-    with pytest.raises(DataError, match=r"rows\.jsonl, row 1: not JSON"):
-        PictureDataset(_jsonl(tmp_path, good, "{problem"))
-    with pytest.raises(DataError, match=r"rows\.jsonl, row 0: expected a JSON object, got list"):
-        PictureDataset(_jsonl(tmp_path, "[1]"))
-    with pytest.raises(DataError, match=r"row 1: id 'a' is already that of .*row 0"):
-        PictureDataset(_jsonl(tmp_path, good, good))
     with pytest.raises(DataError, match="no rows"):
         PictureDataset(_jsonl(tmp_path))
     with pytest.raises(ValueError, match="limit must be at least 1 row or None, got 0"):
         PictureDataset(_jsonl(tmp_path, good), limit=0)
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"id": "b", "problem": "?"}, "id 'b': field 'answer' is missing; the row has \\['id', 'problem'\\]"),
+        ({"images": ["gone.png"]}, "id 'b': image file '.*gone\\.png' does not exist"),
+        ({"images": ["."]}, "id 'b': image file '.*' is a folder"),
+        ({"images": [""]}, "id 'b': an image must be a path, bytes or {bytes, path}, got ''"),
+        ({"images": [3]}, "id 'b': an image must be a path, bytes or {bytes, path}, got int"),
+        (
+            {"images": ["https://x/cat.png"]},
+            "id 'b': image 'https://x/cat.png' is an address; only paths .* and .* bytes",
+        ),
+        ({"images": ["data:image/png;base64,iVBO"]}, "id 'b': image 'data:image/.*' is an address"),
+        ({"images": ["file:///a.png"]}, "id 'b': image 'file:///a.png' is an address"),
+        ("{problem", "not JSON"),
+        ("[1]", "expected a JSON object, got list"),
+    ],
+)
+def test_errors_name_the_line_as_an_editor_counts_it(tmp_path: Path, row: dict | str, error: str) -> None:
+    good = {"id": "a", "problem": "?", "answer": "1", "images": []}
+    if isinstance(row, dict) and "id" not in row:
+        row = good | {"id": "b"} | row
+    data = PictureDataset(_jsonl(tmp_path, good, "", row))
+    with pytest.raises(DataError, match=rf"rows\.jsonl, line 3: {error}"):
+        data[1]
 
 
 @pytest.mark.parametrize("key", ["problem", "answer"])
@@ -108,22 +138,25 @@ def test_errors_name_file_row_and_id(tmp_path: Path) -> None:
         (float("nan"), "must be text or a finite number, got nan"),
         ("", "is empty, got ''"),
         (" \n", r"is empty, got ' \\n'"),
-        (None, r"is missing; the row has \['answer', 'id', 'images', 'problem'\]"),
+        (None, "is null"),
     ],
 )
 def test_problem_and_answer_are_text_or_numbers(tmp_path: Path, key: str, value, error: str) -> None:
     good = {"id": "a", "problem": "?", "answer": "1", "images": []}
-    with pytest.raises(DataError, match=rf"rows\.jsonl, row 1: id 'b': field '{key}' {error}"):
-        PictureDataset(_jsonl(tmp_path, good, good | {"id": "b", key: value}))
+    with pytest.raises(FieldError, match=rf"rows\.jsonl, line 2: id 'b': field '{key}' {error}"):
+        PictureDataset(_jsonl(tmp_path, good, good | {"id": "b", key: value}))[1]
 
 
 def test_a_row_says_whether_it_has_pictures(tmp_path: Path) -> None:
     row = {"id": "a", "problem": "?", "answer": 0}
     (tmp_path / "a.png").write_bytes(_png())
-    with pytest.raises(DataError, match=r"row 0: id 'a': field 'images' .* the row has \['answer', .*'image_paths', "):
-        PictureDataset(_jsonl(tmp_path, row | {"image_paths": ["a.png"]}))
-    with pytest.raises(DataError, match="id 'a': the pictures must be in 'images' or in 'image', got both"):
-        PictureDataset(_jsonl(tmp_path, row | {"images": ["a.png"], "image": "a.png"}))
+    message = (
+        r"line 1: id 'a': field 'images' or 'image' is missing; the row has \['answer', .*'picture', .* null or \[\]"
+    )
+    with pytest.raises(FieldError, match=message):
+        PictureDataset(_jsonl(tmp_path, row | {"picture": ["a.png"]}))[0]
+    with pytest.raises(FieldError, match="id 'a': expected one of the fields 'images' and 'image', got both"):
+        PictureDataset(_jsonl(tmp_path, row | {"images": ["a.png"], "image": "a.png"}))[0]
     for none in ({"images": None}, {"images": []}, {"image": None}):
         assert PictureDataset(_jsonl(tmp_path, row | none))[0].images == ()
     # A table with a column of each name holds null in the one that a row does not use.
@@ -133,8 +166,8 @@ def test_a_row_says_whether_it_has_pictures(tmp_path: Path) -> None:
 
 def test_text_in_the_place_of_a_path_is_cut_short(tmp_path: Path) -> None:
     row = {"problem": "?", "answer": "1", "image": "iVBORw0KGgo" * 1000}  # base64 is longer than a file name may be
-    with pytest.raises(FileNotFoundError, match=r"row 0: id '0': image file .* does not exist") as raised:
-        PictureDataset(_jsonl(tmp_path, row))
+    with pytest.raises(PictureError, match=r"line 1: id '0': image file .* does not exist") as raised:
+        PictureDataset(_jsonl(tmp_path, row))[0]
     assert len(str(raised.value)) < 500
 
 
@@ -142,8 +175,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     good = json.dumps({"problem": "?", "answer": "1", "images": []}).encode()
     path = tmp_path / "latin.jsonl"
     path.write_bytes(good + b"\n" + good.replace(b"?", "é?".encode("latin-1")))
-    with pytest.raises(DataError, match=r"latin\.jsonl, row 1: not UTF-8: .*0xe9"):
-        PictureDataset(path)
+    with pytest.raises(DataError, match=r"latin\.jsonl, line 2: not UTF-8: .*0xe9"):
+        PictureDataset(path)[1]
     assert len(PictureDataset(path, limit=1)) == 1
     path = tmp_path / "cut.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"problem": "?"}]), path)
@@ -155,17 +188,79 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_data_set_without_some_of_its_samples(tmp_path: Path) -> None:
     rows = [{"id": name, "problem": "?", "answer": "1", "images": []} for name in "abc"]
     data = PictureDataset(_jsonl(tmp_path, *rows))
-    assert [sample.id for sample in data.without({"b", "unknown"})] == ["a", "c"]
+    rest = data.without({1, 9})
+    assert [sample.id for sample in rest] == ["a", "c"]
+    assert [sample.id for sample in rest.without({0})] == ["c"]
     assert [sample.id for sample in data] == ["a", "b", "c"], "the whole one stays as it was"
     with pytest.raises(DataError, match=r"rows\.jsonl: no rows are left of 3"):
-        data.without({"a", "b", "c"})
+        data.without({0, 1, 2})
 
 
-def test_an_unreadable_picture_names_the_row(tmp_path: Path, collator: PromptCollator) -> None:
+def test_all_that_is_wrong_is_found_at_once(tmp_path: Path, collator: PromptCollator) -> None:
+    good = {"problem": "?", "answer": "1", "images": ["a.png"]}
+    (tmp_path / "a.png").write_bytes(_png())
     (tmp_path / "cut.png").write_bytes(_png()[:60])
-    data = PictureDataset(_jsonl(tmp_path, {"id": "x9", "problem": "?", "answer": "1", "images": ["cut.png"]}))
-    with pytest.raises(DataError, match=r"rows\.jsonl, row 0: id 'x9': cannot read image .*cut\.png"):
-        collator([data[0]])
+    (tmp_path / "flat.png").write_bytes(_png(size=(6000, 4)))
+    wrong = {
+        "fine": {},
+        "cut": {"images": ["cut.png"]},
+        "marks": {"problem": "<image> <image>"},
+        "flat": {"images": ["flat.png"]},  # Qwen2.5-VL refuses ratios of 200 and more
+        "long": {"problem": "Count. " * 99},
+        "null": {"answer": None},
+        "also fine": {"images": []},
+    }
+    path = _jsonl(tmp_path, *({"id": name} | good | row for name, row in wrong.items()), "{", {"id": "fine"} | good)
+    data = PictureDataset(path)
+    # Two ranks share the rows; the second copy of an id is found when both are put together.
+    rows = examine(data, collator, range(0, 9, 2)) + examine(data, collator, range(1, 9, 2))
+    bad = unusable(rows)
+    assert [row.place for row in bad] == [1, 2, 3, 4, 5, 7, 8]
+    text = report("data.train", len(data), bad)
+    for line in (
+        "data.train: 7 of 9 rows cannot be used",
+        "  rows with a picture that cannot be read: 1",
+        f"    {path}, line 2: id 'cut': cannot read image {tmp_path / 'cut.png'}: image file is truncated",
+        "  rows whose <image> placeholders do not fit their pictures: 1",
+        "  prompts that the processor refuses: 1",
+        "  prompts longer than data.max_prompt_length: 1",
+        "  rows with a field that cannot be used: 2",
+        f"    {path}, line 6: id 'null': field 'answer' is null",
+        f"    {path}, line 9: id 'fine' is already that of {path}, line 1",
+        "  rows that cannot be read: 1",
+    ):
+        assert line in text.splitlines()
+    assert [sample.id for sample in data.without({row.place for row in bad})] == ["fine", "also fine"]
+
+
+def test_a_report_lists_twenty_rows_of_a_kind_and_counts_all(tmp_path: Path, collator: PromptCollator) -> None:
+    data = PictureDataset(_jsonl(tmp_path, *["{"] * 25))
+    lines = report("data.test", 25, unusable(examine(data, collator, range(25)))).splitlines()
+    assert lines[1] == "  rows that cannot be read: 25"
+    assert len(lines) == 2 + 20 + 1
+    assert lines[-1] == "    ... and 5 more"
+
+
+@pytest.mark.usefixtures("lone_process")
+def test_unusable_rows_stop_a_run_or_are_dropped(tmp_path: Path, collator: PromptCollator, caplog) -> None:
+    row = {"problem": "?", "answer": "1", "images": []}
+    datasets = {
+        "data.train": PictureDataset(_jsonl(tmp_path, row, row | {"answer": None})),
+        "data.test": PictureDataset(_jsonl(tmp_path / "test", row | {"problem": "<image>"}, row)),
+    }
+    with pytest.raises(DataError) as raised:
+        usable(datasets, collator, "refuse")
+    assert "data.train" in str(raised.value)
+    assert "data.test" in str(raised.value)
+    assert str(raised.value).splitlines()[-1] == "mend these rows, or leave them out with data.invalid=drop"
+    caplog.clear()
+    kept = usable(datasets, collator, "drop")
+    assert {key: [sample.id for sample in data] for key, data in kept.items()} == {
+        "data.train": ["0"],
+        "data.test": ["1"],
+    }
+    assert caplog.text.count("1 of 2 rows cannot be used") == 2
+    assert caplog.text.count("no row has a picture, so every focus is 0") == 2, "once a data set"
 
 
 def test_an_epochs_order_depends_on_epoch_and_seed_alone() -> None:
@@ -187,6 +282,8 @@ def test_pictures_stand_where_the_problem_says(collator: PromptCollator) -> None
     assert kinds("No picture?", 0) == ["No picture?"]
     with pytest.raises(DataError, match="id 'a': the problem has 1 <image> placeholders for 2 images"):
         kinds("<image>?", 2)
+    with pytest.raises(DataError, match=r"id 'a': the problem holds '<\|image_pad\|>', the processor's own mark"):
+        kinds("What does <|image_pad|> mean?", 0)
 
 
 def test_system_prompt_and_suffix(processor) -> None:
@@ -201,24 +298,6 @@ def test_a_prompt_over_the_limit_is_refused_not_cut(processor) -> None:
     assert PromptCollator(processor, max_prompt_length=length)([sample]).prompt_lengths == [length]
     with pytest.raises(PromptTooLong, match=rf"id 'long': the prompt has {length} tokens, .* is {length - 1}"):
         PromptCollator(processor, max_prompt_length=length - 1)([sample])
-
-
-def test_overlong_prompts_are_found_before_a_run(processor, pictures: Path, tmp_path: Path) -> None:
-    small, large = (PictureDataset(pictures / "train.jsonl")[n] for n in (0, 1))
-    large = Sample("large", large.problem, large.answer, (_png(size=(560, 560)),))
-    lengths = PromptCollator(processor, max_prompt_length=9999)([small, large]).prompt_lengths
-    assert lengths[0] < lengths[1]
-    for limit, found in ((lengths[1], []), (lengths[1] - 1, [(large, lengths[1])])):
-        collator = PromptCollator(processor, max_prompt_length=limit)
-        assert overlong(collator, [small, large, small]) == found
-    assert [length for _, length in overlong(PromptCollator(processor, max_prompt_length=1), [large, small])] == [
-        lengths[1],
-        lengths[0],
-    ]
-    (tmp_path / "cut.png").write_bytes(_png()[:60])
-    broken = Sample("x9", "?", "1", (tmp_path / "cut.png",))
-    with pytest.raises(DataError, match=r"id 'x9': cannot read image .*cut\.png"):
-        overlong(collator, [small, broken])
 
 
 def test_a_prompt_that_the_processor_refuses_names_the_row(collator: PromptCollator) -> None:
@@ -238,7 +317,7 @@ def test_image_tokens_match_the_vision_inputs(collator: PromptCollator, tiny_che
     tensors = batch.tensors()
     config = load_model(tiny_checkpoint, dtype=torch.float32).config
     merge = config.vision_config.spatial_merge_size**2
-    tokens = image_token_mask(tensors["input_ids"], config).sum(1).tolist()
+    tokens = visual_token_mask(config, tensors["input_ids"]).sum(1).tolist()
     grids = tensors["image_grid_thw"].prod(1)
     assert batch.images_per_row == [1, 0, 2]
     assert tokens == [int(grids[0]) // merge, 0, int(grids[1:].sum()) // merge]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable, write_json
-from vgpo_train.config import ConfigError, OptimConfig, TrainConfig
+from vgpo_train.config import ConfigError, OptimConfig, RewardConfig, TrainConfig
 from vgpo_train.metrics import MetricsLog, PhaseTimer, progress, read_metrics
 from vgpo_train.report import write_report
 
@@ -94,6 +94,7 @@ def test_a_named_checkpoint_that_is_gone_is_an_error(tmp_path: Path) -> None:
 
 def test_a_resume_is_refused_by_name() -> None:
     check_resumable(_state(1), _config(steps=99, save_every=1, output_dir="moved", resume="auto", eval_every=3))
+    check_resumable(_state(1), _config(rewards=RewardConfig(timeout=60.0)))
     with pytest.raises(ConfigError, match="the checkpoint is of 3 processes, this run has 1"):
         check_resumable(_state(1, world_size=3), _config())
     changed = _config(optim=OptimConfig(lr=5.0), loss={"beta": 0.1})

@@ -12,8 +12,7 @@ from transformers.utils import is_torchvision_available
 
 from vgpo_train.model import (
     copy_processor_files,
-    image_token_id,
-    image_token_mask,
+    end_tokens,
     layer_count,
     load_model,
     load_processor,
@@ -57,6 +56,17 @@ def test_processor_files_are_copied_unchanged_and_weights_are_not(tiny_checkpoin
     assert copy_processor_files(tiny_checkpoint, tiny_checkpoint) == names, "a folder may be its own target"
 
 
+def test_further_chat_templates_are_copied(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    (source / "config.json").write_text("{}")
+    for _ in range(2):
+        copy_processor_files(source, target)
+        copy_processor_files(source, source)
+    assert (target / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+
+
 def test_a_copied_checkpoint_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = load_model(tiny_checkpoint, dtype=torch.float32)
     model.save_pretrained(tmp_path)
@@ -98,6 +108,31 @@ def test_the_layers_of_the_text_half_are_counted(tiny_checkpoint: Path) -> None:
     assert layer_count(tiny_checkpoint) == 2
 
 
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [7, 8]}, {"eos_token_id": 5}, [7, 8]),
+        ({"eos_token_id": 0}, {"eos_token_id": 5}, [0]),
+        (None, {"eos_token_id": [334, 329]}, [334, 329]),
+        ({"temperature": 0.5}, {"eos_token_id": 5}, [5]),
+        (None, {"eos_token_id": 5, "text_config": {"eos_token_id": 6}}, [5]),
+        (None, {"text_config": {"eos_token_id": [1, 106]}}, [1, 106]),
+        (None, {"eos_token_id": None, "text_config": {}}, [9]),
+    ],
+)
+def test_a_completion_ends_where_generate_would_end_it(tmp_path: Path, generation, config, expected) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert end_tokens(tmp_path, SimpleNamespace(eos_token_id=9)) == expected
+
+
+def test_a_checkpoint_without_an_end_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model folder '.*' names no end-of-sequence token"):
+        end_tokens(tmp_path, SimpleNamespace(eos_token_id=None))
+
+
 def test_dtype_is_the_one_asked_for(tiny_checkpoint: Path) -> None:
     model = load_model(tiny_checkpoint, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -116,17 +151,7 @@ def test_visual_tokens_of_the_checkpoint(tiny_checkpoint: Path) -> None:
 def test_visual_tokens_by_the_names_of_other_families() -> None:
     config = SimpleNamespace(image_token_index=7, boi_token_index=8, eoi_token_index=[9, 10], video_token_id=None)
     assert visual_token_ids(config) == [7, 8, 9, 10]
-    assert image_token_id(config) == 7
     assert visual_token_ids(SimpleNamespace()) == []
-    with pytest.raises(ValueError, match="SimpleNamespace names no image token"):
-        image_token_id(SimpleNamespace())
-
-
-def test_the_mask_covers_pictures_and_videos() -> None:
-    config = SimpleNamespace(image_token_id=7, video_token_id=8)
-    mask = image_token_mask(torch.tensor([[7, 1, 8, 2]]), config)
-    assert mask.tolist() == [[True, False, True, False]]
-    assert mask.dtype == torch.bool
 
 
 def test_the_video_half_keeps_its_settings(tiny_checkpoint: Path) -> None:

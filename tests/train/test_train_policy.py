@@ -1,20 +1,21 @@
 """The policy's forward on a real tiny Qwen2.5-VL: inputs, log-probabilities, focus, the companion."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from train_stand_ins import PlainEngine, collator, eager_attention, mixed_samples, no_head, random_completions
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Idefics3Config, Qwen2Config, Qwen2ForCausalLM
 
 from vgpo_kernels.integrations.transformers import focus_from_attention, record_visual_attention
-from vgpo_train import policy
+from vgpo_train import policy, scoring
 from vgpo_train.batching import build_companion, micro_batches
-from vgpo_train.config import ConfigError, ModelConfig, OptimConfig, TrainConfig
+from vgpo_train.config import ConfigError, FocusConfig, ModelConfig, OptimConfig, TrainConfig
 from vgpo_train.data import PromptBatch
 from vgpo_train.model import load_model
 from vgpo_train.rollout import Completions, RolloutConfig
-from vgpo_train.scoring import Scorer, Scores, check_recordable, focus_of, image_ids, score
+from vgpo_train.scoring import Scorer, Scores, check_head, check_pictures, check_recordable, focus_of, score
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def _score(
     reference: PlainEngine | None = None,
 ) -> Scores:
     settings = {"temperature": 0.7, "wants_focus": True, "per_image": per_image, "layers": layers}
+    settings["images_per_row"] = prompts.images_per_row
     return score(engine, reference, prompts.tensors(), completions, **settings)
 
 
@@ -277,11 +279,6 @@ def test_the_companion_changes_no_gradient(tiny_checkpoint: Path, pictures: Path
         )
 
 
-def test_image_ids_number_the_pictures_of_a_row() -> None:
-    visual = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0]]).bool()
-    assert image_ids(visual).tolist() == [[-1, 0, 0, -1, 1, -1], [0, -1, -1, -1, -1, 1], [-1] * 6]
-
-
 class Adapted(torch.nn.Module):
     """A head that is more than a linear layer."""
 
@@ -321,3 +318,37 @@ def test_scoring_never_runs_the_head(engine: PlainEngine, prompts: PromptBatch, 
         assert _score(engine, prompts, completions, reference=engine).old_logps.any()
         with pytest.raises(AssertionError, match="the head's own forward"):
             engine(**prompts.tensors())
+
+
+def test_pictures_that_cannot_be_told_apart_are_refused_before_the_first_rollout(
+    engine: PlainEngine, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    companion = build_companion(collator(tiny_checkpoint))
+    config = TrainConfig(model=ModelConfig(attn_implementation="sdpa"), focus=FocusConfig(per_image=True))
+    Scorer(config, engine, None, companion, wants_focus=True)
+    unknown = Idefics3Config(image_token_id=engine.module.config.image_token_id)
+    stand_in = SimpleNamespace(module=SimpleNamespace(config=unknown), device=engine.device)
+    undescribed = SimpleNamespace(tensors=lambda device: {"input_ids": torch.ones(1, 2, dtype=torch.long)})  # noqa: ARG005
+    message = "focus.per_image: where a picture of Idefics3Config ends is said neither .*; leave it out for one"
+    with pytest.raises(ConfigError, match=message):
+        check_pictures(stand_in, undescribed)
+    refused: list[object] = []
+    monkeypatch.setattr(scoring, "check_pictures", lambda *given: refused.append(given))
+    Scorer(config, engine, None, companion, wants_focus=True)
+    assert refused == [(engine, companion)]
+
+
+def test_hidden_states_that_cannot_be_had_are_refused_before_the_first_rollout(
+    engine: PlainEngine, tiny_checkpoint: Path
+) -> None:
+    companion = build_companion(collator(tiny_checkpoint))
+    decoder = engine.module.get_decoder()
+    cut = decoder.register_forward_hook(
+        lambda _module, _args, output: type(output)(last_hidden_state=output.last_hidden_state[:, -2:])
+    )
+    try:
+        check_head(engine, companion)
+        with pytest.raises(ConfigError, match=r"model.path: .*expected a last_hidden_state of all \(1, \d+\) tokens"):
+            check_head(engine, companion, hidden_states=True)
+    finally:
+        cut.remove()

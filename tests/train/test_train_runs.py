@@ -203,6 +203,17 @@ def test_the_final_checkpoint_loads(whole: Path, tiny_checkpoint: Path) -> None:
     assert any("language_model" in name for name in changed)
 
 
+def test_a_whole_and_a_resumed_run_export_the_tensors_of_their_checkpoint(whole, resumed, tiny_checkpoint) -> None:
+    expected = {name: (value.shape, value.dtype) for name, value in _weights(tiny_checkpoint).items()}
+    for folder in (whole, resumed):
+        found = {name: (value.shape, value.dtype) for name, value in _weights(folder / "final").items()}
+        assert found == expected
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
 def test_only_as_many_checkpoints_as_asked_are_kept(whole: Path) -> None:
     assert [path.name for path in sorted((whole / "checkpoints").glob("step_*"))] == [f"step_{STEPS:06d}"]
 
@@ -223,7 +234,7 @@ def test_the_progress_bar_is_drawn_once(whole: Path) -> None:
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(whole: Path, resumed: Path) -> None:
     expected = [_timeless(line) for line in read_metrics(whole / "metrics.jsonl")]
     assert [_timeless(line) for line in read_metrics(resumed / "metrics.jsonl")] == expected
-    weights = [load_file(folder / "final" / "model.safetensors") for folder in (whole, resumed)]
+    weights = [_weights(folder / "final") for folder in (whole, resumed)]
     assert weights[0].keys() == weights[1].keys()
     for name, value in weights[0].items():
         assert torch.equal(value, weights[1][name]), name

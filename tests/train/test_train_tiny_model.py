@@ -18,7 +18,7 @@ def _logits(folder: Path, pictures: Path, model=None) -> torch.Tensor:
     data = PictureDataset(pictures / "test.jsonl", limit=4)
     model = load_model(folder, dtype=torch.float32) if model is None else model
     with torch.no_grad():
-        return model.eval()(**collator(data.samples).tensors()).logits
+        return model.eval()(**collator(list(data)).tensors()).logits
 
 
 def test_it_is_small_and_has_a_vision_tower(tiny_checkpoint: Path) -> None:
@@ -37,7 +37,7 @@ def test_saving_and_loading_gives_the_same_logits(tiny_checkpoint: Path, picture
 
 def test_text_comes_back_as_it_was(tiny_checkpoint: Path, pictures: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    samples = PictureDataset(pictures / "train.jsonl").samples
+    samples = list(PictureDataset(pictures / "train.jsonl"))
     texts = [text for sample in samples for text in (sample.problem, sample.answer)]
     for text in [*texts, "  naïve <b>\n ünknown \\boxed{x} 漢字 \t", ""]:
         assert tokenizer.decode(tokenizer(text).input_ids) == text
@@ -51,13 +51,13 @@ def test_a_word_of_the_task_is_a_token(tiny_checkpoint: Path) -> None:
 
 def test_completions_are_short(tiny_checkpoint: Path, pictures: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
-    samples = PictureDataset(pictures / "train.jsonl").samples
+    samples = list(PictureDataset(pictures / "train.jsonl"))
     assert max(len(tokenizer(f"\\boxed{{{sample.answer}}}").input_ids) for sample in samples) < 20
 
 
 def test_the_logits_depend_on_the_picture(tiny_checkpoint: Path, pictures: Path) -> None:
     collator = PromptCollator(load_processor(tiny_checkpoint), max_prompt_length=128)
-    inputs = collator(PictureDataset(pictures / "test.jsonl", limit=1).samples).tensors()
+    inputs = collator(list(PictureDataset(pictures / "test.jsonl", limit=1))).tensors()
     model = load_model(tiny_checkpoint, dtype=torch.float32).eval()
     with torch.no_grad():
         seen = model(**inputs).logits[:, -1]

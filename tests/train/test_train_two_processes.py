@@ -1,7 +1,6 @@
-"""What needs two real ZeRO-3 processes: one launch does everything (`workers/two_processes.py`), the tests judge it."""
+"""What needs two real ZeRO-3 processes: `ranks` is what they left behind (conftest.py), the tests judge it."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from train_launch import WORKERS, Finished, launch
+from train_launch import WORKERS
 from train_stand_ins import PlainEngine, collator, dense_logps, eager_attention, mixed_samples
 from transformers import AutoModelForImageTextToText
 
 from vgpo_kernels import VGPOConfig, policy_loss, vgpo_weights
 from vgpo_train import policy
 from vgpo_train.algorithms import SEGMENTS
-from vgpo_train.data import epoch_order
 from vgpo_train.experience import group_advantages
 from vgpo_train.metrics import read_metrics
 from vgpo_train.model import load_model, load_processor
@@ -28,49 +26,6 @@ import scenario
 pytestmark = pytest.mark.deepspeed
 
 LOSSES = tuple(scenario.LOSSES)
-
-
-@pytest.fixture(scope="module")
-def leaky_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with sampling defaults of its own."""
-    folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("leaky") / "checkpoint")
-    path = folder / "generation_config.json"
-    own = {"repetition_penalty": 30.0, "do_sample": True, "top_k": 1, "temperature": 0.01, "max_length": 3}
-    path.write_text(json.dumps(json.loads(path.read_text()) | own))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("two processes")
-
-
-@pytest.fixture(scope="module")
-def finished(folder: Path, tiny_checkpoint: Path, leaky_checkpoint: Path, pictures: Path) -> Finished:
-    _write_one_sided(folder / "one_sided.jsonl", pictures)
-    script = WORKERS / "two_processes.py"
-    paths = [str(path) for path in (folder, tiny_checkpoint, leaky_checkpoint, pictures)]
-    # A collective that one rank does not reach waits for ever: the limit is what turns a hang into a failure.
-    ended = launch(script, *paths, log=folder / "log", timeout=400)
-    assert ended.returncode == 0, ended.output[-6000:]
-    return ended
-
-
-def _write_one_sided(path: Path, pictures: Path) -> None:
-    """Writes four rows of which the first step gives those with a picture to rank 0, and text alone to rank 1."""
-    lines = (pictures / "train.jsonl").read_text().splitlines()[:4]
-    order = epoch_order(4, 0, seed=0)
-    rows = []
-    for place, line in enumerate(lines):
-        row = json.loads(line)
-        row["images"] = [str(pictures / image) for image in row["images"]] if place in order[:2] else []
-        rows.append(json.dumps(row) + "\n")
-    path.write_text("".join(rows))
-
-
-@pytest.fixture(scope="module")
-def ranks(finished: Finished, folder: Path) -> list[dict[str, Any]]:  # noqa: ARG001
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
 def _metrics(folder: Path, run: str) -> list[dict[str, Any]]:
@@ -134,6 +89,14 @@ def test_ranks_and_micro_batches_add_up_to_one_batch(ranks, tiny_checkpoint, num
     assert metrics["loss"] == pytest.approx(float(output.loss.detach()), rel=1e-4)
     assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
     assert metrics == ranks[1]["exact"]["updates"][LOSSES[number]][2], "ranks report the same"
+
+
+def test_any_number_of_micro_batches_adds_up_in_bfloat16(ranks) -> None:
+    for rank in ranks:
+        norms = rank["accumulation"]
+        assert norms.keys() == {1, 512}
+        # Each gradient is the first one's 512th, to the bit: what is left is the rounding of a sum in float32.
+        assert norms[512] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_log_probabilities_and_entropies_have_the_gradients_of_one_process(ranks, tiny_checkpoint) -> None:
@@ -393,3 +356,20 @@ def test_a_folder_with_another_run_is_refused(ranks) -> None:
         assert said["update"].startswith(
             "resume: the saved run was configured otherwise in optim.update_prompts; choose"
         )
+
+
+def test_all_ranks_stop_with_what_any_of_them_found(ranks) -> None:
+    said = [rank["bad data"] for rank in ranks]
+    assert said[0] == said[1]
+    assert "bad_rows.jsonl: 2 of 6 rows cannot be used" in said[0]["rows"]
+    assert "line 3: id 'train-00002': image file" in said[0]["rows"]
+    assert "line 6: id 'train-00005': field 'answer' is null" in said[0]["rows"]
+    assert said[0]["one machine"].startswith("rank 1 on ")
+    assert "only_rank_1.jsonl' does not exist" in said[0]["one machine"]
+
+
+def test_the_main_rank_alone_says_why_and_no_traceback_follows(ranks, finished) -> None:  # noqa: ARG001
+    assert finished.output.count("error: data.train=") == 1
+    assert finished.output.count("the program has ended with 2") == 2
+    assert "Traceback" not in finished.output
+    assert finished.output.rindex("leave them out with data.invalid=drop") < finished.output.rindex("has ended with 2")

@@ -28,6 +28,7 @@ def launch(
     log: Path,
     timeout: float = 240.0,
     kill_when: Callable[[], bool] | None = None,
+    python: str | Path = sys.executable,
 ) -> Finished:
     """Runs `deepspeed --num_gpus 2 script arguments...` to its end.
 
@@ -37,8 +38,9 @@ def launch(
         log: where its output goes, for reading it after a kill.
         timeout: seconds; a launch that takes longer hangs, and fails the test.
         kill_when: asked all the time; once it says yes, all processes get SIGKILL.
+        python: the interpreter, of an environment with the driver's requirements.
     """
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(_free_port())]
+    command = [str(python), "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(_free_port())]
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
     # The tests compare with one process on the CPU, on a machine with GPUs, too.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vgpo_train import policy
-from vgpo_train.data import PromptBatch, PromptCollator, Sample
+from vgpo_train.data import PromptBatch, PromptCollator, Sample, epoch_order
 from vgpo_train.model import load_processor
 from vgpo_train.rollout import Completions
 from vgpo_train.updates import Experience
@@ -68,6 +68,26 @@ def mixed_samples(pictures: Path, kinds: str) -> list[Sample]:
         problem = rows[place]["problem"] + " Count." * (place % 3)
         samples.append(Sample(f"{kind}{place}", problem, rows[place]["answer"], paths))
     return samples
+
+
+def write_odd_data(folder: Path, pictures: Path) -> None:
+    """Writes data that a run of two ranks must bear, or must refuse.
+
+    Of `one_sided.jsonl` the first step gives the two rows with a picture to rank 0, and text alone to rank 1. Of
+    `bad_rows.jsonl` each rank reads a row that cannot be used. Of `only_rank_N.jsonl` there is that of rank 0 alone.
+    """
+    rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()[:6]]
+    rows = [row | {"images": [str(pictures / image) for image in row["images"]]} for row in rows]
+
+    def write(name: str, chosen: list[dict[str, Any]]) -> None:
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in chosen))
+
+    order = epoch_order(4, 0, seed=0)
+    write(
+        "one_sided.jsonl", [row if place in order[:2] else row | {"images": []} for place, row in enumerate(rows[:4])]
+    )
+    write("bad_rows.jsonl", [*rows[:2], rows[2] | {"images": ["gone.png"]}, *rows[3:5], rows[5] | {"answer": None}])
+    write("only_rank_0.jsonl", rows[:1])
 
 
 def random_completions(lengths: list[int], seed: int = 0) -> Completions:

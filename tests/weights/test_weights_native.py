@@ -211,6 +211,6 @@ def test_the_kernel_takes_empty_tensors(shape):
     empty, row = torch.zeros(shape), torch.zeros(shape[0])
     trajectory = torch.full_like(row, math.nan)
     changes = dict.fromkeys(("token", "normalized", "focus"), empty) | dict.fromkeys(("gate", "mask"), empty.bool())
-    changes |= {"trajectory": trajectory, "score": row, "groups": row.long(), "visual": None, "negative": None}
+    changes |= {"trajectory": trajectory, "score": row, "groups": row.long(), "visual": row.bool(), "negative": None}
     _native.call("weights", *arguments(**changes))
     assert (trajectory == 1).all()

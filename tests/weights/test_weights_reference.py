@@ -140,6 +140,21 @@ class TestCorners:
         assert w.trajectory_weights[1] == 1
         assert torch.equal(w.trajectory_weights[::2], alone.trajectory_weights)
 
+    def test_focus_of_zero_at_every_token_means_no_visual_token_unless_told(self, recipe, impl, device):
+        focus, mask = torch.rand(4, 8), torch.ones(4, 8)
+        mask[2, 2:] = 0  # shorter, so that its sum of scores differs from that of row 1
+        focus[1:3] = torch.where(mask[1:3] != 0, 0.0, float("nan"))  # never read at padding
+        focus[3, 1:] = -0.0  # one token looks
+        told = {"has_visual": torch.tensor([True, False, False, True])}
+        w = self.weigh(recipe, impl, device, focus, mask)
+        for found, expected in zip(w, self.weigh(recipe, impl, device, focus, mask, **told), strict=True):
+            assert torch.equal(found, expected)
+        assert (w.token_weights[1:3] == 1).all()
+        assert (w.trajectory_weights[1:3] == 1).all()
+        # Rows with an image that is never looked at.
+        looked = self.weigh(recipe, impl, device, focus, mask, has_visual=torch.ones(4) > 0)
+        assert (looked.trajectory_weights[1:3] != 1).all()
+
     def test_group_with_equal_scores(self, recipe, impl, device):
         # The same scores at other columns: their sums may differ in the last bit.
         row = torch.rand(13)
@@ -189,6 +204,18 @@ def test_official_corners_follow_the_published_code(impl, device):
     torch.testing.assert_close(w.normalized[3], w.normalized[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(w.trajectory_weights[3], w.trajectory_weights[0], rtol=0, atol=1e-6)
     assert w.trajectory_weights[1] == w.trajectory_weights[2]
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_official_weighs_rows_with_a_focus_of_zero_as_the_published_code_does(impl, device):
+    focus, mask, groups = (x.to(device) for x in (torch.rand(4, 8), torch.ones(4, 8), torch.zeros(4).long()))
+    focus[1] = 0.0
+    w = vgpo_weights(focus, mask, groups, VGPOConfig.official(), impl=impl)
+    for sees in (torch.ones(4) > 0, torch.arange(4) != 1):
+        told = vgpo_weights(focus, mask, groups, VGPOConfig.official(), has_visual=sees.to(device), impl=impl)
+        for found, expected in zip(w, told, strict=True):
+            assert torch.equal(found, expected)
+    assert w.trajectory_weights[1] != 1
 
 
 class TestErrors:

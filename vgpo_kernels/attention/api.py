@@ -73,7 +73,7 @@ def attention_mass(
     The masses are constants: no gradient flows through. `visual_attention` has one that does.
 
     Args:
-        q: (B, Hq, Lq, D), any strides; float16, bfloat16 or float32, and float64 on the reference.
+        q: (B, Hq, Lq, D), D up to 512, any strides; float16, bfloat16 or float32, and float64 on the reference.
         k: (B, Hkv, Lk, D) of the same dtype; Hq is a multiple of Hkv, and neighbouring query heads share a key head.
         lse: (B, Hq, Lq) fp32 or fp64, natural log.
         segment_ids: (B, Lk) integers from 0 to num_segments - 1, or -1 for keys in no segment.

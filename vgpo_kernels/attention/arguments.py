@@ -20,7 +20,7 @@ from vgpo_kernels._validate import (
 from vgpo_kernels.attention import intervals as masks
 
 LSE = (torch.float32, torch.float64)
-HEAD_DIM = 256  # the largest
+HEAD_DIM = 512  # the largest
 
 
 def check_qk(q: Tensor, k: Tensor, scale: float | None, softcap: float | None, *, k_name: str = "k") -> float:

@@ -167,20 +167,31 @@ class FusedHead:
         hidden_states: bool,
         work: Callable[[nn.Linear, Tensor], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
-        inputs = dict(batch)
-        for name, value in (("logits_to_keep", length + 1), ("use_cache", False)):
-            if name in self._head.accepts:
-                inputs.setdefault(name, value)
+        options: dict[str, Any] = {"use_cache": False}
+        if not hidden_states:
+            # Gemma 4 with shared keys runs its upper layers on these tokens only.
+            options["logits_to_keep"] = length + 1
+        inputs = {name: value for name, value in options.items() if name in self._head.accepts} | dict(batch)
         caught: list[Tensor] = []
         hook = self._head.decoder.register_forward_hook(lambda _module, _args, output: caught.append(_last(output)))
         try:
             found = self._stand_in.run(lambda: self._model(**inputs), work)
         finally:
             hook.remove()
-        if hidden_states and not (caught and isinstance(caught[-1], Tensor)):
-            raise TypeError(f"{self._head.name}: its decoder gives no last_hidden_state")
-        self._hidden_states = caught[-1] if hidden_states else None
+        self._hidden_states = self._checked(caught, batch["input_ids"]) if hidden_states else None
         return found
+
+    def _checked(self, caught: list[Any], ids: Tensor) -> Tensor:
+        """Returns the states (B, L, D) of the last forward."""
+        states = caught[-1] if caught else None
+        if not isinstance(states, Tensor):
+            raise TypeError(f"{self._head.name}: its decoder gives no last_hidden_state")
+        if states.dim() != 3 or states.shape[:2] != ids.shape:
+            raise ValueError(
+                f"{self._head.name}: expected a last_hidden_state of all {tuple(ids.shape)} tokens of input_ids, got "
+                f"{tuple(states.shape)}"
+            )
+        return states
 
 
 def _last(output: Any) -> Any:
@@ -194,6 +205,8 @@ def _targets(batch: Any, prompt_length: Any) -> Tensor:
     for name in ("labels", "logits_to_keep"):
         if batch.get(name) is not None:
             raise ValueError(f"batch: expected no {name}, which are of no use without logits; leave them out")
+    if batch.get("decoder_input_ids") is not None:
+        raise ValueError("batch: expected prompt and completion together in input_ids, got decoder_input_ids")
     ids = batch.get("input_ids")
     check_tensor("batch['input_ids']", ids, shape=("B", "L"), dtypes=INTEGER)
     length = ids.shape[1]  # type: ignore[union-attr]

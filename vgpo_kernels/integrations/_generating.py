@@ -6,10 +6,14 @@ unfollow(model)  # in its __exit__, once it is not
 
 import functools
 import types
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from vgpo_kernels.integrations._pictures import described
 
 
 class Prompt(NamedTuple):
@@ -18,13 +22,13 @@ class Prompt(NamedTuple):
     Args:
         ids: (B, P).
         end_tokens: ids that end a completion.
-        grids: (images, 3) the patch grids of the prompt's pictures, where the model takes them; forwards need not get
+        described: the arguments that describe the prompts' pictures, where the model takes any; forwards need not get
             them, since generate may encode the pictures beforehand.
     """
 
     ids: Tensor
     end_tokens: tuple[int, ...]
-    grids: Tensor | None = None
+    described: Mapping[str, Any] = MappingProxyType({})
 
 
 class Follower(Protocol):
@@ -116,7 +120,7 @@ def read_prompt(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> P
         )
     ends = _setting(module, kwargs, "eos_token_id")
     end_tokens = () if ends is None else tuple(torch.as_tensor(ends).flatten().tolist())
-    return Prompt(ids, end_tokens, kwargs.get("image_grid_thw"))
+    return Prompt(ids, end_tokens, described(kwargs))
 
 
 def _setting(module: Any, kwargs: dict[str, Any], name: str) -> Any:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from vgpo_kernels.integrations._modules import outermost_model
+from vgpo_kernels.integrations._modules import find_decoder, is_encoder_decoder, outermost_model
 
 # Fields of configurations: each is a factor of the logits, or what they are divided by.
 SCALE_FIELDS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -72,24 +72,36 @@ def find_head(model: nn.Module) -> Head:
     """
     inside = outermost_model(model)
     name = type(inside).__name__
-    if getattr(inside.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(inside.config):
         raise ValueError(f"{name}: expected a decoder of prompt and completion together, got an encoder-decoder")
-    head = inside.get_output_embeddings()
+    head = _trained_copy(inside.get_output_embeddings())
     if head is None:
         raise ValueError(f"{name}: expected a model with an output head (get_output_embeddings), got none")
     kind = type(head)
     if not isinstance(head, nn.Linear) or kind.forward is not nn.Linear.forward:
         raise TypeError(
             f"{name}: expected a plain torch.nn.Linear as output head, got {kind.__module__}.{kind.__qualname__}; "
-            "an adapted or quantised head has to be merged first"
+            "leave the head out of adapters and of quantisation (PEFT's modules_to_save=['lm_head'] trains it whole), "
+            "or merge its adapter"
         )
+    if head.weight.is_meta:
+        raise ValueError(f"{name}: expected an output head with weights, got meta tensors; load the weights first")
     if "forward" in vars(head):
         raise RuntimeError(f"{name}: the forward of its output head has been replaced already, by {_owner(head)}")
     parameters = inspect.signature(inside.forward).parameters
     accepts = set(parameters)
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         accepts.add("use_cache")  # handed on to the decoder
-    return Head(name, head, inside.get_decoder(), _readings(inside.config), frozenset(accepts))
+    return Head(name, head, find_decoder(inside), _readings(inside.config), frozenset(accepts))
+
+
+def _trained_copy(head: Any) -> Any:
+    """Returns the linear layer that runs where PEFT keeps a copy of the head to train (`modules_to_save`)."""
+    copies = getattr(head, "modules_to_save", None)
+    if not isinstance(copies, nn.ModuleDict):
+        return head
+    active = [name for name in head.active_adapters if name in copies]
+    return copies[active[0]] if active and not head.disable_adapters else head.original_module
 
 
 def _owner(head: nn.Module) -> str:
@@ -186,6 +198,9 @@ class StandIn:
         if self._probe is None or self._probe.device != args[0].device:
             places = torch.arange(self.head.module.out_features, device=args[0].device)
             self._probe = (places % (2 * PROBE + 1) - PROBE).float()[None, None]  # [1, 1, V]
+        # Without a gradient the function has nothing to tie, and torch.compile would not trace it as it is meant.
+        if not any(value.requires_grad for value in results.values()):
+            return self._probe.clone()
         probe: Tensor = _Probe.apply(self._probe, *results.values())
         return probe
 

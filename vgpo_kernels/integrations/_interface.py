@@ -130,6 +130,14 @@ def vgpo_attention(
     softcap = kwargs.get("softcap")
     encoded = _masks.is_encoded(attention_mask)
     _check_known(module, kwargs)
+    chosen = kwargs.pop("indices", None)
+    if chosen is not None:
+        if listeners or encoded or softcap is not None:
+            _refuse(module, "chosen keys (indices) where it is recorded", "they are no interval of keys for each query")
+        if chosen.dim() != 3 or chosen.shape[:2] != (query.shape[0], query.shape[2]):
+            _refuse(module, f"chosen keys (indices) of shape {tuple(chosen.shape)}", "expected (B, Lq, n)")
+        # These layers put their choice into the mask only for "eager" and "sdpa", by name.
+        attention_mask = _masks.only_chosen(attention_mask, chosen, key.shape[2])
     if not listeners and softcap is None and not encoded:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
@@ -185,7 +193,7 @@ def _mask_from_outside(
 
 def _check_known(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raises for what sdpa would leave out without a word."""
-    for name, what in (("s_aux", "attention sinks"), ("indices", "chosen keys"), ("block_indices", "chosen keys")):
+    for name, what in (("s_aux", "attention sinks"), ("block_indices", "chosen keys")):
         if kwargs.get(name) is not None:
             _refuse(module, f"{what} ({name})", "use attn_implementation='eager'")
 

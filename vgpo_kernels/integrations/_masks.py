@@ -197,6 +197,22 @@ def without_mask(shape: MaskShape, *, causal: bool, device: torch.device) -> Key
     return KeyIntervals(torch.zeros_like(end), end, None, shape.kv_offset, Lk, plain)
 
 
+def only_chosen(mask: Tensor | None, chosen: Tensor, kv_length: int) -> Tensor:
+    """Returns a mask for transformers' own attention that shows each query the keys chosen for it, and no other.
+
+    Args:
+        mask: (B, 1, Lq, Lk), bool (True is seen) or additive; None is the causal mask whose last query sees every key.
+        chosen: (B, Lq, n) indices of keys.
+        kv_length: Lk.
+    """
+    batch, Lq, _ = chosen.shape
+    seen = torch.zeros(batch, Lq, kv_length, dtype=torch.bool, device=chosen.device)
+    seen = seen.scatter(-1, chosen.long(), True)[:, None]
+    if mask is None:
+        return seen.tril(kv_length - Lq)
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
 def encode(mask: KeyIntervals) -> Tensor:
     """Returns the mask as one (B, 1, 1, n) int32 tensor, which models hand on as they do any attention mask.
 

@@ -1,9 +1,9 @@
-"""Finds, in a model that may be wrapped, the text decoder, its attention layers, and the ids of visual tokens.
+"""Finds, in a model that may be wrapped, the text decoder, its attention layers, and what they can be recorded of.
 
 parts = find_parts(engine)  # DeepSpeed, DDP, PEFT and bare models alike
 parts.entries  # the modules that may be called with input_ids
 parts.layers  # indices of the layers with attention
-parts.image_tokens, parts.video_tokens
+chosen_layers("last", parts.layers)
 """
 
 from collections.abc import Iterable
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-IMAGE_TOKEN_FIELDS = ("image_token_id", "image_token_index")
-VIDEO_TOKEN_FIELDS = ("video_token_id", "video_token_index")
+from vgpo_kernels.attention.arguments import HEAD_DIM
+from vgpo_kernels.integrations._visual import IMAGE_TOKEN_FIELDS, VisualTokens, find_visual_tokens
 
 
 class Parts(NamedTuple):
@@ -26,7 +26,8 @@ class Parts(NamedTuple):
         attention: ids of the decoder's modules, those that call the attention function among them.
         configs: ids of the configurations that the decoder's masks may be made for.
         layers: indices of the decoder's layers with attention, ascending.
-        image_tokens, video_tokens: ids of the tokens that stand for pieces of a picture or a video.
+        head_sizes: of those layers whose attention module tells it, by index.
+        visual: ids of the tokens that stand for pieces of a picture or a video.
     """
 
     name: str
@@ -35,8 +36,8 @@ class Parts(NamedTuple):
     attention: frozenset[int]
     configs: frozenset[int]
     layers: tuple[int, ...]
-    image_tokens: frozenset[int]
-    video_tokens: frozenset[int]
+    head_sizes: dict[int, int]
+    visual: VisualTokens
 
 
 def outermost_model(model: nn.Module) -> PreTrainedModel:
@@ -52,25 +53,49 @@ def outermost_model(model: nn.Module) -> PreTrainedModel:
     raise TypeError(f"model: expected a transformers model, wrapped or not, got {type(model).__name__}")
 
 
+def find_decoder(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the decoder of a model of transformers, without the output head.
+
+    `get_decoder` of some families (Llama 4, BLIP-2) is a whole causal language model.
+    """
+    decoder: Any = model.get_decoder()
+    while isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
+        inner = decoder.get_decoder()
+        if inner is decoder:
+            inner = next((child for child in decoder.children() if isinstance(child, PreTrainedModel)), decoder)
+        if inner is decoder:
+            break
+        decoder = inner
+    return decoder
+
+
+def is_encoder_decoder(config: Any) -> bool:
+    """Tells whether a configuration is that of an encoder-decoder, or its text half is (InstructBLIP with T5)."""
+    if getattr(config, "is_encoder_decoder", False):
+        return True
+    return bool(getattr(config.get_text_config(), "is_encoder_decoder", False))
+
+
 def find_parts(model: nn.Module) -> Parts:
     """Returns the parts of a vision-language model, however it is wrapped.
 
     Raises:
         TypeError: no model of transformers is inside.
-        ValueError: pictures do not reach this family's decoder as tokens of its input.
+        ValueError: pictures do not reach this family's decoder as tokens of its input, or its layers choose their keys.
     """
     outermost = outermost_model(model)
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     name = type(outermost).__name__
-    decoder = outermost.get_decoder()
+    _refuse_encoder_decoder(outermost, name)
+    decoder = find_decoder(outermost)
     inside = list(decoder.modules())
-    _refuse_cross_attention(outermost, inside, name)
+    _refuse_other_attention(inside, name)
     entries = tuple(module for module in models if module is decoder or _holds(module, decoder))
     text_config = outermost.config.get_text_config()
-    found = [module for module in inside if isinstance(getattr(module, "layer_idx", None), int)]
+    found: list[Any] = [module for module in inside if _is_layer(getattr(module, "layer_idx", None))]
     configs = [outermost.config, text_config, *(getattr(module, "config", None) for module in (decoder, *found))]
-    image_tokens = _tokens((entry.config for entry in entries), IMAGE_TOKEN_FIELDS)
-    if not image_tokens:
+    visual = find_visual_tokens(outermost.config)
+    if not visual.image:
         fields, found_class = " or ".join(IMAGE_TOKEN_FIELDS), type(outermost.config).__name__
         raise ValueError(
             f"{name}: expected a configuration that names the image token ({fields}), got {found_class}; "
@@ -83,9 +108,21 @@ def find_parts(model: nn.Module) -> Parts:
         frozenset(map(id, inside)),
         frozenset(id(config) for config in configs if config is not None),
         _attention_layers({module.layer_idx for module in found}, text_config),
-        image_tokens,
-        _tokens((entry.config for entry in entries), VIDEO_TOKEN_FIELDS),
+        {module.layer_idx: size for module in found if (size := _head_size(module)) is not None},
+        visual,
     )
+
+
+def check_head_sizes(parts: Parts, layers: Iterable[int]) -> None:
+    """Raises ValueError where the attention of a layer is too wide for the kernels that record it."""
+    for layer in layers:
+        size = parts.head_sizes.get(layer, 0)
+        if size > HEAD_DIM:
+            fitting = [index for index in parts.layers if parts.head_sizes.get(index, 0) <= HEAD_DIM]
+            raise ValueError(
+                f"layers: expected layers of a head size of at most {HEAD_DIM}, got layer {layer} of {parts.name} "
+                f"with {size}; those that can be recorded: {fitting}"
+            )
 
 
 def chosen_layers(layers: Any, available: tuple[int, ...]) -> tuple[int, ...]:
@@ -122,26 +159,40 @@ def _holds(module: nn.Module, inner: nn.Module) -> bool:
     return any(child is inner for child in module.modules())
 
 
-def _refuse_cross_attention(outermost: PreTrainedModel, decoder_modules: Iterable[nn.Module], name: str) -> None:
-    crossing = any("CrossAttention" in type(module).__name__ for module in decoder_modules)
-    if crossing or getattr(outermost.config, "is_encoder_decoder", False):
+def _refuse_encoder_decoder(outermost: PreTrainedModel, name: str) -> None:
+    if is_encoder_decoder(outermost.config):
         raise ValueError(
-            f"{name}: expected a decoder that reads pictures as tokens of its input; this one reads them through "
-            "cross-attention, which has no visual tokens to record attention to"
+            f"{name}: expected a decoder that reads pictures as tokens of its input, got an encoder-decoder: its "
+            "pictures reach the decoder through cross-attention, which has no visual tokens to record attention to"
         )
+
+
+def _refuse_other_attention(decoder_modules: Iterable[nn.Module], name: str) -> None:
+    for module in decoder_modules:
+        if "CrossAttention" in type(module).__name__:
+            raise ValueError(
+                f"{name}: expected a decoder that reads pictures as tokens of its input; this one reads them through "
+                "cross-attention, which has no visual tokens to record attention to"
+            )
+        if isinstance(getattr(module, "indexer", None), nn.Module):
+            raise ValueError(
+                f"{name}: expected layers whose queries see one interval of keys; the indexer of "
+                f"{type(module).__name__} chooses keys (indices) for each query, so its attention cannot be recorded"
+            )
+
+
+def _is_layer(index: Any) -> bool:
+    # The picture embedding of Phi-4, inside its decoder, counts from the end.
+    return isinstance(index, int) and index >= 0
+
+
+def _head_size(module: nn.Module) -> int | None:
+    """Returns the size of queries and keys that an attention module was built for, where it says."""
+    sizes = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim"))
+    return next((size for size in sizes if isinstance(size, int)), None)
 
 
 def _attention_layers(indices: set[int], text_config: Any) -> tuple[int, ...]:
     types = getattr(text_config, "layer_types", None) or []
     without = {index for index, kind in enumerate(types) if "linear" in kind or kind in ("conv", "mamba", "mamba2")}
     return tuple(sorted(indices - without))
-
-
-def _tokens(configs: Iterable[Any], fields: tuple[str, ...]) -> frozenset[int]:
-    """Returns the ids of the first configuration that names any."""
-    for config in configs:
-        values = [getattr(config, field, None) for field in fields]
-        found = {value for value in values if isinstance(value, int) and not isinstance(value, bool)}
-        if found:
-            return frozenset(found)
-    return frozenset()

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgpo_kernels.integrations import _grids, _interface
+from vgpo_kernels.integrations import _interface
 from vgpo_kernels.integrations._generating import FOLLOWERS, Prompt, follow, read_prompt, unfollow
 from vgpo_kernels.integrations._masks import KeyIntervals
 from vgpo_kernels.integrations._modules import Parts
+from vgpo_kernels.integrations._pictures import described, find_picture, lay_out
 from vgpo_kernels.integrations._segments import SEGMENTS, Tokens
 from vgpo_kernels.integrations._sequence import Sequence, Wishes
 
@@ -75,8 +76,9 @@ class Recorder:
             sample: row of the batch.
             image: which of the row's pictures, in order.
             layer: index of a recorded layer; None takes the mean over all of them.
-            grid: height and width of the picture in tokens, for families that do not say. The others are laid out by
-                image_grid_thw (Qwen), or as the square that a fixed number of tokens makes.
+            grid: height and width of the picture in tokens, for families that do not say. Said it is by image_grid_thw
+                (Qwen) or image_sizes (Pixtral) of the model's inputs, and by a fixed number of tokens that makes a
+                square (LLaVA, Gemma 3). Where pictures cannot be told apart, all of the row are to have this grid.
 
         Returns:
             (h, w) fp32, the mean over heads of `columns`.
@@ -92,15 +94,19 @@ class Recorder:
             raise ValueError(f"layer: expected one of the recorded {list(self.layers)}, got {layer}")
         chosen = columns if layer is None else columns[self.layers.index(layer)][None]
         values = chosen[:, sample].flatten(0, -2).mean(0)  # [n]
-        ids = sequence.prompt_ids_or(sequence.tokens.ids)  # type: ignore[arg-type]
-        config = self._parts.config
-        rows = _grids.positions_by_row(sequence.tokens.is_image(ids))
-        spans = _grids.image_spans(rows, sample, sequence.grids, config)
+        ids: Tensor = sequence.prompt_ids_or(sequence.tokens.ids)  # type: ignore[arg-type]
         at = self.visual_positions[sample]
         is_image = (at >= 0) & sequence.tokens.is_image(ids[sample][at.clamp(min=0)])
-        return _grids.lay_out(values[is_image], spans, image, grid, config)
+        # `generate` describes the pictures of its prompts once, however often each is sampled.
+        inputs = {"input_ids": ids[:: sequence.samples], **sequence.described}
+        picture = find_picture(self._parts.config, inputs, sample // sequence.samples, image, grid)
+        return lay_out(values[is_image], picture)
 
     def __enter__(self) -> "Recorder":
+        # A compiled forward would call hooks and attention of the time when it was traced.
+        eager = torch.compiler.set_stance("force_eager")
+        eager.__enter__()
+        self._undo.append(functools.partial(eager.__exit__, None, None, None))
         for module in self._parts.entries:
             before = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             after = module.register_forward_hook(self._after_forward, always_call=True)
@@ -201,8 +207,8 @@ class Recorder:
         if self._called:
             return f"layers {missing} of {name} have no attention to record; those that have: {sorted(self._called)}"
         return (
-            f"{name} is set to 'vgpo' but none of its layers called it: it bypasses transformers' attention interface "
-            "(or torch.compile hides it), and its attention cannot be recorded"
+            f"{name} is set to 'vgpo' but none of its layers called it: it bypasses transformers' attention interface, "
+            "and its attention cannot be recorded"
         )
 
     def _sequence_for(self, ids: Tensor, past: int, cache: Any, kwargs: dict[str, Any]) -> Sequence:
@@ -215,19 +221,15 @@ class Recorder:
                     "its sequence has not been recorded, or no longer is"
                 )
             return known
-        tokens = Tokens(self._parts.image_tokens, self._parts.video_tokens, split=self._wishes.segments != "visual")
-        grids = kwargs.get("image_grid_thw")
+        tokens = Tokens(self._parts.visual, split=self._wishes.segments != "visual")
         if self._generating is None:
             if past:
                 raise ValueError(
                     f"a forward continues a cache of {past} tokens that were not recorded; begin with the first forward"
                 )
-            return Sequence(self._wishes, tokens, prompt=self._wishes.prompt_length, grids=grids)
+            return Sequence(self._wishes, tokens, prompt=self._wishes.prompt_length, described=described(kwargs))
         prompt_ids = self._generating.ids.to(ids.device)
         samples = ids.shape[0] // prompt_ids.shape[0]
-        if grids is None and self._generating.grids is not None:
-            rows = _grids.positions_by_row(tokens.is_image(prompt_ids))
-            grids = _grids.repeat_rows(self._generating.grids, rows, samples, self._parts.config)
         prompt_ids = prompt_ids.repeat_interleave(samples, dim=0)
         prompt = prompt_ids.shape[1]
         if past > prompt:
@@ -244,7 +246,8 @@ class Recorder:
             sampled=True,
             prompt_ids=prompt_ids,
             end_tokens=self._generating.end_tokens,
-            grids=grids,
+            described=self._generating.described,
+            samples=samples,
         )
 
     def _padding_of(self, mask: Any) -> Tensor | None:
@@ -263,7 +266,7 @@ class Recorder:
     def _check_images(self, sequence: Sequence, ids: Tensor, past: int, kwargs: dict[str, Any]) -> None:
         pictures = [name for name, value in kwargs.items() if name.startswith("pixel_values") and value is not None]
         if past == 0 and pictures and not bool(sequence.tokens.is_visual(sequence.prompt_ids_or(ids)).any()):
-            wanted = sorted(self._parts.image_tokens | self._parts.video_tokens)
+            wanted = sorted(self._parts.visual.all)
             raise ValueError(
                 f"{self._parts.name} was given {pictures[0]} but no visual token (id {wanted}) in input_ids: attention "
                 "to its pictures cannot be found"

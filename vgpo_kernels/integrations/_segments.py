@@ -1,6 +1,6 @@
 """Says of every token of a sequence, as it grows, which segment it is in and whether it counts.
 
-tokens = Tokens(image_tokens, video_tokens, split=True)
+tokens = Tokens(find_visual_tokens(model.config), split=True)
 tokens.append(input_ids, attention_mask, prompt=prompt_length)
 tokens.segments_of_keys(kv_offset, Lk)  # (B, Lk) int32
 tokens.visual_positions()  # (B, n) int64, -1 padded
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vgpo_kernels.integrations._visual import VisualTokens, among
+
 SEGMENTS = {"visual": ("visual",), "image/query/generated": ("image", "query", "generated")}
 
 
@@ -18,13 +20,12 @@ class Tokens:
     """The token ids that a model has been given so far, one row a sequence.
 
     Args:
-        image_tokens, video_tokens: ids that stand for pieces of pictures and videos.
+        visual: ids that stand for pieces of pictures and videos.
         split: tell image, query and generated tokens apart; else only visual ones and others.
     """
 
-    def __init__(self, image_tokens: frozenset[int], video_tokens: frozenset[int], *, split: bool) -> None:
-        self.image_tokens = image_tokens
-        self.video_tokens = video_tokens
+    def __init__(self, visual: VisualTokens, *, split: bool) -> None:
+        self.visual = visual
         self.split = split
         self.ids: Tensor | None = None  # (B, T)
         self.segments: Tensor | None = None  # (B, T) int32
@@ -74,11 +75,11 @@ class Tokens:
 
     def is_visual(self, ids: Tensor) -> Tensor:
         """Returns which ids stand for pieces of pictures or videos."""
-        return _among(ids, self.image_tokens | self.video_tokens)
+        return among(ids, self.visual.all)
 
     def is_image(self, ids: Tensor) -> Tensor:
         """Returns which ids stand for pieces of pictures."""
-        return _among(ids, self.image_tokens)
+        return among(ids, self.visual.image)
 
     def segments_of_keys(self, kv_offset: Any, kv_length: int, device: torch.device) -> Tensor:
         """Returns (B, Lk) int32: the segment of each key, -1 for those in none.
@@ -109,7 +110,7 @@ class Tokens:
         missing = known.new_ones((known.shape[0], stop - first - known.shape[1]))  # not sampled yet
         counted = torch.cat([known, missing], dim=1)
         if end_tokens and prompt is not None:
-            ended = _among(self.ids[:, prompt:stop], frozenset(end_tokens)).cumsum(1) > 0
+            ended = among(self.ids[:, prompt:stop], frozenset(end_tokens)).cumsum(1) > 0
             before = ended.new_zeros((ended.shape[0], max(0, min(stop, prompt) - first)))
             counted = counted & ~torch.cat([before, ended], dim=1)[:, -counted.shape[1] :]
         return counted
@@ -120,10 +121,3 @@ def visual_positions(visual: Tensor) -> Tensor:
     count = int(visual.sum(1).max()) if visual.numel() else 0
     order = visual.byte().argsort(dim=1, descending=True, stable=True)[:, :count]
     return order.masked_fill(~visual.gather(1, order), -1)
-
-
-def _among(ids: Tensor, wanted: frozenset[int]) -> Tensor:
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for token in sorted(wanted):
-        found |= ids == token
-    return found

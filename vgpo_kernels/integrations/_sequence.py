@@ -1,12 +1,14 @@
 """What was recorded of one batch of sequences: the tokens, and what each chosen layer's queries looked at.
 
-sequence = Sequence(wishes, Tokens(image_tokens, video_tokens, split=False), prompt=None)
+sequence = Sequence(wishes, Tokens(find_visual_tokens(model.config), split=False), prompt=None)
 sequence.begin(input_ids, attention_mask, past=0)  # before each forward
 sequence.observe(layer, q, k, lse, mask, options)  # from each recorded layer
 sequence.mass()  # (layers, B, [heads,] tokens, S)
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakSet
 
@@ -56,7 +58,8 @@ class Sequence:
         sampled: `generate` is sampling the completion.
         prompt_ids: (B, P) the whole prompt, where forwards may bring it in pieces.
         end_tokens: ids that end a completion being sampled.
-        grids: (images, 3) the patch grids of the batch's pictures, where the model takes them.
+        described: the model's arguments that describe the batch's pictures.
+        samples: how many rows in a row are of the same prompt, whose pictures are described once.
     """
 
     def __init__(
@@ -68,7 +71,8 @@ class Sequence:
         sampled: bool = False,
         prompt_ids: Tensor | None = None,
         end_tokens: tuple[int, ...] = (),
-        grids: Tensor | None = None,
+        described: Mapping[str, Any] = MappingProxyType({}),
+        samples: int = 1,
     ) -> None:
         self.wishes = wishes
         self.tokens = tokens
@@ -76,7 +80,8 @@ class Sequence:
         self.sampled = sampled
         self.prompt_ids = prompt_ids
         self.end_tokens = end_tokens
-        self.grids = grids
+        self.described = described
+        self.samples = samples
         self.steps: list[Step] = []
         self.heads = 0
         self.columns: dict[int, Tensor] = {}

@@ -84,11 +84,6 @@ def check_options(args: Any) -> None:
         value = getattr(args, option.name)
         if not option.accepts(value):
             raise ValueError(f"{option.name}: expected {option.expected}, got {value!r}: {option.reason}")
-    if args.beta != 0.0 and args.use_bias_correction_kl:
-        raise ValueError(
-            f"use_bias_correction_kl: expected False with beta={args.beta}, got True (TRL's default): the KL of "
-            "policy_loss is the k3 estimate alone, not multiplied by the importance ratio"
-        )
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -114,6 +109,11 @@ def loss_config(args: Any) -> PolicyLossConfig:
     Raises:
         ValueError, TypeError: a value that the policy loss does not take; the message names the option.
     """
+    if args.loss_type == "cispo" and args.epsilon_high is None and args.epsilon < 1.0:
+        raise ValueError(
+            "epsilon_high: expected the largest ratio itself, at least 1, with loss_type 'cispo', got None, for which "
+            f"TRL takes epsilon={args.epsilon}: set epsilon_high, such as 5.0"
+        )
     return PolicyLossConfig(
         loss_type=args.loss_type,
         importance_sampling_level=args.importance_sampling_level,
@@ -122,4 +122,5 @@ def loss_config(args: Any) -> PolicyLossConfig:
         delta=args.delta,
         beta=args.beta,
         max_completion_length=args.max_completion_length,
+        kl_importance_weighted=bool(args.use_bias_correction_kl),
     )

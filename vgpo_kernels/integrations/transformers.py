@@ -15,9 +15,11 @@
         out = fused.policy_loss(inputs, old_logps, advantages, completion_mask, prompt_length=prompt_length)
     out.loss.backward()
 
-Importing this module makes "vgpo" known to transformers. It is transformers' own "sdpa", mask and all, until somebody
-records; only models with a soft-cap on their attention, which "sdpa" refuses, attend with our kernels throughout. The
-vision tower stays on "sdpa" even where "vgpo" is set for the whole model.
+`visual_token_mask` and `image_ids` say which tokens are visual, and which picture each of them belongs to.
+
+Importing this module makes "vgpo" known to transformers. It is transformers' own "sdpa", mask and all, while no
+recorder is active; only models with a soft-cap on their attention, which "sdpa" refuses, attend with our kernels
+throughout. The vision tower stays on "sdpa" even where "vgpo" is set for the whole model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,19 +33,24 @@ from vgpo_kernels._dispatch import checks_values
 from vgpo_kernels._validate import MASK, check_choice, check_tensor
 from vgpo_kernels.integrations import _interface
 from vgpo_kernels.integrations._fused import FusedHead, ModelLogprobs
-from vgpo_kernels.integrations._modules import chosen_layers, find_parts
+from vgpo_kernels.integrations._modules import check_head_sizes, chosen_layers, find_parts
+from vgpo_kernels.integrations._pictures import check_separable, image_ids
 from vgpo_kernels.integrations._recording import Recorder
 from vgpo_kernels.integrations._segments import SEGMENTS
 from vgpo_kernels.integrations._sequence import Wishes
+from vgpo_kernels.integrations._visual import visual_token_mask
 
 __all__ = [
     "FusedHead",
     "ModelLogprobs",
     "Recorder",
+    "check_separable",
     "focus_from_attention",
     "fused_logprobs",
+    "image_ids",
     "model_logprobs",
     "record_visual_attention",
+    "visual_token_mask",
 ]
 
 _interface.register()
@@ -92,8 +99,9 @@ def record_visual_attention(
         visual tokens, and `heatmap(sample, image)` -> (h, w). Tokens after a row's end are there, too: mask them.
 
     Raises:
-        TypeError, ValueError: an argument is not one of those above; the family shows its decoder no visual tokens; a
-            mask that is no interval of keys for each query; an attention with sinks, a bias, or dropout.
+        TypeError, ValueError: an argument is not one of those above; the family shows its decoder no visual tokens, or
+            its layers choose keys for each query; heads larger than the kernels take, with layer and size; a mask that
+            is no interval of keys for each query; an attention with sinks, a bias, or dropout.
         RuntimeError: the model does not run "vgpo", or bypasses transformers' attention interface.
 
     Example:
@@ -122,8 +130,10 @@ def record_visual_attention(
     if prompt_length is not None and prompt_length < 1:
         raise ValueError(f"prompt_length: expected at least 1, got {prompt_length}")
     parts = find_parts(model)
+    chosen = chosen_layers(layers, parts.layers)
+    check_head_sizes(parts, chosen)
     wishes = Wishes(
-        layers=chosen_layers(layers, parts.layers),
+        layers=chosen,
         segments=segments,
         all_heads=heads == "all",
         columns=columns,
@@ -185,8 +195,9 @@ def fused_logprobs(model: nn.Module) -> Iterator[FusedHead]:
     soft-caps its logits, as Granite, Cohere and Gemma do; that is taken into account.
 
     Args:
-        model: a model of transformers that continues a prompt, bare or wrapped (DeepSpeed, DDP, FSDP, PEFT on other
-            layers than the head). Its head is a plain `torch.nn.Linear`, with or without bias, tied or not.
+        model: a model of transformers that continues a prompt, bare, compiled or wrapped (DeepSpeed, DDP, FSDP, PEFT on
+            other layers than the head, or with a copy of it in `modules_to_save`). Its head is a plain
+            `torch.nn.Linear`, with or without bias, tied or not.
 
     Yields:
         A FusedHead:
@@ -197,7 +208,8 @@ def fused_logprobs(model: nn.Module) -> Iterator[FusedHead]:
 
     Raises:
         TypeError: no model of transformers, or a head that is adapted, quantised, or no linear layer.
-        ValueError: a model without a head, an encoder-decoder, or one that changes its logits in another way.
+        ValueError: a model without a head or without weights (meta tensors), an encoder-decoder, or one that changes
+            its logits in another way.
         RuntimeError: the head is called by something else inside the `with`, or is stood in for already.
 
     Example:

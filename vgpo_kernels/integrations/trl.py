@@ -10,6 +10,7 @@ Needs TRL 1.16: `pip install 'vgpo-kernels[trl]'`. `docs/trl.md` has a whole pro
 """
 
 import inspect
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -19,18 +20,28 @@ import torch
 import trl
 from torch import Tensor, nn
 from trl import GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels._validate import check_choice
 from vgpo_kernels.focus import visual_focus_score
 from vgpo_kernels.integrations._modules import find_parts
 from vgpo_kernels.integrations._trl_options import check_arguments, check_options, loss_config
+from vgpo_kernels.integrations._trl_vllm import (
+    UnexpandedEngine,
+    expands_twice,
+    samples_placeholders,
+    unexpanded_prompts,
+    without_placeholders,
+)
 from vgpo_kernels.integrations.transformers import focus_from_attention, fused_logprobs, record_visual_attention
 from vgpo_kernels.policy_loss import PolicyLossOutput
 from vgpo_kernels.weights import VGPOConfig, VGPOWeights, vgpo_weights
 from vgpo_kernels.weights.api import SOURCES
 
 __all__ = ["VGPOTrainer"]
+
+logger = logging.getLogger(__name__)
 
 if not trl.__version__.startswith("1.16."):
     raise ImportError(f"trl: expected version 1.16, whose trainer VGPOTrainer extends, got {trl.__version__}")
@@ -70,6 +81,7 @@ class VGPOTrainer(GRPOTrainer):
         ValueError: an option of TRL under which weights would be dropped or the loss would be another; a model whose
             pictures are not tokens of its input; attention as the source with a model that is not set to "vgpo".
         TypeError: `vgpo_config` is no VGPOConfig; a head that is no plain linear layer.
+        RuntimeError: in training, with vLLM in this process: it completed another prompt than the one trained on.
 
     Example:
         See `docs/trl.md`: a checkpoint, pictures, rewards and a generation loop are needed.
@@ -80,12 +92,26 @@ class VGPOTrainer(GRPOTrainer):
     # Loosely typed where TRL's annotations leave room for None.
     model: Any
     args: Any
+    chat_template_kwargs: Any
+    vllm_generation: Any
     num_generations: int
     num_generations_eval: int
 
     _tag_names = ["trl", "grpo", "vgpo"]  # noqa: RUF012
     _name = "VGPO"
-    _paper = {"title": "Visually-Guided Policy Optimization", "id": "2604.09349"}  # noqa: RUF012
+    _paper = {  # noqa: RUF012
+        "title": "Visually-Guided Policy Optimization for Multimodal Reasoning",
+        "id": "2604.09349",
+        "citation": """\
+@inproceedings{wang2026vgpo,
+    title        = {{Visually-Guided Policy Optimization for Multimodal Reasoning}},
+    author       = {Zengbin Wang and Feng Xiong and Liang Lin and Xuecai Hu and Yong Wang and Yanlin Wang and
+                    Man Zhang and Xiangxiang Chu},
+    year         = 2026,
+    booktitle    = {Annual Meeting of the Association for Computational Linguistics},
+    eprint       = {arXiv:2604.09349},
+}""",
+    }
 
     def __init__(
         self,
@@ -112,10 +138,16 @@ class VGPOTrainer(GRPOTrainer):
         self._check_model()
         self._focus: Tensor | None = None  # (rows, T) fp32, of the policy's first scoring since it was asked for
         self._wants_focus = False
+        self._warned = False
+        self._unexpanded: list[list[int]] | None = None  # the prompts of the batch that vLLM is to complete
+        if self.use_vllm and samples_placeholders():
+            engine, vocabulary = self.vllm_generation, self.model.config.get_text_config().vocab_size
+            banned = [token for token in self._visual_tokens.tolist() if token < vocabulary]
+            engine.generation_kwargs = without_placeholders(engine.generation_kwargs, banned)
 
     def _check_model(self) -> None:
         parts = find_parts(self.model)
-        self._visual_tokens = torch.tensor(sorted(parts.image_tokens | parts.video_tokens))
+        self._visual_tokens = torch.tensor(sorted(parts.visual.all))
         if self.aux_loss_enabled:
             raise ValueError(
                 f"router_aux_loss_coef: expected 0.0, got {self.router_aux_loss_coef} (the model's own where it is not "
@@ -129,6 +161,30 @@ class VGPOTrainer(GRPOTrainer):
             )
         with fused_logprobs(self.model):  # says now, not after the first rollout, that a head is unknown
             pass
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], list[Any] | None, dict[str, Any]]:
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        self._unexpanded = None
+        if images is not None and self._generates_inside() and expands_twice():
+            prompts = [prepare_multimodal_messages(prompt) for prompt in prompts]
+            self._unexpanded = unexpanded_prompts(
+                self.processing_class, prompts, chat_template=self.chat_template, **self.chat_template_kwargs
+            )
+        return prompt_ids, images, fields
+
+    def _generates_inside(self) -> bool:
+        """Returns whether vLLM runs in this process: a server is sent pictures that are processed already."""
+        return bool(self.use_vllm) and self.vllm_mode == "colocate"
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images: Any, *arguments: Any, **options: Any) -> Any:
+        if images is None or not self._generates_inside():
+            return super()._generate_single_turn(prompt_ids, images, *arguments, **options)
+        engine = self.vllm_generation
+        self.vllm_generation = UnexpandedEngine(engine, self._unexpanded)
+        try:
+            return super()._generate_single_turn(prompt_ids, images, *arguments, **options)
+        finally:
+            self.vllm_generation, self._unexpanded = engine, None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._wants_focus = self.vgpo_config.intra or self.vgpo_config.inter
@@ -196,6 +252,7 @@ class VGPOTrainer(GRPOTrainer):
         )
         seen = self._visual_mask(batch["prompt_ids"], batch["prompt_mask"]).any(1)
         has_visual, advantages = self.accelerator.gather(seen), self.accelerator.gather(advantages)
+        self._warn_without_pictures(has_visual)
         completions = self.num_generations if self.model.training else self.num_generations_eval
         weights = vgpo_weights(
             all_focus,
@@ -213,6 +270,18 @@ class VGPOTrainer(GRPOTrainer):
             "token_weights": weights.token_weights[own, :length],
             "trajectory_weights": weights.trajectory_weights[own],
         }
+
+    def _warn_without_pictures(self, has_visual: Tensor) -> None:
+        if self._warned or has_visual.any():
+            return
+        self._warned = True
+        if self.accelerator.is_main_process:
+            logger.warning(
+                "no row has a picture in a generation batch of %d rows: there is no focus to weigh them by. TRL takes "
+                "pictures from the column 'image' or 'images' of the data set or from the messages of 'prompt', and "
+                "drops other columns",
+                len(has_visual),
+            )
 
     def _log_weights(self, focus: Tensor, mask: Tensor, has_visual: Tensor, weights: VGPOWeights) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]

@@ -53,8 +53,10 @@ def policy_loss(
 
     The advantage of a token is advantages x token_weights x trajectory_weights. Only `logps` gets a gradient
     (first derivatives); every other tensor is a constant. Masked positions may hold anything, NaN included:
-    they change nothing and their gradient is exactly 0. A row without a valid token has a mean of 0, which
-    still counts among the rows that "grpo" and "dr_grpo" average.
+    they change nothing and their gradient is exactly 0. At valid tokens a log-probability that is
+    NaN shows in loss and gradient; what a clip or a clamp cuts has a gradient of exactly 0, also if exp overflows
+    behind it. A row without a valid token has a mean of 0, which still counts among the rows that "grpo" and
+    "dr_grpo" average.
 
     Args:
         logps: (B, T) floating, log-probability of each completion token under the policy. Computed in

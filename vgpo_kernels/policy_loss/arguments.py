@@ -39,7 +39,7 @@ def check_by_token(
     """Checks what the loss takes beside log-probabilities, each (B, T), which `shape` is, or (B,)."""
     rows, length = shape
     check_tensor("completion_mask", completion_mask, shape=(rows, length), dtypes=MASK, device=device)
-    if isinstance(advantages, Tensor) and advantages.dim() not in (1, 2):
+    if isinstance(advantages, Tensor) and advantages.shape not in ((rows,), (rows, length)):
         raise ValueError(f"advantages: expected shape ({rows},) or ({rows}, {length}), got {tuple(advantages.shape)}")
     by_row = isinstance(advantages, Tensor) and advantages.dim() == 1
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {

@@ -12,8 +12,11 @@ IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
 # The fields in their order, as arguments of an operator.
 SCHEMA = (
     "str loss_type, str importance_sampling_level, float epsilon_low, float epsilon_high, float? delta, "
-    "float? clip_ratio_dual, float beta, int? max_completion_length, float? kl_log_ratio_limit, float? kl_limit"
+    "float? clip_ratio_dual, float beta, int? max_completion_length, float? kl_log_ratio_limit, float? kl_limit, "
+    "bool kl_importance_weighted"
 )
+# The largest number of float32, in which the loss is computed: a larger setting would be infinite there.
+_LARGEST = 3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,13 @@ class PolicyLossConfig:
         max_completion_length: longest completion in tokens; only "dr_grpo" reads it, and needs it.
         kl_log_ratio_limit: clamps ref_logps - logps to [-limit, limit] before the KL is formed.
         kl_limit: clamps the KL of a token to [-limit, limit].
+        kl_importance_weighted: multiplies the KL of a token, after its clamps, by the importance ratio, which is not
+            clipped and has its gradient (`use_bias_correction_kl` of TRL, there True by default).
 
     Raises:
-        TypeError: a number is not a number, or max_completion_length not an int.
-        ValueError: a field is out of range, or does not go with the loss type; the message names it.
+        TypeError: a number is not a number, max_completion_length not an int, or kl_importance_weighted not a bool.
+        ValueError: a field is out of range, above the largest number of float32, or does not go with the loss type;
+            the message names it.
 
     Example:
         >>> config = PolicyLossConfig(loss_type="grpo", epsilon_high=0.28)
@@ -60,17 +66,20 @@ class PolicyLossConfig:
     max_completion_length: int | None = None
     kl_log_ratio_limit: float | None = None
     kl_limit: float | None = None
+    kl_importance_weighted: bool = False
 
     def __post_init__(self) -> None:
         check_choice("loss_type", self.loss_type, LOSS_TYPES)
         check_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
         check_number("epsilon_low", self.epsilon_low, low=0.0, high=1.0)
-        check_number("epsilon_high", self.epsilon_high, low=0.0)
-        check_number("beta", self.beta, low=0.0)
+        check_number("epsilon_high", self.epsilon_high, low=0.0, high=_LARGEST)
+        check_number("beta", self.beta, low=0.0, high=_LARGEST)
         _check_optional("delta", self.delta, low=1.0)
         _check_optional("clip_ratio_dual", self.clip_ratio_dual, low=1.0)
         _check_optional("kl_log_ratio_limit", self.kl_log_ratio_limit, low=0.0)
         _check_optional("kl_limit", self.kl_limit, low=0.0)
+        if not isinstance(self.kl_importance_weighted, bool):
+            raise TypeError(f"kl_importance_weighted: expected True or False, got {self.kl_importance_weighted!r}")
         if self.loss_type == "cispo":
             self._check_cispo()
         self._check_max_completion_length()
@@ -114,6 +123,7 @@ class PolicyLossConfig:
             self.max_completion_length,
             self.kl_log_ratio_limit,
             self.kl_limit,
+            self.kl_importance_weighted,
         )
 
     def log_bounds(self) -> tuple[float, float, float]:
@@ -156,4 +166,4 @@ class PolicyLossConfig:
 
 def _check_optional(name: str, value: float | None, *, low: float) -> None:
     if value is not None:
-        check_number(name, value, low=low, low_open=True)
+        check_number(name, value, low=low, low_open=True, high=_LARGEST)

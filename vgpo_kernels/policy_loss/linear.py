@@ -262,5 +262,4 @@ def visual_dependency(
     )
     if kind == "logratio":
         return seen - unseen
-    difference = unseen - seen
-    return difference.exp() - difference - 1.0
+    return terms.k3(unseen - seen)

@@ -26,9 +26,10 @@ __all__ = [
 
 @functools.lru_cache(maxsize=64)
 def settings(config: PolicyLossConfig) -> Tensor:
-    """Returns what csrc/terms.h reads of `config`: (7,) float64, not to be changed."""
+    """Returns what csrc/terms.h reads of `config`: (8,) float64, not to be changed."""
     limits = (math.inf if limit is None else limit for limit in (config.kl_log_ratio_limit, config.kl_limit))
-    values = (config.loss_type == "cispo", *config.log_bounds(), config.beta, *limits)
+    is_cispo, bounds = config.loss_type == "cispo", config.log_bounds()
+    values = (is_cispo, *bounds, config.beta, *limits, config.kl_importance_weighted)
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 

@@ -22,8 +22,6 @@ __all__ = [
 ]
 
 
-# The gradient is made by autograd, which an outer inference mode must not stop.
-@torch.inference_mode(False)
 def policy_loss(
     logps: Tensor,
     old_logps: Tensor | None,
@@ -46,7 +44,7 @@ def policy_loss(
     loss = terms.loss_with_gradient(new, old, weighted, ref, valid, config)
     row_weights = terms.row_weights(valid, config, dtype)
     row_weights = new.new_ones(()) if row_weights is None else row_weights
-    rows = terms.row_results(loss.per_token * row_weights, new, old, loss.log_ratio, weighted, ref, valid, config)
+    rows = terms.row_results(loss, row_weights, new, old, weighted, valid, config)
     total, metrics, scale = terms.reduce_rows(rows, config, num_items)
     return total, loss.per_token, metrics, loss.gradient * row_weights, scale
 
@@ -93,7 +91,6 @@ def logits_loss(
     return logps, logps.new_zeros(()) if entropy is None else entropy
 
 
-@torch.inference_mode(False)
 def _coefficients(
     logps: Tensor,
     old_logps: Tensor | None,

@@ -1,10 +1,12 @@
-"""The policy loss, term by term, in plain differentiable torch: ratio, clip, KL, weights, reduction.
+"""The policy loss, term by term, in plain torch: ratio, clip, KL, weights, reduction.
 
-The one place where the loss is written. Shapes are (B, T) unless said otherwise; at token level every term
-works on any shape, so a caller that holds a chunk of tokens at a time can use them too. `valid` is the
-completion mask as bool. Inputs must be finite where `valid` is True only: `clean` drops the rest.
+The one place where the loss is written. Each term returns its derivative, in closed form, beside its value: what
+autograd makes of a clamp is 0 times what lies behind it, NaN where exp overflowed there. Shapes are (B, T) unless said
+otherwise; at token level every term works on any shape, so a caller that holds a chunk of tokens at a time can use them
+too. `valid` is the completion mask as bool; `clean` drops what lies at masked positions.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -34,15 +36,17 @@ class Loss(NamedTuple):
         per_token: (B, T), 0 where masked.
         gradient: (B, T), d(sum of per_token) / d logps, exactly 0 where masked.
         log_ratio: (B, T), log of the importance ratio in use (constant along a row at sequence level).
+        kl: (B, T), the KL to the reference as it enters the loss, before beta; 0 without reference log-probabilities.
     """
 
     per_token: Tensor
     gradient: Tensor
     log_ratio: Tensor
+    kl: Tensor
 
 
 def clean(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns `values` in `dtype` with 0 (and a gradient of exactly 0) at masked positions."""
+    """Returns `values` in `dtype` with 0 at masked positions."""
     return torch.where(valid, values.to(dtype), 0.0)
 
 
@@ -72,44 +76,59 @@ def importance_log_ratio(logps: Tensor, old_logps: Tensor, valid: Tensor, level:
     return (log_ratio.sum(-1, keepdim=True) * inverse_lengths(valid, log_ratio.dtype)).expand_as(log_ratio)
 
 
-def surrogate(logps: Tensor, log_ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> Tensor:
-    """Returns the clipped policy-gradient loss of each token.
+def k3(difference: Tensor) -> Tensor:
+    """Returns exp(d) - d - 1, inf at d = inf too, where these terms are inf - inf."""
+    return torch.where(difference == math.inf, difference, difference.exp() - difference - 1.0)
+
+
+def surrogate(logps: Tensor, log_ratio: Tensor, advantages: Tensor, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    """Returns the clipped policy-gradient loss of each token and its derivative by the log-ratio, for "cispo" by logps.
 
     Clipping, two-sided clipping and dual clipping all bound the ratio, from below or above depending on the
     advantage's sign. The bound is set on the log-ratio: a ratio that would overflow is cut before exp, and
     its gradient is 0, not NaN.
     """
     low, high, high_negative = config.log_bounds()
+    negative = advantages < 0
+    bounded = torch.where(negative, log_ratio.clamp(min=low, max=high_negative), log_ratio.clamp(max=high))
+    loss = -bounded.exp() * advantages
     if config.loss_type == "cispo":
-        return -log_ratio.clamp(max=high).exp().detach() * advantages * logps
-    bounded = torch.where(advantages < 0, log_ratio.clamp(min=low, max=high_negative), log_ratio.clamp(max=high))
-    return -bounded.exp() * advantages
+        return loss * logps, loss
+    outside = torch.where(negative, (log_ratio < low) | (log_ratio > high_negative), log_ratio > high)
+    return loss, torch.where(outside, 0.0, loss)
 
 
-def kl_to_reference(logps: Tensor, ref_logps: Tensor, config: PolicyLossConfig) -> Tensor:
-    """Returns the k3 estimate of KL(policy || reference) of each token: exp(d) - d - 1, d = ref - new."""
+def kl_to_reference(
+    logps: Tensor, log_ratio: Tensor, ref_logps: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, Tensor]:
+    """Returns the KL of each token as it enters the loss and its derivative by the token's logps.
+
+    The KL is k3 of d = ref - new, clamped, times the importance ratio where `kl_importance_weighted`. At sequence level
+    the derivative holds the row's ratio constant.
+    """
     difference = ref_logps - logps
+    outside = torch.zeros_like(difference, dtype=torch.bool)
     if config.kl_log_ratio_limit is not None:
+        outside = difference.abs() > config.kl_log_ratio_limit
         difference = difference.clamp(-config.kl_log_ratio_limit, config.kl_log_ratio_limit)
-    divergence = difference.exp() - difference - 1.0
+    kl, slope = k3(difference), 1.0 - difference.exp()
     if config.kl_limit is not None:
-        divergence = divergence.clamp(-config.kl_limit, config.kl_limit)
-    return divergence
+        outside = outside | (kl.abs() > config.kl_limit)
+        kl = kl.clamp(-config.kl_limit, config.kl_limit)
+    if not config.kl_importance_weighted:
+        return kl, torch.where(outside, 0.0, slope)
+    # Where exp(d) overflows alone, ratio * exp(d) need not.
+    ratio, product = log_ratio.exp(), (log_ratio + difference).exp()
+    weighted = torch.where((kl == math.inf) & (difference > 0), product, _times(ratio, kl))
+    if config.importance_sampling_level == "sequence":
+        return weighted, torch.where(outside, 0.0, torch.where(slope == -math.inf, -product, _times(ratio, slope)))
+    # ratio * slope + ratio * kl, the second of which comes through the ratio: exp(d) cancels.
+    return weighted, torch.where(outside, weighted, _times(ratio, -difference))
 
 
-def per_token_loss(
-    logps: Tensor,
-    log_ratio: Tensor,
-    advantages: Tensor,
-    ref_logps: Tensor | None,
-    valid: Tensor,
-    config: PolicyLossConfig,
-) -> Tensor:
-    """Returns surrogate + beta * KL of each token, 0 where masked."""
-    loss = surrogate(logps, log_ratio, advantages, config)
-    if config.beta != 0.0 and ref_logps is not None:
-        loss = loss + config.beta * kl_to_reference(logps, ref_logps, config)
-    return torch.where(valid, loss, 0.0)
+def _times(ratio: Tensor, values: Tensor) -> Tensor:
+    """Returns the product, 0 where a value is, whatever the ratio overflowed to."""
+    return torch.where(values == 0, 0.0, ratio * values)
 
 
 def loss_with_gradient(
@@ -120,18 +139,30 @@ def loss_with_gradient(
     valid: Tensor,
     config: PolicyLossConfig,
 ) -> Loss:
-    """Returns the loss of each token and its derivative, made here by autograd on a detached copy.
+    """Returns surrogate + beta * KL of each token, with its derivative.
 
     All tensors cleaned (`clean`) and of one dtype; `old_logps` None stands for `logps` without gradient.
     """
-    with torch.enable_grad():
-        leaf = logps.detach().clone().requires_grad_()
-        old = leaf.detach() if old_logps is None else old_logps
-        log_ratio = importance_log_ratio(leaf, old, valid, config.importance_sampling_level)
-        loss = per_token_loss(leaf, log_ratio, advantages, ref_logps, valid, config)
-        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
-    # At sequence level the row mean sends its gradient to padding too; padding is no input.
-    return Loss(loss.detach(), torch.where(valid, gradient, 0.0), log_ratio.detach())
+    sequence = config.importance_sampling_level == "sequence"
+    old = logps if old_logps is None else old_logps
+    log_ratio = importance_log_ratio(logps, old, valid, config.importance_sampling_level)
+    loss, gradient = surrogate(logps, log_ratio, advantages, config)
+    by_row_ratio = torch.zeros_like(loss)
+    if sequence and config.loss_type != "cispo":
+        by_row_ratio, gradient = gradient, by_row_ratio
+    kl = torch.zeros_like(loss)
+    if ref_logps is not None:
+        kl, by_logps = kl_to_reference(logps, log_ratio, ref_logps, config)
+        if config.beta != 0.0:
+            loss = loss + config.beta * kl
+            gradient = gradient + config.beta * by_logps
+            if config.kl_importance_weighted:
+                by_row_ratio = by_row_ratio + config.beta * kl
+    if sequence:
+        # The ratio is of the mean log-ratio: each of the row's tokens moves it by an equal share.
+        total = torch.where(valid, by_row_ratio, 0.0).sum(-1, keepdim=True)
+        gradient = gradient + total * inverse_lengths(valid, loss.dtype)
+    return Loss(torch.where(valid, loss, 0.0), torch.where(valid, gradient, 0.0), log_ratio, kl)
 
 
 def row_weights(valid: Tensor, config: PolicyLossConfig, dtype: torch.dtype) -> Tensor | None:
@@ -152,28 +183,27 @@ def inverse_lengths(valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def row_results(
-    loss: Tensor,
+    loss: Loss,
+    row_weights: Tensor,
     logps: Tensor,
     old_logps: Tensor | None,
-    log_ratio: Tensor,
     advantages: Tensor,
-    ref_logps: Tensor | None,
     valid: Tensor,
     config: PolicyLossConfig,
 ) -> Tensor:
-    """Returns each row's partial results, (B, ROW_COLUMNS); `loss` is already weighted by row."""
+    """Returns each row's partial results, (B, ROW_COLUMNS); `row_weights` () or (B, T) multiply the loss alone."""
     low, high, high_negative = config.log_bounds()
     change = torch.zeros_like(logps) if old_logps is None else logps - old_logps
+    log_ratio = loss.log_ratio
     ratio = clean(log_ratio.exp(), valid, logps.dtype)
-    kl = torch.zeros_like(logps) if ref_logps is None else kl_to_reference(logps, ref_logps, config)
     summed = (
-        loss,
+        loss.per_token * row_weights,
         valid,
         (advantages < 0) & (log_ratio < low),
         (advantages > 0) & (log_ratio > high),
         (advantages < 0) & (log_ratio > high_negative),
-        change.exp() - change - 1.0,
-        kl,
+        k3(change),
+        clean(loss.kl, valid, logps.dtype),
         ratio,
         -logps,
     )

@@ -57,7 +57,9 @@ def vgpo_weights(
         group_ids: (B,) integers; which prompt a row answers. Any labels in any order.
         config: the recipe.
         source: "similarity" for cosines, "attention" for attention mass.
-        has_visual: (B,) bool, whether a row has a visual token; None means that all have.
+        has_visual: (B,) bool, whether a row has a visual token, as `visual_mask.any(1)` says. None: the rows whose
+            focus is not 0 at every valid token, since both sources give exactly 0 without a visual token. Pass it
+            if a row with an image can have such a focus, as by attention in a layer whose window ends behind it.
         step: optimisation step from 0, needed when `config.warmup_steps` is above 0: the factors have
             the strength min(1, step / warmup_steps).
         advantages: (B,) floating, needed when `config.negative_strength` is not 1.

@@ -16,7 +16,7 @@ def weights(
     focus: Tensor,
     completion_mask: Tensor,
     group_ids: Tensor,
-    has_visual: Tensor | None,
+    has_visual: Tensor,
     advantages: Tensor | None,
     config: VGPOConfig,
     source: str,
@@ -32,7 +32,7 @@ def weights(
     weights_token_kernel[(batch,)](
         focus_ptr=focus,
         mask_ptr=mask,
-        visual_ptr=focus if has_visual is None else has_visual.view(torch.uint8),
+        visual_ptr=has_visual.view(torch.uint8),
         advantage_ptr=focus if advantages is None else advantages,
         token_ptr=token,
         normalized_ptr=normalized,
@@ -45,10 +45,9 @@ def weights(
         stride_focus_t=focus.stride(1),
         stride_mask_b=mask.stride(0),
         stride_mask_t=mask.stride(1),
-        stride_visual=0 if has_visual is None else has_visual.stride(0),
+        stride_visual=has_visual.stride(0),
         stride_advantage=0 if advantages is None else advantages.stride(0),
         strength=warmup,
-        HAS_VISUAL=has_visual is not None,
         **_token_options(config, source, advantages is not None),
         **token_tiles(target_of(focus)),
     )
@@ -127,7 +126,7 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for name, config in configs.items():
         signed = config.negative_strength != 1
-        token = {"HAS_VISUAL": True, **_token_options(config, "similarity", signed)}
+        token = _token_options(config, "similarity", signed)
         cases += [
             CompileCase(f"weights_token[{name}]", weights_token_kernel, _TOKEN_SIGNATURE, token, tiles=token_tiles),
             CompileCase(

@@ -19,7 +19,7 @@ def weights(
     focus: Tensor,
     completion_mask: Tensor,
     group_ids: Tensor,
-    has_visual: Tensor | None,
+    has_visual: Tensor,
     advantages: Tensor | None,
     config: VGPOConfig,
     source: str,

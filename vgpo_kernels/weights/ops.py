@@ -41,6 +41,8 @@ def _weights(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     config = VGPOConfig(**options)
+    if has_visual is None:
+        has_visual = _has_focus(focus, completion_mask)
     name, _ = choose(impl, focus.device, focus.dtype)
     if checks_values(impl, focus):
         check_mask_values("completion_mask", completion_mask)
@@ -70,10 +72,14 @@ def _weights_fake(focus: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, 
     return tokens, rows, torch.empty_like(tokens), gate, torch.empty_like(rows)
 
 
-def _check_finite(focus: Tensor, completion_mask: Tensor, has_visual: Tensor | None) -> None:
-    bad = ~focus.isfinite() & (completion_mask != 0)
-    if has_visual is not None:
-        bad &= has_visual[:, None]
+def _has_focus(focus: Tensor, completion_mask: Tensor) -> Tensor:
+    """Returns (B,) bool, whether a row has a focus other than 0: without an image both sources give exactly 0."""
+    looks = (focus != 0).logical_and_(completion_mask)
+    return looks.view(torch.uint8).amax(1) != 0  # a third of the time of any() on a CPU
+
+
+def _check_finite(focus: Tensor, completion_mask: Tensor, has_visual: Tensor) -> None:
+    bad = ~focus.isfinite() & (completion_mask != 0) & has_visual[:, None]
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise ValueError(

@@ -20,7 +20,7 @@ def weights(
     focus: Tensor,
     completion_mask: Tensor,
     group_ids: Tensor,
-    has_visual: Tensor | None,
+    has_visual: Tensor,
     advantages: Tensor | None,
     config: VGPOConfig,
     source: str,
@@ -28,13 +28,12 @@ def weights(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns token weights (B, T), trajectory weights (B,), normalized (B, T), gate (B, T), score (B,)."""
     valid = completion_mask != 0  # (B, T)
-    sees = torch.ones_like(valid[:, 0]) if has_visual is None else has_visual  # (B,)
-    takes_part = torch.ones_like(sees)
+    takes_part = torch.ones_like(has_visual)
     if config.corners == "neutral":
-        valid = valid & sees[:, None]
+        valid = valid & has_visual[:, None]
         takes_part = valid.any(1)
     raw = focus.to(torch.promote_types(focus.dtype, torch.float32))
-    raw = torch.where(valid & sees[:, None], raw, 0.0)
+    raw = torch.where(valid & has_visual[:, None], raw, 0.0)
 
     gate = _gate(raw, valid, config)
     compensated = _rho(raw, config, source) * (1 + gate * _lift(valid, raw.dtype, config))
@@ -42,7 +41,7 @@ def weights(
     if config.corners == "neutral":
         normalized = torch.where(_is_constant(raw, valid), 0.0, normalized)
 
-    strength = _strength(advantages, sees, config, warmup)
+    strength = _strength(advantages, has_visual, config, warmup)
     token = _centred(normalized, lambda x: _row_mean(x, valid), config.token_clamp, config.preserve_mean)
     token = torch.where(valid, _scaled(token, strength[:, None]), 1.0)
 
@@ -151,9 +150,9 @@ def _projection_shift(factor: Tensor, low: float, high: float, mean: Callable[[T
     return (below + above) * 0.5
 
 
-def _strength(advantages: Tensor | None, sees: Tensor, config: VGPOConfig, warmup: float) -> Tensor:
+def _strength(advantages: Tensor | None, has_visual: Tensor, config: VGPOConfig, warmup: float) -> Tensor:
     """How much of a row's factors is applied, (B,) float64, by step and sign of the advantage."""
-    strength = torch.full_like(sees, warmup, dtype=torch.float64)
+    strength = torch.full_like(has_visual, warmup, dtype=torch.float64)
     if advantages is None:
         return strength
     return torch.where(advantages < 0, strength * config.negative_strength, strength)

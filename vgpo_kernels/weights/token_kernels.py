@@ -67,7 +67,6 @@ def _scan_batch(
     stride_mask_b,
     stride_mask_t,
     stride_visual,
-    HAS_VISUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Extremes of the raw scores over the micro-batch, padding's 0 included.
@@ -79,9 +78,7 @@ def _scan_batch(
     b_high = tl.full([BLOCK], float("-inf"), tl.float32)
     for row in range(0, batch):
         o_row = tl.cast(row, tl.int64)
-        visible = length
-        if HAS_VISUAL:
-            visible = tl.where(tl.load(visual_ptr + o_row * stride_visual) != 0, length, 0)
+        visible = tl.where(tl.load(visual_ptr + o_row * stride_visual) != 0, length, 0)
         for start in range(0, length, BLOCK):
             o_t = start + offsets
             _m_valid, b_raw = _load_scores(
@@ -265,7 +262,6 @@ def weights_token_kernel(
     stride_visual,
     stride_advantage,
     strength,
-    HAS_VISUAL: tl.constexpr,
     SIGNED: tl.constexpr,
     SCALE: tl.constexpr,
     BETA: tl.constexpr,
@@ -293,9 +289,7 @@ def weights_token_kernel(
     p_token = token_ptr + row * length  # holds the gate's keys first
     p_normalized = normalized_ptr + row * length  # holds the compensated scores first
     strength = row_strength(advantage_ptr, row, stride_advantage, strength, NEGATIVE, SIGNED)
-    visible = length
-    if HAS_VISUAL:
-        visible = tl.where(tl.load(visual_ptr + row * stride_visual) != 0, length, 0)
+    visible = tl.where(tl.load(visual_ptr + row * stride_visual) != 0, length, 0)
     extent = length  # tokens from this column on are not valid
     if NEUTRAL:
         extent = visible
@@ -313,7 +307,6 @@ def weights_token_kernel(
             stride_mask_b,
             stride_mask_t,
             stride_visual,
-            HAS_VISUAL,
             BLOCK,
         )
 

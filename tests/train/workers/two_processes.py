@@ -8,19 +8,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import accumulation
+import exports
 import heads
 import parts  # noqa: F401
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from scenario import FIRST_RANK, HEAD_ROWS, KINDS, LEARNING_RATE, LENGTHS, LOSSES
 from train_stand_ins import collator, end_and_pad, experience, mixed_samples, no_head, random_completions
 from transformers import set_seed
 
 from vgpo_train import distributed, engine
+from vgpo_train import main as program
 from vgpo_train.algorithms import ScoredRollout, Weighting
 from vgpo_train.batching import build_companion, with_picture
 from vgpo_train.config import ConfigError, TrainConfig, load_config
+from vgpo_train.data import DataError
 from vgpo_train.engine import build_policy, start_distributed
 from vgpo_train.rollout import Completions, RolloutConfig, build_rollout_engine
 from vgpo_train.scoring import Scores
@@ -259,6 +262,20 @@ def refusals() -> dict[str, str]:
     return said
 
 
+def bad_data() -> dict[str, str]:
+    """Starts runs over data that cannot be used; returns the error of each on this rank."""
+    said = {}
+    for name, source in {
+        "rows": f"data.train={FOLDER}/bad_rows.jsonl",
+        "one machine": f"data.train={FOLDER}/only_rank_{distributed.rank()}.jsonl",
+    }.items():
+        try:
+            Trainer(config_of("none", source))
+        except (ConfigError, DataError) as error:
+            said[name] = str(error)
+    return said
+
+
 SCENARIOS = {
     "exact": rollouts_and_updates,
     "head": head_of_both_ranks,
@@ -286,6 +303,9 @@ SCENARIOS = {
     "attention": attention_as_source,
     "unknown layer": unknown_layer,
     "refusals": refusals,
+    "bad data": bad_data,
+    "exports": lambda: exports.export_families(config_of("none", "model.attn_implementation=sdpa"), FOLDER / "exports"),
+    "accumulation": lambda: accumulation.gradient_norms(config_of("none", "model.dtype=bfloat16")),
 }
 
 
@@ -299,8 +319,15 @@ def main() -> None:
         if distributed.is_main():
             print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
     torch.save(happened, FOLDER / f"rank_{distributed.rank()}.pt")
-    dist.destroy_process_group()
+
+
+def whole_program_on_bad_data() -> int:
+    """Runs the driver's program over data that cannot be used, in this process group; returns its exit status."""
+    given = [f"model.path={CHECKPOINT}", f"data.train={FOLDER}/bad_rows.jsonl", f"output_dir={FOLDER}/none"]
+    return program.main(["--config", str(Path(__file__).parent / "tiny.yaml"), *given])
 
 
 if __name__ == "__main__":
     main()
+    status = whole_program_on_bad_data()
+    print(f"the program has ended with {status}", flush=True)

@@ -12,12 +12,12 @@ from torch import Tensor
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.kernels import backward_keys, backward_queries
 from vgpo_kernels.attention.kernels.configs import constants_tiles, keys_tiles, queries_tiles
-from vgpo_kernels.attention.kernels.forward import with_whole_rows
 from vgpo_kernels.attention.kernels.keys import find_keys, load_tile, row_intervals
 from vgpo_kernels.attention.kernels.shared import (
     padded_head,
     score_scales,
     strides_in_units,
+    with_whole_rows,
 )
 
 PADDED_TILE = backward_keys.PADDED_TILE.value

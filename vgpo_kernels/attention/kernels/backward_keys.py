@@ -274,6 +274,11 @@ def compile_cases() -> list[CompileCase]:
         _compile_case("fp32", 64),
         _compile_case("fp32", 256, wanted="dk"),
         _compile_case("bf16", 256, wanted="dk", softcap=True),
+        _compile_case("bf16", 512, wanted="dk"),
+        _compile_case("bf16", 512, wanted="dv"),
+        _compile_case("bf16", 320, wanted="dk", softcap=True),
+        _compile_case("fp32", 512, wanted="dk"),
+        _compile_case("fp32", 512, wanted="dv"),
         _compile_case("bf16", 128, mass=False),
     ]
 

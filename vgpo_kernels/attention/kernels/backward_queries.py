@@ -197,6 +197,9 @@ def compile_cases() -> list[CompileCase]:
         _compile_case("fp32", 64),
         _compile_case("fp32", 256),
         _compile_case("bf16", 256, softcap=True),
+        _compile_case("bf16", 512),
+        _compile_case("bf16", 320, softcap=True),
+        _compile_case("fp32", 512),
         _compile_case("bf16", 128, mass=False),
     ]
 

@@ -7,7 +7,7 @@ blocks of queries that need a look at every element, then those where every quer
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, target_of, tl, triton, with_unit_columns
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.kernels.configs import column_tiles
 from vgpo_kernels.attention.kernels.shared import (
     CHUNK,
@@ -19,6 +19,7 @@ from vgpo_kernels.attention.kernels.shared import (
     probabilities,
     probability_scales,
     strides_in_units,
+    with_loadable_rows,
 )
 
 # Query blocks looked at together by the kernels that make the lists.
@@ -243,7 +244,7 @@ def attention_column_sum(
     n = positions.shape[1]
     if B * Hq * n == 0 or Lq == 0:
         return torch.zeros((B, Hq, n), dtype=torch.float32, device=q.device)
-    q, k, lse, positions = with_unit_columns(q), with_unit_columns(k), lse.float(), positions.contiguous()
+    q, k, lse, positions = with_loadable_rows(q), with_loadable_rows(k), lse.float(), positions.contiguous()
     strides = strides_in_units(q=q, k=k)
     tiles = column_tiles(
         target_of(q), q.element_size(), padded_head(D), unit=strides["UNIT"], softcap=softcap is not None
@@ -336,6 +337,8 @@ def compile_cases() -> list[CompileCase]:
         *(_compile_case("bf16", D) for D in (64, 80, 128, 256)),
         _compile_case("bf16", 128, largest=True),
         _compile_case("bf16", 256, softcap=True),
+        _compile_case("bf16", 512),
+        _compile_case("bf16", 320, largest=True, softcap=True),
         _compile_case("bf16", 80, largest=True, unit=1),
         _compile_case("fp16", 128),
         _compile_case("fp32", 128),

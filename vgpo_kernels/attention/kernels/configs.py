@@ -5,6 +5,8 @@ Choices were made by registers and shared memory; none has been timed yet. Candi
 """
 
 from vgpo_kernels._tuning import Tiles, listed, tunable
+from vgpo_kernels.attention.kernels import wide_heads
+from vgpo_kernels.attention.kernels.wide_heads import WIDE
 
 _MASS = "BLOCK_M BLOCK_N num_warps num_stages maxnreg"
 _FORWARD = "BLOCK_M BLOCK_N CUT_N num_warps num_stages maxnreg"
@@ -58,6 +60,8 @@ _SPLIT = "BLOCK_N num_warps num_stages"
 )
 def mass_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: bool) -> Tiles:
     """Returns the tiles for heads padded to `head`: BLOCK_M rows stay, tiles of BLOCK_N keys pass by."""
+    if head > WIDE and itemsize == 2:
+        return wide_heads.mass_tiles(target)
     amd = target == "gfx942"
     if itemsize == 4:
         tiles = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8 if target == "sm_100" else 4, "num_stages": 2}
@@ -118,6 +122,8 @@ def mass_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: boo
 )
 def column_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: bool) -> Tiles:
     """Returns the tiles for heads padded to `head`: BLOCK_N positions stay, blocks of BLOCK_M queries pass by."""
+    if head > WIDE and itemsize == 2:
+        return wide_heads.column_tiles(target)
     amd = target == "gfx942"
     small = softcap or head > 128
     if amd and softcap and head > 128:
@@ -188,6 +194,8 @@ def forward_tiles(target: str, itemsize: int, head: int) -> Tiles:
     tiles that an interval cuts are narrower, since their masks take registers, too. Single precision has no tensor
     cores: a product is unrolled, so its tiles are small.
     """
+    if head > WIDE:
+        return wide_heads.forward_tiles(target, itemsize)
     if itemsize == 4:
         tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 128 else 8, "num_stages": 1}
         # Left alone, the compiler of sm_120 spills rather than take more than 128 registers.
@@ -252,6 +260,8 @@ def keys_tiles(target: str, itemsize: int, head: int) -> Tiles:
     A block of 64 keys a warp group; its accumulators stay in registers, which bounds the tile of queries beside them.
     Single precision unrolls its products, so its tiles are small.
     """
+    if head > WIDE:
+        return wide_heads.keys_tiles(target, itemsize)
     if itemsize == 4:
         keys, warps = 16 if head <= 64 else 32, 4 if head <= 64 and target != "sm_80" else 8
         return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1}
@@ -314,6 +324,8 @@ def queries_tiles(target: str, itemsize: int, head: int) -> Tiles:
 
     CUT_N divides the BLOCK_N of dK and dV, to which the keys are padded.
     """
+    if head > WIDE:
+        return wide_heads.queries_tiles(target, itemsize)
     if itemsize == 4:
         few = target in ("sm_80", "sm_90") and head <= 64
         tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if few else 8, "num_stages": 1}
@@ -358,13 +370,15 @@ def constants_tiles() -> Tiles:
         "gfx942": listed(_SPLIT, (16, 4, 1), (32, 4, 1), (32, 8, 1), (32, 8, 2)),
     },
 )
-def split_tiles(target: str, itemsize: int, BLOCK_R: int, unit: int) -> Tiles:
-    """Returns the tiles of keys for few queries, padded to BLOCK_R.
+def split_tiles(target: str, itemsize: int, head: int, BLOCK_R: int, unit: int) -> Tiles:
+    """Returns the tiles of keys for few queries, padded to BLOCK_R, of heads padded to `head`.
 
     The keys stream once, so what counts is bytes in flight: three tiles of 64 keys where they fit. Single precision
     unrolls its products, rows off 16 bytes have an address for each element, and masks on AMD live in scalar registers,
     so their tiles are small.
     """
+    if head > WIDE:
+        return wide_heads.split_tiles(target, itemsize, BLOCK_R)
     keys, warps, stages = 64, 8, 3
     if itemsize == 4:
         keys, warps, stages = 16, 4 if BLOCK_R == 16 else 8, 1

@@ -16,22 +16,26 @@ from vgpo_kernels.attention.kernels.shared import (
     score_scales,
     strides_in_units,
 )
+from vgpo_kernels.attention.kernels.wide_heads import WIDE
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkv" for axis in "bhl")
-MOST_ROWS = 64
-# Parts that a merging program holds at once.
-MERGE = {"BLOCK_P": 16, "num_warps": 4}
+MOST_ROWS, MOST_WIDE_ROWS = 64, 32  # of a program, for heads up to WIDE and above
 _VISUAL = tl.constexpr(VISUAL)
 
 
-def takes(Lq: int, group: int) -> bool:
-    """Whether the queries of a group of heads are so few that they share one tile."""
-    return Lq * group <= MOST_ROWS
+def takes(Lq: int, group: int, D: int) -> bool:
+    """Whether the queries of a group of heads of size D are so few that they share one tile."""
+    return Lq * group <= (MOST_WIDE_ROWS if D > WIDE else MOST_ROWS)
 
 
 def padded_rows(rows: int) -> int:
     """Returns the rows of a tile that takes `rows` queries: the next power of two that a matrix product takes."""
     return max(16, int(triton.next_power_of_2(rows)))
+
+
+def merge_tiles(head: int) -> dict[str, int]:
+    """Returns the tiles of the merging kernel: BLOCK_P parts are held at once."""
+    return {"BLOCK_P": 16, "num_warps": 8 if head > WIDE else 4}
 
 
 @triton.jit(do_not_specialize=["Hkv", "group", "Lq", "Lk", "n_splits", *STRIDES, "inner", "outer"])
@@ -201,7 +205,7 @@ def split_attention(
     softcap: float | None,
     with_mass: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Returns what `visual_attention` does, for at most MOST_ROWS queries a group of heads."""
+    """Returns what `visual_attention` does, for queries that `takes` accepts."""
     B, Hq, Lq, D = q.shape
     Hkv, Lk = k.shape[1:3]
     group, head = Hq // Hkv, padded_head(D)
@@ -210,7 +214,7 @@ def split_attention(
     lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
     mass = torch.empty_like(lse) if with_mass else None
     strides = strides_in_units(q=q, k=k, v=v)
-    tiles = split_tiles(target_of(q), q.element_size(), block, strides["UNIT"])
+    tiles = split_tiles(target_of(q), q.element_size(), head, block, strides["UNIT"])
     n_splits = splits(B * Hkv, Lk, tiles["BLOCK_N"], _processors(q.device))
     acc = q.new_empty((B * Hkv, n_splits, rows, D), dtype=torch.float32)
     stats = q.new_empty((B * Hkv, n_splits, 3, rows), dtype=torch.float32)
@@ -246,7 +250,7 @@ def split_attention(
         n_splits=n_splits,
         HEAD=D,
         BLOCK_D=head,
-        **MERGE,
+        **merge_tiles(head),
     )
     return out, mass, lse
 
@@ -271,9 +275,13 @@ def compile_cases() -> list[CompileCase]:
         _compile_split("bf16", 256, 8, softcap=True),
         _compile_split("fp16", 80, 32, unit=1),
         _compile_split("fp32", 128, 4),
+        _compile_split("bf16", 512, 8),
+        _compile_split("bf16", 320, 32, softcap=True),
         _compile_split("fp32", 256, 64),
+        _compile_split("fp32", 512, 32),
         _compile_merge("bf16", 128),
         _compile_merge("fp32", 256),
+        _compile_merge("bf16", 320),
     ]
 
 
@@ -290,14 +298,15 @@ def _compile_split(dtype: str, D: int, rows: int, softcap: bool = False, unit: i
         split_kernel,
         signature,
         constexprs,
-        tiles=lambda target: split_tiles(target, itemsize, block, unit),
+        tiles=lambda target: split_tiles(target, itemsize, head, block, unit),
     )
 
 
 def _compile_merge(dtype: str, D: int) -> CompileCase:
     signature = dict.fromkeys(("acc_ptr", "stats_ptr", "mass_ptr", "lse_ptr"), "*fp32") | {"out_ptr": f"*{dtype}"}
     signature |= dict.fromkeys(("group", "Lq", "n_splits"), "i32")
-    constexprs = {"HEAD": D, "BLOCK_D": padded_head(D), "BLOCK_P": MERGE["BLOCK_P"]}
+    head = padded_head(D)
+    constexprs = {"HEAD": D, "BLOCK_D": head}
     return CompileCase(
-        f"attention merge {dtype} D {D}", merge_kernel, signature, constexprs, {"num_warps": MERGE["num_warps"]}
+        f"attention merge {dtype} D {D}", merge_kernel, signature, constexprs, tiles=lambda _: merge_tiles(head)
     )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, target_of, tl, triton, with_unit_columns
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.kernels import decode
 from vgpo_kernels.attention.kernels.configs import forward_tiles
 from vgpo_kernels.attention.kernels.keys import (
@@ -26,6 +26,8 @@ from vgpo_kernels.attention.kernels.shared import (
     padded_head,
     score_scales,
     strides_in_units,
+    with_loadable_rows,
+    with_whole_rows,
 )
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkv" for axis in "bhl")
@@ -230,16 +232,6 @@ def forward_kernel(
     tl.store(p_out, b_out, mask=m_m[:, None] & (o_d < HEAD)[None, :])
 
 
-def with_whole_rows(x: Tensor) -> Tensor:
-    """Returns `x` with rows that begin at 16 bytes, copied only if they do not: each is read many times."""
-    strides = x.stride()
-    if strides[3] == 1 and all(stride % VECTOR == 0 for stride in strides[:3]) and x.data_ptr() % 16 == 0:
-        return x
-    B, H, L, D = x.shape
-    rows = x.new_empty((B, H, L, triton.cdiv(D, VECTOR) * VECTOR))[..., :D]
-    return rows.copy_(x)
-
-
 def visual_attention(
     q: Tensor,
     k: Tensor,
@@ -261,8 +253,8 @@ def visual_attention(
     if scale < 0:
         # The largest score is found from the largest product.
         q, scale = -q, -scale
-    if decode.takes(Lq, Hq // Hkv):
-        q, k, v = with_unit_columns(q), with_unit_columns(k), with_unit_columns(v)
+    if decode.takes(Lq, Hq // Hkv, D):
+        q, k, v = with_loadable_rows(q), with_loadable_rows(k), with_loadable_rows(v)
         return decode.split_attention(q, k, v, key_kinds, key_start, key_end, scale, softcap, with_mass)
     q, k, v = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v)
     out = q.new_empty(q.shape)
@@ -308,6 +300,9 @@ def compile_cases() -> list[CompileCase]:
         _compile_case("fp32", 256),
         _compile_case("bf16", 128, softcap=True),
         _compile_case("bf16", 256, softcap=True),
+        _compile_case("bf16", 512),
+        _compile_case("bf16", 320, softcap=True),
+        _compile_case("fp32", 512),
         _compile_case("bf16", 128, mass=False),
     ]
 

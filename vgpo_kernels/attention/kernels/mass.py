@@ -8,7 +8,7 @@ at every element (an interval cuts them, or keys of several segments lie in them
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, target_of, tl, triton, with_unit_columns
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.kernels.configs import mass_tiles
 from vgpo_kernels.attention.kernels.shared import (
     CHUNK,
@@ -20,6 +20,7 @@ from vgpo_kernels.attention.kernels.shared import (
     probabilities,
     probability_scales,
     strides_in_units,
+    with_loadable_rows,
 )
 from vgpo_kernels.attention.kernels.tiles import tile_lists
 
@@ -195,7 +196,7 @@ def attention_mass(
     mass = torch.empty((B, Hq, Lq, num_segments), dtype=torch.float32, device=q.device)
     if mass.numel() == 0 or Lk == 0:
         return mass.zero_()
-    q, k, lse = with_unit_columns(q), with_unit_columns(k), lse.float()
+    q, k, lse = with_loadable_rows(q), with_loadable_rows(k), lse.float()
     strides = strides_in_units(q=q, k=k)
     tiles = mass_tiles(
         target_of(q), q.element_size(), padded_head(D), unit=strides["UNIT"], softcap=softcap is not None
@@ -244,6 +245,8 @@ def compile_cases() -> list[CompileCase]:
         *(_compile_case("bf16", D, 4) for D in (64, 80, 128, 256)),
         *(_compile_case("bf16", 128, segments) for segments in (1, 8)),
         _compile_case("bf16", 256, 8, softcap=True),
+        _compile_case("bf16", 512, 4),
+        _compile_case("bf16", 320, 8, softcap=True),
         _compile_case("bf16", 80, 8, unit=1),
         _compile_case("fp16", 128, 4),
         _compile_case("fp32", 128, 4),

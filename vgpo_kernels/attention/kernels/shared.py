@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import tanh, tl, triton
+from vgpo_kernels._triton import tanh, tl, triton, with_unit_columns
+from vgpo_kernels.attention.kernels.wide_heads import WIDE
 
 # Elements in the widest load, 16 bytes at two bytes an element.
 VECTOR = 8
@@ -103,6 +104,21 @@ def strides_in_units(**tensors: Tensor) -> dict[str, int]:
     begin_whole = all(x.data_ptr() % 16 == 0 for x in tensors.values())
     unit = VECTOR if begin_whole and all(stride % VECTOR == 0 for stride in strides.values()) else 1
     return {name: stride // unit for name, stride in strides.items()} | {"UNIT": unit}
+
+
+def with_whole_rows(x: Tensor) -> Tensor:
+    """Returns `x` with rows that begin at 16 bytes, copied only if they do not: each is read many times."""
+    strides = x.stride()
+    if strides[3] == 1 and all(stride % VECTOR == 0 for stride in strides[:3]) and x.data_ptr() % 16 == 0:
+        return x
+    B, H, L, D = x.shape
+    rows = x.new_empty((B, H, L, triton.cdiv(D, VECTOR) * VECTOR))[..., :D]
+    return rows.copy_(x)
+
+
+def with_loadable_rows(x: Tensor) -> Tensor:
+    """Returns `x` as kernels of any strides take it; of wide heads, registers do not hold an address an element."""
+    return with_whole_rows(x) if x.shape[-1] > WIDE else with_unit_columns(x)
 
 
 def padded_head(D: int) -> int:

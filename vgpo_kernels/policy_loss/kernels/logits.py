@@ -66,6 +66,7 @@ def logits_kernel(
     BETA: tl.constexpr,
     KL_LOG_LIMIT: tl.constexpr,
     KL_LIMIT: tl.constexpr,
+    KL_WEIGHTED: tl.constexpr,
     CISPO: tl.constexpr,
     R: tl.constexpr,
     VEC: tl.constexpr,
@@ -126,7 +127,8 @@ def logits_kernel(
                 log_ratio = logps - logps if old_ptr is None else logps - _load(old_ptr, row)
                 _, coefficient = surrogate(logps, log_ratio, _load(adv_ptr, row), LOW, HIGH, HIGH_NEGATIVE, CISPO)
                 if ref_ptr is not None:
-                    _, kl_gradient = kl_to_reference(logps, _load(ref_ptr, row), KL_LOG_LIMIT, KL_LIMIT)
+                    ref = _load(ref_ptr, row)
+                    _, kl_gradient = kl_to_reference(logps, log_ratio, ref, KL_LOG_LIMIT, KL_LIMIT, KL_WEIGHTED, False)
                     coefficient += BETA * kl_gradient
                 if weights_ptr is not None:
                     coefficient *= _load(weights_ptr, row)
@@ -274,7 +276,7 @@ _ROWS = ("logps", "lse", "entropy", "old", "ref", "adv", "weights", "grad_logps"
 
 def compile_cases() -> list[CompileCase]:
     """Returns the statistics, the gradient and the loss in the forms that take most registers."""
-    kl = PolicyLossConfig.official(beta=0.01)
+    kl = PolicyLossConfig.official(beta=0.01, kl_importance_weighted=True)
     loss = ("logps", "entropy", "old", "adv", "weights")
     backward = ("lse", "entropy", "grad_logps", "grad_entropy", "grad_lse")
     return [

@@ -6,11 +6,11 @@ from torch import Tensor
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.policy_loss import terms
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
-from vgpo_kernels.policy_loss.kernels.terms import bounded_ratio, kl_to_reference, surrogate, term_constants
+from vgpo_kernels.policy_loss.kernels.terms import bounded_ratio, k3, kl_to_reference, surrogate, term_constants
 
-# Two tokens a thread: with four or eight, Triton 3.6 spills a register on sm_80 or sm_120.
+# One token a thread: with two or more, Triton 3.6 spills a register in more forms of the kernel.
 BLOCK = 512
-WARPS = 8
+WARPS = 16
 
 RUN_TIME = (
     "length",
@@ -71,6 +71,7 @@ def policy_loss_kernel(
     BETA: tl.constexpr,
     KL_LOG_LIMIT: tl.constexpr,
     KL_LIMIT: tl.constexpr,
+    KL_WEIGHTED: tl.constexpr,
     CISPO: tl.constexpr,
     SEQUENCE: tl.constexpr,
     ROW_MEAN: tl.constexpr,
@@ -85,6 +86,9 @@ def policy_loss_kernel(
     p_old = None
     if old_ptr is not None:
         p_old = old_ptr + row * old_stride_b
+    p_ref = None
+    if ref_ptr is not None:
+        p_ref = ref_ptr + row * ref_stride_b
     p_tw = None
     if tw_ptr is not None:
         p_tw = tw_ptr + row * tw_stride_b
@@ -108,23 +112,34 @@ def policy_loss_kernel(
                 b_adv = _load_advantages(p_adv, adv_stride_t, p_tw, tw_stride_t, trajectory_weight, o_t, m_valid)
                 acc_positive += tl.where(b_adv < 0, 0.0, b_adv)
                 acc_negative += tl.where(b_adv < 0, b_adv, 0.0)
-                if p_old is not None:
-                    b_logps = _load(p_logps, logps_stride_t, o_t, m_valid)
-                    acc_log_ratio += b_logps - _load(p_old, old_stride_t, o_t, m_valid)
+                b_logps = _load(p_logps, logps_stride_t, o_t, m_valid)
+                b_old = b_logps if p_old is None else _load(p_old, old_stride_t, o_t, m_valid)
+                acc_log_ratio += b_logps - b_old
         row_inverse = 1.0 / tl.maximum(tl.sum(acc_count), 1.0)
         if ROW_MEAN:
             row_weight = row_inverse
         if SEQUENCE:
             # A row has one ratio, so its clipped surrogate is linear in the advantages of either sign.
             row_log_ratio = tl.sum(acc_log_ratio) * row_inverse
-            ratio, moves = bounded_ratio(row_log_ratio, False, LOW, HIGH, HIGH_NEGATIVE)
-            negative_ratio, negative_moves = bounded_ratio(row_log_ratio, True, LOW, HIGH, HIGH_NEGATIVE)
-            # Advantages of both signs cancel: added in one sum, not as the difference of two larger ones.
-            acc_moving = tl.where(moves, acc_positive, 0.0) + tl.where(negative_moves, acc_negative, 0.0)
-            moving = tl.sum(acc_moving)
-            # Where both move it is the same ratio; where none does, it may be infinite.
-            row_ratio = tl.where(moves, ratio, negative_ratio)
-            row_gradient = tl.where(moving != 0.0, -row_ratio * moving * row_inverse, 0.0)
+            if not CISPO:
+                ratio, outside = bounded_ratio(row_log_ratio, False, LOW, HIGH, HIGH_NEGATIVE)
+                negative_ratio, negative_outside = bounded_ratio(row_log_ratio, True, LOW, HIGH, HIGH_NEGATIVE)
+                # Advantages of both signs cancel: added in one sum, not as the difference of two larger ones.
+                acc_moving = tl.where(outside, 0.0, acc_positive) + tl.where(negative_outside, 0.0, acc_negative)
+                moving = tl.sum(acc_moving)
+                # Where both move it is the same ratio; where none does, it may be infinite.
+                row_ratio = tl.where(outside, negative_ratio, ratio)
+                row_gradient = tl.where((moving == 0.0) & (row_ratio > 0.0), 0.0, -row_ratio * moving * row_inverse)
+            if ref_ptr is not None and (KL_WEIGHTED and BETA != 0.0):
+                acc_through = tl.zeros([BLOCK], tl.float32)
+                for start in range(0, length, BLOCK):
+                    o_t = start + o_tile
+                    m_valid = _load_valid(p_mask, mask_stride_t, o_t, length)
+                    b_logps = _load(p_logps, logps_stride_t, o_t, m_valid)
+                    b_ref = _load(p_ref, ref_stride_t, o_t, m_valid)
+                    b_kl, _ = kl_to_reference(b_logps, row_log_ratio, b_ref, KL_LOG_LIMIT, KL_LIMIT, True, True)
+                    acc_through += b_kl
+                row_gradient += BETA * tl.sum(acc_through) * row_inverse
 
     acc_loss = tl.zeros([BLOCK], tl.float32)
     acc_tokens = tl.zeros([BLOCK], tl.float32)
@@ -151,14 +166,18 @@ def policy_loss_kernel(
 
         b_loss, b_grad = surrogate(b_logps, b_log_ratio, b_adv, LOW, HIGH, HIGH_NEGATIVE, CISPO)
         if SEQUENCE and not CISPO:
-            b_grad = tl.where(m_valid, row_gradient, 0.0)
+            b_grad = tl.zeros([BLOCK], tl.float32)
         if ref_ptr is not None:
-            b_ref = _load(ref_ptr + row * ref_stride_b, ref_stride_t, o_t, m_valid)
-            b_kl, b_kl_grad = kl_to_reference(b_logps, b_ref, KL_LOG_LIMIT, KL_LIMIT)
+            b_ref = _load(p_ref, ref_stride_t, o_t, m_valid)
+            b_kl, b_kl_grad = kl_to_reference(
+                b_logps, b_log_ratio, b_ref, KL_LOG_LIMIT, KL_LIMIT, KL_WEIGHTED, SEQUENCE
+            )
             acc_kl += b_kl
             if BETA != 0.0:
                 b_loss += BETA * b_kl
                 b_grad += BETA * b_kl_grad
+        if SEQUENCE:
+            b_grad += row_gradient
         b_loss = tl.where(m_valid, b_loss, 0.0)
         b_grad = tl.where(m_valid, b_grad, 0.0)
         m_row = o_t < length
@@ -171,7 +190,8 @@ def policy_loss_kernel(
         acc_low += (m_negative & (b_log_ratio < LOW)).to(tl.float32)
         acc_high += ((b_adv > 0) & (b_log_ratio > HIGH)).to(tl.float32)
         acc_dual += (m_negative & (b_log_ratio > HIGH_NEGATIVE)).to(tl.float32)
-        acc_change += tl.exp(b_change) - b_change - 1.0
+        if p_old is not None:
+            acc_change += k3(b_change, tl.exp(b_change))
         acc_ratio += b_ratio
         acc_logps -= b_logps
         max_ratio = tl.maximum(max_ratio, b_ratio)
@@ -184,9 +204,11 @@ def policy_loss_kernel(
     tl.store(p_rows + 4, tl.sum(acc_dual))
     tl.store(p_rows + 5, tl.sum(acc_change))
     tl.store(p_rows + 6, tl.sum(acc_kl))
-    tl.store(p_rows + 7, tl.sum(acc_ratio))
+    ratios = tl.sum(acc_ratio)
+    tl.store(p_rows + 7, ratios)
     tl.store(p_rows + 8, tl.sum(acc_logps))
-    tl.store(p_rows + 9, tl.max(max_ratio))
+    # A maximum may drop NaN, a sum does not.
+    tl.store(p_rows + 9, tl.where(ratios == ratios, tl.max(max_ratio), ratios))
 
 
 def policy_loss(
@@ -242,7 +264,9 @@ def _constants(config: PolicyLossConfig) -> dict[str, float | bool | int | None]
 
 def compile_cases() -> list[CompileCase]:
     """Returns the smallest and the largest form of the kernel."""
-    everything = PolicyLossConfig.official().replace(loss_type="grpo", importance_sampling_level="sequence", beta=0.01)
+    everything = PolicyLossConfig.official(
+        loss_type="grpo", importance_sampling_level="sequence", beta=0.01, kl_importance_weighted=True
+    )
     return [
         _compile_case("policy_loss token bf16", PolicyLossConfig(), "*bf16", optional=False),
         _compile_case("policy_loss official fp32", PolicyLossConfig.official(), "*fp32", optional=True),

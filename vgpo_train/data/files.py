@@ -1,0 +1,199 @@
+"""The files of a data set, whose rows are read when they are asked for."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from vgpo_train.data.errors import DataError
+
+SUFFIXES = (".jsonl", ".parquet")
+_SPLIT = re.compile(r"(train|test|val|validation|dev|eval)(?![a-z])")
+_COPIED_ROWS = 64  # at once, of rows with pictures
+
+
+class Rows(Protocol):
+    """The rows of a file."""
+
+    path: Path
+
+    def __len__(self) -> int: ...
+
+    def where(self, index: int) -> str:
+        """Return the file and the place of a row in it, for messages."""
+        ...
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Return a row; raises DataError where it cannot be read."""
+        ...
+
+
+def data_files(source: str | os.PathLike[str] | Sequence[str]) -> list[Path]:
+    """Return the files of a data set.
+
+    Args:
+        source: a `.jsonl` or `.parquet` file, a folder of such files, a glob, or a list of these.
+
+    Returns:
+        The files: of a folder or a glob by name, of a list in its order.
+
+    Raises:
+        FileNotFoundError: a file or folder that does not exist, a glob that matches no file.
+        DataError: an unknown extension, a folder without such a file or with those of several splits, an empty list.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return _files_of(os.fspath(source))
+    files = [file for part in source for file in _files_of(os.fspath(part))]
+    if not files:
+        raise DataError("expected at least one data file, got an empty list")
+    return files
+
+
+def open_rows(path: Path) -> Rows:
+    """Return the rows of a file.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    return JsonLines(path) if path.suffix == ".jsonl" else ParquetRows(path)
+
+
+class JsonLines:
+    """The rows of a JSONL file, blank lines left out; in memory are the places where they begin."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offsets, self._lines = array("Q"), array("Q")
+        offset = 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self._offsets.append(offset)
+                    self._lines.append(number)
+                offset += len(line)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, line {self._lines[index]}"
+
+    def read(self, index: int) -> dict[str, Any]:
+        with self.path.open("rb") as file:
+            file.seek(self._offsets[index])
+            line = file.readline()
+        try:
+            row = json.loads(line.decode("utf-8-sig"))  # Windows programs begin a file with a mark
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8: {error}") from error
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
+            raise DataError(f"not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"expected a JSON object, got {type(row).__name__}")
+        return row
+
+
+class ParquetRows:
+    """The rows of a Parquet file, in a memory-mapped Arrow copy: reading one from Parquet decodes its row group."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow
+
+        self.path = path
+        try:
+            self._table = pyarrow.ipc.open_stream(pyarrow.memory_map(str(_arrow_copy(path)))).read_all()
+        except DataError:
+            raise
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, row {index} (from 0)"
+
+    def read(self, index: int) -> dict[str, Any]:
+        try:
+            return self._table.slice(index, 1).to_pylist()[0]
+        except (ArithmeticError, ValueError) as error:  # such as a time that Python has no type for
+            raise DataError(f"a value that cannot be read: {error}") from error
+
+
+def cache_folder() -> Path:
+    """Return where Arrow copies of Parquet files lie; they may be deleted between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vgpo_train"
+
+
+def _arrow_copy(path: Path) -> Path:
+    """Return the Arrow copy of a Parquet file, made by the first process that asks for it."""
+    from filelock import FileLock
+
+    state = path.stat()
+    key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
+    copy = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(copy.with_suffix(".lock")).acquire()
+    except OSError as error:
+        raise DataError(f"{path}: no copy can be made in {copy.parent}: {error}; set XDG_CACHE_HOME") from error
+    with lock:
+        if not copy.exists():
+            draft = copy.with_suffix(".draft")
+            _copy_parquet(path, draft)
+            draft.rename(copy)
+    return copy
+
+
+def _copy_parquet(path: Path, target: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    with (
+        pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file,
+        pyarrow.ipc.new_stream(target, file.schema_arrow) as copy,
+    ):
+        for batch in file.iter_batches(batch_size=_COPIED_ROWS):
+            copy.write_batch(batch)
+    pyarrow.default_memory_pool().release_unused()
+
+
+def _files_of(source: str) -> list[Path]:
+    path = Path(source)
+    if path.is_dir():
+        return _files_of_folder(path)
+    if path.exists():
+        return [_known(path)]
+    if glob.has_magic(source):
+        files = [Path(match) for match in sorted(glob.glob(source, recursive=True)) if os.path.isfile(match)]
+        if files:
+            return [_known(file) for file in files]
+        raise FileNotFoundError(f"no data file matches {source!r}")
+    raise FileNotFoundError(f"data file {source!r} does not exist")
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    found = (file for file in folder.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise DataError(f"folder {str(folder)!r} has no {' or '.join(SUFFIXES)} file in it; a glob reaches deeper ones")
+    splits = sorted({match[1] for match in (_SPLIT.match(file.name) for file in files) if match})
+    if len(splits) > 1:
+        raise DataError(
+            f"folder {str(folder)!r} has files of several splits ({', '.join(splits)}); name one by a glob, such as "
+            f"{folder / splits[0]}*"
+        )
+    return files
+
+
+def _known(path: Path) -> Path:
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: unknown extension {path.suffix!r}; expected {' or '.join(SUFFIXES)}")
+    return path

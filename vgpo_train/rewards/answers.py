@@ -1,0 +1,165 @@
+# ruff: noqa: RUF001 - the signs are meant
+r"""What a completion answers: the text of its boxes, and that text without the ways of writing it.
+
+Both take time linear in the length of the text.
+"""
+
+import re
+import unicodedata
+
+_TOKEN = re.compile(
+    r"\\+(?:boxed|fbox)\s*(?P<box>\{)"  # more than one backslash: an escaped text
+    r"|\\+(?:boxed|fbox)(?![a-zA-Z])\s*(?P<bare>[-+]?\d+(?:\.\d+)?|\\[a-zA-Z]+|[^\s{}\\$])"
+    r"|\\.|(?P<open>\{)|(?P<close>\})",
+    re.DOTALL,
+)
+_BETWEEN = re.compile(
+    r"(?:\s|[$,;&]|\\\\|\\[()\[\],;]|\\q?quad(?![a-z])|\*\*|\\text\s*\{\s*(?:and|or)\s*\}|(?<![a-z])(?:and|or)(?![a-z])"
+    r"|(?<=[\s,$(])[a-zA-Z](?:_\{?\w\}?)?\s*=)*"
+)
+_JOINS = re.compile(r"[,;]|and|or")
+_STYLED = re.compile(
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|boxed|fbox|boldsymbol|bm|operatorname\*?|bold)"
+    r"\s*\{([^{}]*)\}"
+)
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿˣ", "0123456789+-=()nx")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙₓ", "0123456789+-=()nx")
+_RAISED, _LOWERED = (re.compile(f"[{''.join(map(chr, table))}]+") for table in (_SUPERSCRIPTS, _SUBSCRIPTS))
+_SIGNS = {
+    "×": r"\times ", "✕": r"\times ", "⨯": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "⩽": r"\le ",
+    "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ",
+    "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "∠": r"\angle ",
+    "△": r"\triangle ", "▲": r"\triangle ", "⊥": r"\perp ", "∥": r"\parallel ", "⁄": "/", "∕": "/", "→": r"\to ",
+    "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "。": ".", "、": ",", "ℝ": r"\mathbb{R}", "∶": ":",
+    "µ": "μ", "≅": r"\cong ", "≌": r"\cong ", "∽": r"\sim ", "⊂": r"\subset ", "⊆": r"\subseteq ",
+    "↔": r"\leftrightarrow ", "⇒": r"\Rightarrow ", "…": "...", "∧": r"\land ", "∨": r"\lor ",
+    "¬": r"\neg ", "⟨": "(", "⟩": ")", "{,}": ",",
+}  # fmt: skip
+CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"  # statements, such as ①③ for those that are true
+_GREEK = {chr(code): unicodedata.name(chr(code)).split()[-1].lower() for code in range(0x3B1, 0x3CA) if code != 0x3C2}
+_GREEK |= {letter: unicodedata.name(letter).split()[-1].capitalize() for letter in "ΓΔΘΛΞΠΣΦΨΩ"}
+_GREEK |= {"λ": "lambda", "Λ": "Lambda", "ϕ": "phi", "ϵ": "epsilon"}
+_LATEX = [
+    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)\s*(?![a-zA-Z])\.?"), ""),
+    (re.compile(r"\\(?:display|text|script)style(?![a-zA-Z])|\\(?:bf|rm|it)(?![a-zA-Z])|\\limits(?![a-zA-Z])"), ""),
+    (re.compile(r"(?<!\\)\\!|\\phantom\{[^{}]*\}"), ""),
+    (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|(?<!\\)~"), " "),
+    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:le|ge|ne)q(?:slant)?(?![a-zA-Z])"), lambda match: match.group()[:3]),
+    (re.compile(r"\\(?:degree|deg)(?![a-zA-Z])"), r"^\\circ"),
+    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|(?<=\d)\s*\^\s*(?:\{\s*[oO]\s*\}|[oO](?![a-zA-Z]))"), r"^\\circ "),
+    (re.compile(r"(?<=[\d\s])\{\s*([A-Za-z/]+)\s*\}"), r" \1 "),
+    (re.compile(r"\\varnothing|\\empty(?![a-zA-Z])"), r"\\emptyset"),
+    (re.compile(r"\\[lr]angle(?![a-zA-Z])"), lambda match: "(" if match.group()[1] == "l" else ")"),
+    (re.compile(r"\\[cl]?dots(?![a-zA-Z])"), "..."),
+    (re.compile(r"\\(?:lbrace|rbrace)(?![a-zA-Z])"), lambda match: "\\{" if match.group()[1] == "l" else "\\}"),
+    (re.compile(r"(?<!\\)\\[()\[\]]"), " "),
+]
+_DOLLARS = re.compile(r"(?<!\\)\$\$?(?=[^\s$])([^$]*?[^\s$\\])\$\$?(?!\d)")
+_BOLD = re.compile(r"(?<![\w)}*])(\*\*|__|`|\*)(?=\S)([^*`]+?)(?<=\S)\1(?![\w({*])")
+
+
+def boxed_answer(completion: str) -> str | None:
+    r"""Returns what the last `\boxed{...}` or `\fbox{...}` holds, None without one or where it is cut off.
+
+    Braces are those of LaTeX: `\{` and `\}` are none. Without braces a box holds a number, a command or a character.
+    """
+    found = _boxes(completion)
+    return found[-1][2] if found else None
+
+
+def final_answer(completion: str) -> str | None:
+    r"""Returns `boxed_answer`, or the last boxes joined by commas where nothing but commas, "and" or "or" parts them.
+
+    `\boxed{1}, \boxed{2}` is "1, 2"; `\boxed{1}. No, it is \boxed{2}` is "2".
+    """
+    found = _boxes(completion)
+    if not found:
+        return None
+    texts = [found[-1][2]]
+    for before, after in zip(found[-2::-1], found[:0:-1], strict=False):
+        between = completion[before[1] : after[0]]
+        if len(between) > 80 or not _JOINS.search(between) or not _BETWEEN.fullmatch(between):
+            break
+        if before[2] not in texts:
+            texts.append(before[2])
+    return ", ".join(reversed(texts))
+
+
+def gold_answer(answer: str) -> str:
+    r"""Returns a sample's answer without its `\boxed{}`, if it has one."""
+    boxed = final_answer(answer)
+    return answer if boxed is None else boxed
+
+
+def _boxes(text: str) -> list[tuple[int, int, str]]:
+    """Returns begin, end and content of the outermost boxes; nothing where the last to begin has no end."""
+    opened: list[tuple[int, int] | None] = []  # for each open brace: where a box and its content begin, None for others
+    found: list[tuple[int, int, str]] = []
+    last = -1  # where the last box begins
+    for token in _TOKEN.finditer(text):
+        if token.group("box"):
+            last = token.start()
+            opened.append((token.start(), token.end()))
+        elif token.group("bare"):
+            last = token.start()
+            found.append((token.start(), token.end(), token.group("bare")))
+        elif token.group("open"):
+            opened.append(None)
+        elif token.group("close") and opened:
+            box = opened.pop()
+            if box is None:
+                continue
+            content = text[box[1] : token.start()]
+            while found and found[-1][0] > box[0]:  # a box in a box
+                inner = found.pop()
+                if content.strip() == text[inner[0] : inner[1]]:
+                    content = inner[2]
+            found.append((box[0], token.end(), content.strip()))
+    return found if found and not any(box and box[0] == last for box in opened) else []
+
+
+def tidy(text: str) -> str:
+    """Returns an answer as LaTeX without what does not change its meaning: styles, spaces, delimiters, bold, signs."""
+    text = _ascii(text)
+    text = _unwrapped(text)
+    for pattern, replacement in _LATEX:
+        text = pattern.sub(replacement, text)
+    text = _BOLD.sub(r"\2", _DOLLARS.sub(r" \1 ", text))
+    text = " ".join(text.split())
+    bare = text.strip("`*_ ").rstrip(",;: ")
+    return bare[:-1].rstrip() if bare.endswith(".") and not bare.endswith("..") else bare
+
+
+def _ascii(text: str) -> str:
+    text = _RAISED.sub(lambda match: "^{" + match.group().translate(_SUPERSCRIPTS) + "}", text)
+    text = _LOWERED.sub(lambda match: "_{" + match.group().translate(_SUBSCRIPTS) + "}", text)
+    text = re.sub(r"(?<=\d)\s*([¼-¾⅐-⅞])", r"\1", text)  # a mixed number
+    return "".join(map(_character, text)).replace("{,}", ",")
+
+
+def _character(character: str) -> str:
+    if character.isascii() or character in CIRCLED:
+        return character
+    if character in _SIGNS:
+        return _SIGNS[character]
+    if character in _GREEK:
+        return "\\" + _GREEK[character] + " "
+    if unicodedata.category(character) == "Cf":  # zero-width spaces, byte order marks
+        return ""
+    if unicodedata.decomposition(character).startswith("<fraction>"):
+        above, _, below = unicodedata.normalize("NFKC", character).partition("⁄")
+        return rf"\frac{{{above}}}{{{below}}}" if below else character
+    plain = unicodedata.normalize("NFKC", character)  # full-width digits and letters, ℃, ㎝
+    return plain if plain == character else _ascii(plain)
+
+
+def _unwrapped(text: str) -> str:
+    """Returns the text without `\\text{...}` and its like, the innermost first."""
+    for _ in range(4):  # \textbf{\text{(B)}}
+        plain = _STYLED.sub(lambda match: f" {match.group(1)} ", text)
+        if plain == text:
+            break
+        text = plain
+    return text

@@ -1,0 +1,83 @@
+"""The rewards that come with the driver."""
+
+import functools
+import logging
+import os
+
+from vgpo_train.data import Sample
+from vgpo_train.rewards import processes
+from vgpo_train.rewards.answers import final_answer, gold_answer, tidy
+from vgpo_train.rewards.equality import choice_letter, same_answer
+from vgpo_train.rewards.pool import RewardPool
+from vgpo_train.rewards.registered import register
+
+logger = logging.getLogger(__name__)
+
+_LIMIT = 5.0  # seconds of one call of math_verify outside of a mixer
+
+_THINK, _END, _BOX = "<think>", "</think>", "\\boxed{"
+
+
+@register("exact_match")
+def exact_match(completion: str, sample: Sample) -> float:
+    """1 where the boxed answer is the sample's, but for case, white space, styles and a full stop."""
+    answer = final_answer(completion)
+    return float(answer is not None and _normal(answer) == _normal(gold_answer(sample.answer)))
+
+
+@register("word_match")
+def word_match(completion: str, sample: Sample) -> float:
+    """Partial credit: the share of words that the boxed answer and the sample's have in the same place."""
+    found, wanted = (_normal(text or "").split() for text in (final_answer(completion), gold_answer(sample.answer)))
+    same = sum(one == other for one, other in zip(found, wanted, strict=False))
+    return same / max(len(found), len(wanted), 1)
+
+
+@register("multiple_choice")
+def multiple_choice(completion: str, sample: Sample) -> float:
+    r"""1 where the boxed answer is the letter of the sample's: A, (A) text, A: text, \text{A} are one, `A dog` not."""
+    answer = final_answer(completion)
+    return float(answer is not None and choice_letter(answer) == choice_letter(gold_answer(sample.answer)) is not None)
+
+
+@register("math_verify")
+def math_verify(completion: str, sample: Sample) -> float:
+    """1 where the boxed answer says what the sample's does: as mathematics, with its unit, as a choice or in words.
+
+    Called by itself, not by a `RewardMixer`, it runs in a process of its own for 5 seconds at most; then it gives 0.
+    """
+    if not processes.is_worker():
+        (outcome,) = _pool(os.getpid(), _LIMIT).run([completion], [sample])["math_verify"]
+        if outcome.error is not None:
+            logger.warning("math_verify failed on sample %r and gives 0: %s", sample.id, outcome.error)
+        return outcome.value
+    answer = final_answer(completion)
+    return float(answer is not None and same_answer(gold_answer(sample.answer), answer, sample.problem))
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(_process: int, limit: float) -> RewardPool:
+    """Returns the process of calls outside of a mixer; a fork of this process needs another."""
+    return RewardPool({"math_verify": math_verify}, timeout=limit, workers=1)
+
+
+@register("format")
+def format_reward(completion: str, _sample: Sample) -> float:
+    r"""1 where a completion is `<think>...</think>` and then ends with `\boxed{...}`; in linear time."""
+    text = completion.lstrip()
+    if not text.startswith(_THINK):
+        return 0.0
+    begin, end = text.find(_THINK, len(_THINK)), text.find(_END, len(_THINK))
+    if end < 0 or 0 <= begin < end:
+        return 0.0
+    end += len(_END)
+    box = text.find(_BOX, end)
+    if box < 0 or any(text.find(tag, end, box) >= 0 for tag in (_THINK, _END)):
+        return 0.0
+    box_end = text.rfind("}", box + len(_BOX))
+    rest = text[box_end + 1 :].split()
+    return float(box_end >= 0 and len(rest) <= 1 and len("".join(rest)) <= 2)  # such as a full stop or \]
+
+
+def _normal(text: str) -> str:
+    return (tidy(text).strip("$ ") or text.strip()).lower()

@@ -1,0 +1,213 @@
+"""Whether an answer is the gold one: the same choice, list, system or value.
+
+math-verify compares expressions (`quantities`). What it does not read, or reads otherwise than a person does, is taken
+apart before: choices with their text, lists, names, words (to a parser of LaTeX "east" is a product, equal to "seat").
+"""
+
+import re
+from typing import NamedTuple
+
+from vgpo_train.rewards.answers import CIRCLED, tidy
+from vgpo_train.rewards.phrases import normal_words, plain_math, same_name, split_name, without_preamble
+from vgpo_train.rewards.quantities import close_up, same_expression, same_value
+
+_LONGEST = 2000  # characters of an answer that is taken apart
+_CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)\s*[.:]?\s*(.*)|[.:](?!\d)\s*(.*))?", re.DOTALL | re.IGNORECASE)
+_CHOSEN = re.compile(r"\(?([A-J])\)?(?:\s*[,-]\s+(?!and\b|or\b)(.*)|\s+([\d\\(].*))", re.DOTALL)  # beside a lone letter
+_FURTHER = re.compile(r"(?:[,;/]|\bor\b|\band\b)\s*\(?[A-J]\s*(?:[).:]|$)")
+_MARK = f"[A-J{CIRCLED}]"
+_LETTERS = re.compile(rf"\(?{_MARK}\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s*)\(?{_MARK}\)?)+")
+_OPTION = re.compile(r"(?<![A-Za-z0-9\\])\(?([A-J])\s*[).:]\s*")
+_SYSTEM = re.compile(
+    r"(?:\\\{|\{)?\s*\\begin\s*\{(cases|array|aligned|split|gathered)\}\s*(?:\{[lcr|]*\})?(.*)\\end\s*\{\1\}\s*(?:\\\}|\})?",
+    re.DOTALL,
+)
+_SEPARATOR = re.compile(r"\s*\\cup(?![a-z])\s*|\s*[,;]\s*(?:(?:and|or)(?![a-z]))?|\s+(?:and|or)\s+|\s*\\\\(?![a-zA-Z])")
+_THOUSANDS = re.compile(r",\d{3}(?!\d)")
+_BUILT_SET = re.compile(r"^(?:[A-Z]\s*=\s*)?\\?\{\s*[a-z]\s*(?:\||\\mid|:)(.*?)\\?\}$", re.DOTALL)  # {x | x > 1}
+_BRACKETS = ((r"\{", r"\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"))
+
+
+def same_answer(gold: str, answer: str, problem: str = "") -> bool:
+    """Whether `answer` says what `gold` does.
+
+    Args:
+        gold: the right answer, as text or LaTeX, without its box.
+        answer: what was answered, without its box.
+        problem: the question; the options A, B, ... that it lists make letter and text of a choice one answer.
+    """
+    if gold.strip() == answer.strip() != "":
+        return True
+    if max(len(gold), len(answer)) > _LONGEST:
+        return tidy(gold) == tidy(answer)
+    gold, answer = (without_preamble(tidy(text)) for text in (gold, answer))
+    if not gold or not answer:
+        return False
+    chosen = _same_choice(gold, answer, _options(problem))
+    return _same(gold, answer) if chosen is None else chosen
+
+
+def choice_letter(text: str) -> str | None:
+    r"""Returns the letter of a choice: A, (A) text, A: text, \text{A}; None for `A dog` and what has no letter."""
+    return _choice(without_preamble(tidy(text)))[0]
+
+
+def _choice(text: str) -> tuple[str | None, str]:
+    """Returns letter and text of a choice."""
+    match = _CHOICE.fullmatch(text)
+    if match is None:
+        return None, ""
+    said = (match.group(2) or match.group(3) or "").strip()
+    if _FURTHER.search(said) or _CHOICE.fullmatch(said):  # A. 5 or B. 6 and (A)(B) choose nothing
+        return None, ""
+    return match.group(1).upper(), said
+
+
+def _letters(text: str) -> list[str]:
+    """Returns the letters of several choices, such as A, C or ACD, in order."""
+    letters = re.findall(_MARK, text) if _LETTERS.fullmatch(text) else []
+    return sorted(letters) if len(set(letters)) == len(letters) else []
+
+
+def _options(problem: str) -> dict[str, str]:
+    """Returns the options A, B, ... that a problem lists, by letter."""
+    found: list[re.Match[str]] = []
+    for match in _OPTION.finditer(problem):
+        if match.group(1) == "ABCDEFGHIJ"[len(found) : len(found) + 1]:
+            found.append(match)
+    if len(found) < 2:
+        return {}
+    ends = [match.start() for match in found[1:]] + [len(problem)]
+    texts = [problem[match.end() : end] for match, end in zip(found, ends, strict=True)]
+    return {
+        match.group(1): text.strip().partition("\n")[0].strip(" ,;") for match, text in zip(found, texts, strict=True)
+    }
+
+
+def _same_choice(gold: str, answer: str, options: dict[str, str]) -> bool | None:
+    """Compares as choices; None where neither is one, or the text of a letter is not known."""
+    several, also = _letters(gold), _letters(answer)
+    if several and also:
+        return several == also
+    (gold_letter, gold_text), (letter, text) = _choice(gold), _choice(answer)
+    if gold_letter and not gold_text and not letter:
+        match = _CHOSEN.fullmatch(answer)
+        letter = match.group(1) if match and not _letters(answer) and not _FURTHER.search(answer) else None
+    if gold_letter and letter:
+        return gold_letter == letter and (not gold_text or not text or _same(gold_text, text))
+    if gold_letter:
+        gold_text = gold_text or tidy(options.get(gold_letter, ""))
+        return _same(gold_text, answer) if gold_text else None
+    if letter:
+        text = text or tidy(options.get(letter, ""))
+        return _same(gold, text) if text else None
+    return None
+
+
+class _Parts(NamedTuple):
+    """A list, tuple, set, interval or system."""
+
+    items: list[str]
+    opening: str  # bracket; nothing for a bare list
+    closing: str
+
+
+def _same(gold: str, answer: str) -> bool:
+    if close_up(gold) == close_up(answer):
+        return True
+    if normal_words(gold) in ("yes", "no", "true", "false", "none", "undefined"):
+        return normal_words(gold) == normal_words(answer)
+    gold, answer = (_BUILT_SET.sub(r"\1", plain_math(text)) for text in (gold, answer))
+    one, other = _parts(gold), _parts(answer)
+    if one and other:
+        return _same_parts(one, other) or (r"\cup" in gold + answer and same_expression(gold, answer))
+    if one or other:
+        # Such as an interval and an inequality, or a set of one.
+        return same_expression(gold, answer) or _same_single(one, other, gold, answer)
+    (gold_name, gold_value), (name, value) = split_name(gold), split_name(answer)
+    if gold_name and name and not same_name(gold_name, name):
+        return bool(re.search("[a-z]", gold_value)) and same_expression(gold, answer)  # y = x and x = y
+    if bool(gold_name) != bool(name) and "=" in gold_value + value:
+        return same_expression(gold, answer)
+    return same_value(gold_value, value)
+
+
+def _same_single(one: _Parts | None, other: _Parts | None, gold: str, answer: str) -> bool:
+    parts, text = (one, answer) if one else (other, gold)
+    return parts is not None and len(parts.items) == 1 and _same(parts.items[0], text)
+
+
+def _same_parts(gold: _Parts, answer: _Parts) -> bool:
+    if len(gold.items) != len(answer.items) or not _brackets_agree(gold, answer):
+        return False
+    if _in_order(gold, answer):
+        return all(_same(one, other) for one, other in zip(gold.items, answer.items, strict=True))
+    rest = list(answer.items)
+    for item in gold.items:
+        found = next((other for other in rest if _same(item, other)), None)
+        if found is None:
+            return False
+        rest.remove(found)
+    return True
+
+
+def _brackets_agree(gold: _Parts, answer: _Parts) -> bool:
+    if gold.opening and answer.opening:
+        return (gold.opening[-1], gold.closing[-1]) == (answer.opening[-1], answer.closing[-1])
+    # A point may lose its brackets, a set its braces; an interval with an end of its own not.
+    return (
+        gold.opening != "["
+        and (gold.opening, gold.closing) != ("(", "]")
+        and (answer.opening, answer.closing) not in (("(", "]"), ("[", ")"))
+    )
+
+
+def _in_order(gold: _Parts, answer: _Parts) -> bool:
+    if "(" in (gold.opening, answer.opening) or (gold.opening == answer.opening == "["):
+        return True
+    names, also = ([split_name(item)[0] for item in parts.items] for parts in (gold, answer))
+    # x = 1, y = 2 beside 1, 2
+    return any(len(set(one)) > 1 and not any(other) for one, other in ((names, also), (also, names)))
+
+
+def _parts(text: str) -> _Parts | None:
+    """Takes a list apart; None for what is none."""
+    system = _SYSTEM.fullmatch(text)
+    if system:
+        lines = [line.replace("&", " ").strip(" ,;") for line in system.group(2).split(r"\\")]
+        return _Parts([line for line in lines if line], "", "") if any("=" in line for line in lines) else None
+    if r"\begin" in text:
+        return None
+    value = re.sub(r"[a-zA-Z]\s*\\in(?![a-z])\s*", "", split_name(text)[1])
+    if re.match(r"[A-Z]'?\s*\(.*,", value):  # a point and its name
+        value = value.partition("(")[1] + value.partition("(")[2]
+    for opening, closing in _BRACKETS:
+        if value.startswith(opening) and value.endswith(closing):
+            items = _split(value[len(opening) : -len(closing)])
+            if items is not None and (len(items) > 1 or "{" in opening):
+                return _Parts(items, opening, closing)
+    items = _split(text)
+    return _Parts(items, "", "") if items is not None and len(items) > 1 else None
+
+
+def _split(text: str) -> list[str] | None:
+    """Splits at commas, semicolons, "and" and "or" outside of brackets; None where brackets do not match."""
+    items = []
+    depth = start = place = 0
+    while place < len(text):
+        separator = _SEPARATOR.match(text, place) if depth == 0 else None
+        if separator and not _is_in_number(text, start, place):
+            items.append(text[start:place])
+            start = place = separator.end()
+            continue
+        depth += (text[place] in "([{") - (text[place] in ")]}")
+        if depth < 0:
+            return None
+        place += 1
+    items.append(text[start:])
+    return [item.strip() for item in items if item.strip()] if depth == 0 else None
+
+
+def _is_in_number(text: str, start: int, comma: int) -> bool:
+    """Whether a comma is that of 1,234."""
+    return bool(_THOUSANDS.match(text, comma) and re.search(r"(?<![\d.])\d{1,3}(?:,\d{3})*$", text[start:comma]))
