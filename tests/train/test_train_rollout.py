@@ -1,5 +1,6 @@
 """Rollouts on a real tiny checkpoint: what is never sampled, where completions end, whose settings count."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -128,5 +129,10 @@ def test_completions_end_where_the_checkpoints_generation_settings_say(tiny_chec
     (folder / "generation_config.json").unlink()
     assert end_tokens(str(folder), tokenizer) == [end]
     tokenizer.eos_token = None
+    assert end_tokens(str(folder), tokenizer) == [end], "config.json names it, too"
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, config["text_config"]):
+        part.pop("eos_token_id", None)
+    (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r".* names no end-of-sequence token"):
         end_tokens(str(folder), tokenizer)
