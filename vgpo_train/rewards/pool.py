@@ -59,7 +59,8 @@ class RewardPool:
     """
 
     def __init__(self, rewards: Mapping[str, Reward], *, timeout: float, workers: int | None = None) -> None:
-        self._made_of = dict(rewards), timeout, workers or share_of_cores()
+        self._rewards = dict(rewards)
+        self._limits = timeout, workers or share_of_cores()
         self._lock = threading.Lock()
         self._start()
 
@@ -83,7 +84,7 @@ class RewardPool:
             except (EOFError, OSError):
                 self._restart()
                 error = "ChildProcessError: the processes that run rewards were killed; they are started anew"
-                return {name: [Outcome(0.0, error)] * len(rows) for name in self._made_of[0]}
+                return {name: [Outcome(0.0, error)] * len(rows) for name in self._rewards}
             except BaseException:  # such as Ctrl-C: an answer that comes late must not be taken for the next call's
                 self._restart()
                 raise
@@ -107,7 +108,7 @@ class RewardPool:
             pid = os.fork()
             if pid == 0:
                 self._connection.close()
-                _manage(theirs, parent, *self._made_of)
+                _manage(theirs, parent, self._rewards, *self._limits)
         theirs.close()
         self._end = weakref.finalize(self, _end_manager, self._connection, pid, parent)
 
@@ -132,9 +133,10 @@ def _manage(connection: Connection, parent: int, rewards: dict[str, Reward], tim
         torch.set_num_threads(1)  # OpenMP's threads do not survive a fork, and there are several workers
         _seed(0)  # what the first call imports, each worker would import within its time limit
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-        context = WorkerContext()
-        _rewards, _late = rewards, {name: context.RawValue(c_int) for name in rewards}
-        new_pool = functools.partial(ProcessPool, workers, 0, isolate, [os.getpid()], context)
+        _rewards, _late = rewards, {name: multiprocessing.RawValue(c_int) for name in rewards}
+        new_pool = functools.partial(
+            ProcessPool, workers, initializer=isolate, initargs=[os.getpid()], context=WorkerContext()
+        )
         pool = new_pool()
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
