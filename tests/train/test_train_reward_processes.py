@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -51,6 +52,7 @@ _FAILURES: dict[str, tuple[Callable[[], object], str]] = {
     "interrupts": (lambda: _raise(KeyboardInterrupt()), "KeyboardInterrupt"),
     "raises what cannot be sent": (lambda: _raise(_Unprintable()), "_Unprintable"),
     "ends its process": (lambda: os._exit(3), "status 3"),
+    "ends its process as if all were well": (lambda: os._exit(0), "status 0"),
     "is killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "signal 9"),
     "sleeps": (lambda: time.sleep(1e9), "TimeoutError"),
     "hangs in C": (_hang_in_c, "TimeoutError"),
@@ -179,6 +181,40 @@ def test_processes_that_were_killed_are_started_anew() -> None:
     assert mixer([r"\boxed{1}"], [_sample("1")]).failures == 0
     mixer.close()
     assert _children(os.getpid()) == before
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_worker_that_ends_between_two_calls_costs_nothing() -> None:
+    register("own_pid")(lambda _completion, _sample: float(os.getpid()))
+    mixer = RewardMixer({"own_pid": 1.0}, accuracy="own_pid", workers=1)
+    worker = int(mixer(["a"], [_sample("1")]).total)
+    os.kill(worker, signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while _runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    earned = mixer(["a"] * 3, [_sample("1")] * 3)
+    assert earned.failures == 0
+    assert worker not in earned.total.tolist()
+    mixer.close()
+
+
+@pytest.mark.usefixtures("registry")
+@pytest.mark.parametrize("end", [lambda: time.sleep(1e9), lambda: os._exit(3)], ids=["limit", "exit"])
+def test_what_a_reward_started_ends_with_its_process(end: Callable[[], None], tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+
+    @register("starts")
+    def _(_completion: str, _sample: Sample) -> None:
+        note.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
+        end()
+
+    mixer = RewardMixer({"starts": 1.0}, accuracy="starts", timeout=1.0, workers=1)
+    assert mixer(["a"], [_sample("1")]).failures == 1
+    deadline = time.monotonic() + 20
+    while (runs := _runs(int(note.read_text()))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not runs
+    mixer.close()
 
 
 def test_no_process_outlives_the_one_that_rewards(registry: None) -> None:  # noqa: ARG001
