@@ -21,7 +21,7 @@ _JOINS = re.compile(r"[,;]|and|or")
 _STYLED = re.compile(
     r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|cal)|mbox|boxed|fbox|boldsymbol|bm|operatorname)\s*\{([^{}]*)\}"
 )
-_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿˣ]+")
+_RAISED, _LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿˣ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ]+")
 # What is neither read by math-verify nor normalised by unicode itself.
 _SIGNS = {
     "·": r"\cdot ", "×": r"\times ", "−": "-", "–": "-", "—": "-", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
@@ -122,7 +122,8 @@ def tidy(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    text = _SUPERSCRIPTS.sub(lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
+    text = _LOWERED.sub(lambda match: "_{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
+    text = _RAISED.sub(lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
     text = re.sub(r"(?<=\d)\s*([¼-¾⅐-⅞])", r"\1", text)  # a mixed number
     return "".join(map(_character, text)).replace("{,}", ",")
 

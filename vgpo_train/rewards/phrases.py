@@ -16,12 +16,24 @@ _NUMBER_WORDS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 ]  # fmt: skip
-_COUNT = re.compile(rf"({'|'.join(reversed(_NUMBER_WORDS))})(?=$|(?:\s+[A-Za-z]+){{1,2}}$)", re.IGNORECASE)
+_COUNT = re.compile(rf"({'|'.join(reversed(_NUMBER_WORDS))})(?=$|(?:[\s-][A-Za-z]+){{1,2}}$)", re.IGNORECASE)
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SHARES = {
+    "half": 2,
+    "halve": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
 _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min"
 _GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|pi|rho|omega"
 # What math-verify does not read as it is meant.
 _PLAIN = [
+    (re.compile(r"^(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
     (re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE), r"\1m"),
     (re.compile(r"(?<=\d)\s+to\s+(?=\d)"), ":"),
     (re.compile(r"(?<![\d/.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])"), r"\1\\frac{\2}{\3}"),
@@ -37,6 +49,9 @@ _PLAIN = [
     (re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\\\d])"), r"\\\1 "),
     (re.compile(r"(\\(?:sin|cos|tan|cot)\s*\(?)\s*(\d+(?:\.\d+)?)\s*\^\\circ"), r"\1{(\\frac{\2 \\pi}{180})}"),
     (re.compile(r"\\?%|\s*\bpercent\b", re.IGNORECASE), r"\\%"),
+    (re.compile(r"(?<=\d)\s*dozen(?![a-z])"), r" \\times 12 "),
+    (re.compile(rf"(?<=\d)[\s-]({'|'.join(_SHARES)})s?(?![A-Za-z])", re.IGNORECASE),
+     lambda match: f"/{_SHARES[match[1].lower()]}"),
     (re.compile(rf"(?<=\d)\s*({'|'.join(_SCALES)})(?![A-Za-z])", re.IGNORECASE),
      lambda match: rf" \times 10^{{{_SCALES[match[1].lower()]}}}"),
 ]  # fmt: skip

@@ -21,7 +21,7 @@ _PLAIN = [
     (re.compile(r"\\mu\s*"), "µ"), (re.compile(r"\\Omega"), "Ω"),
     (re.compile(r"(?:\bdegrees?\s+|\^\\circ\s*)([cf])(?:elsius|ahrenheit|\b)", re.IGNORECASE),
      lambda match: "deg" + match[1].upper()),
-    (re.compile(r"\^\\circ"), " degree "),
+    (re.compile(r"\^\\circ(?:\s*degrees?)?"), " degree "),
     (re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?|(?<=[mt])(?=[23]\b)"), r"**\1"),  # cm^{2}, cm2
     (re.compile(r"\\cdot|\\times"), "*"),
     (re.compile(r"\\div"), "/"),
