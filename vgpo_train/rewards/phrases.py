@@ -17,18 +17,11 @@ _NUMBER_WORDS = [
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 ]  # fmt: skip
 _COUNT = re.compile(rf"({'|'.join(reversed(_NUMBER_WORDS))})(?=$|(?:[\s-][A-Za-z]+){{1,2}}$)", re.IGNORECASE)
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_SHARES = {
-    "half": 2,
-    "halve": 2,
-    "third": 3,
-    "quarter": 4,
-    "fourth": 4,
-    "fifth": 5,
-    "sixth": 6,
-    "eighth": 8,
-    "tenth": 10,
-}
+_AFTER_NUMBERS = {
+    "dozen": r" \times 12 ", "hundred": r" \times 10^{2}", "thousand": r" \times 10^{3}", "million": r" \times 10^{6}",
+    "billion": r" \times 10^{9}", "trillion": r" \times 10^{12}", "half": "/2", "halve": "/2", "third": "/3",
+    "quarter": "/4", "fourth": "/4", "fifth": "/5", "sixth": "/6", "eighth": "/8", "tenth": "/10",
+}  # fmt: skip
 _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min"
 _GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|pi|rho|omega"
 # What math-verify does not read as it is meant.
@@ -49,11 +42,8 @@ _PLAIN = [
     (re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\\\d])"), r"\\\1 "),
     (re.compile(r"(\\(?:sin|cos|tan|cot)\s*\(?)\s*(\d+(?:\.\d+)?)\s*\^\\circ"), r"\1{(\\frac{\2 \\pi}{180})}"),
     (re.compile(r"\\?%|\s*\bpercent\b", re.IGNORECASE), r"\\%"),
-    (re.compile(r"(?<=\d)\s*dozen(?![a-z])"), r" \\times 12 "),
-    (re.compile(rf"(?<=\d)[\s-]({'|'.join(_SHARES)})s?(?![A-Za-z])", re.IGNORECASE),
-     lambda match: f"/{_SHARES[match[1].lower()]}"),
-    (re.compile(rf"(?<=\d)\s*({'|'.join(_SCALES)})(?![A-Za-z])", re.IGNORECASE),
-     lambda match: rf" \times 10^{{{_SCALES[match[1].lower()]}}}"),
+    (re.compile(rf"(?<=\d)[\s-]*({'|'.join(_AFTER_NUMBERS)})s?(?![A-Za-z])", re.IGNORECASE),
+     lambda match: _AFTER_NUMBERS[match[1].lower()]),
 ]  # fmt: skip
 _SYNONYMS = {
     "no solution": "none", "no solutions": "none", "no real solution": "none", "no real solutions": "none",
