@@ -13,6 +13,7 @@ from vgpo_train.rewards.quantities import close_up, same_expression, same_value
 
 _LONGEST = 2000  # characters of an answer that is taken apart
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)\s*[.:]?\s*(.*)|[.:](?!\d)\s*(.*))?", re.DOTALL | re.IGNORECASE)
+_CHOSEN = re.compile(r"([A-J])(?:\s*[,-]\s+(?!and\b|or\b)|\s+(?=[\d\\(])).*", re.DOTALL)  # beside a lone letter
 _FURTHER = re.compile(r"(?:[,;/]|\bor\b|\band\b)\s*\(?[A-J]\s*(?:[).:]|$)")
 _MARK = f"[A-J{CIRCLED}]"
 _LETTERS = re.compile(rf"\(?{_MARK}\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s*)\(?{_MARK}\)?)+")
@@ -82,6 +83,8 @@ def _same_choice(gold: str, answer: str, options: dict[str, str]) -> bool | None
     if several and also:
         return several == also
     (gold_letter, gold_text), (letter, text) = _choice(gold), _choice(answer)
+    if gold_letter and not gold_text and not letter and (match := _CHOSEN.fullmatch(answer)):
+        letter = None if also or _FURTHER.search(answer) else match[1]
     if gold_letter and letter:
         return gold_letter == letter and (not gold_text or not text or _same(gold_text, text))
     if not gold_letter and not letter:
