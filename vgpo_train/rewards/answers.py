@@ -19,42 +19,30 @@ _BETWEEN = re.compile(
 )
 _JOINS = re.compile(r"[,;]|and|or")
 _STYLED = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|boxed|fbox|boldsymbol|bm|operatorname\*?|bold)"
-    r"\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|cal)|mbox|boxed|fbox|boldsymbol|bm|operatorname)\s*\{([^{}]*)\}"
 )
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁼⁽⁾ⁿˣ", "0123456789+-=()nx")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₌₍₎ₙₓ", "0123456789+-=()nx")
-_RAISED, _LOWERED = (re.compile(f"[{''.join(map(chr, table))}]+") for table in (_SUPERSCRIPTS, _SUBSCRIPTS))
+_RAISED, _LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿˣ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ]+")
+# What is neither read by math-verify nor normalised by unicode itself.
 _SIGNS = {
-    "×": r"\times ", "✕": r"\times ", "⨯": r"\times ", "÷": r"\div ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ",
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "⩽": r"\le ",
-    "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ",
-    "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ", "˚": r"^\circ ", "∠": r"\angle ",
-    "△": r"\triangle ", "▲": r"\triangle ", "⊥": r"\perp ", "∥": r"\parallel ", "⁄": "/", "∕": "/", "→": r"\to ",
-    "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"', "。": ".", "、": ",", "ℝ": r"\mathbb{R}", "∶": ":",
-    "µ": "μ", "≅": r"\cong ", "≌": r"\cong ", "∽": r"\sim ", "⊂": r"\subset ", "⊆": r"\subseteq ",
-    "↔": r"\leftrightarrow ", "⇒": r"\Rightarrow ", "…": "...", "∧": r"\land ", "∨": r"\lor ",
-    "¬": r"\neg ", "⟨": "(", "⟩": ")", "{,}": ",",
+    "·": r"\cdot ", "×": r"\times ", "−": "-", "–": "-", "—": "-", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
+    "º": r"^\circ ", "∠": r"\angle ", "△": r"\triangle ", "⊥": r"\perp ", "∥": r"\parallel ", "≅": r"\cong ",
+    "∽": r"\sim ", "∶": ":", "。": ".", "、": ",", "′": "'", "’": "'", "“": '"', "”": '"', "ℝ": r"\mathbb{R}",
+    "∧": r"\land ", "∨": r"\lor ",
 }  # fmt: skip
+_GREEK = re.compile(r"GREEK (?:SMALL|(CAPITAL)) LETTER ([A-Z]+)")
 CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"  # statements, such as ①③ for those that are true
-_GREEK = {chr(code): unicodedata.name(chr(code)).split()[-1].lower() for code in range(0x3B1, 0x3CA) if code != 0x3C2}
-_GREEK |= {letter: unicodedata.name(letter).split()[-1].capitalize() for letter in "ΓΔΘΛΞΠΣΦΨΩ"}
-_GREEK |= {"λ": "lambda", "Λ": "Lambda", "ϕ": "phi", "ϵ": "epsilon"}
 _LATEX = [
-    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)\s*(?![a-zA-Z])\.?"), ""),
-    (re.compile(r"\\(?:display|text|script)style(?![a-zA-Z])|\\(?:bf|rm|it)(?![a-zA-Z])|\\limits(?![a-zA-Z])"), ""),
-    (re.compile(r"(?<!\\)\\!|\\phantom\{[^{}]*\}"), ""),
-    (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|(?<!\\)~"), " "),
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\(?:le|ge|ne)q(?:slant)?(?![a-zA-Z])"), lambda match: match.group()[:3]),
-    (re.compile(r"\\(?:degree|deg)(?![a-zA-Z])"), r"^\\circ"),
-    (re.compile(r"\^\s*\{?\s*\\circ\s*\}?|(?<=\d)\s*\^\s*(?:\{\s*[oO]\s*\}|[oO](?![a-zA-Z]))"), r"^\\circ "),
+    (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)\s*(?![a-zA-Z])\.?|\\!"), ""),
+    (re.compile(r"\\(?:displaystyle|bf|rm|it)(?![a-zA-Z])"), ""),
+    (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|(?<!\\)~|(?<!\\)\\[()\[\]]"), " "),
+    (re.compile(r"\\degree|\^\s*\{?\s*\\circ\s*\}?|(?<=\d)\s*\^\s*(?:\{\s*[oO]\s*\}|[oO](?![a-zA-Z]))"), r"^\\circ "),
     (re.compile(r"(?<=[\d\s])\{\s*([A-Za-z/]+)\s*\}"), r" \1 "),
-    (re.compile(r"\\varnothing|\\empty(?![a-zA-Z])"), r"\\emptyset"),
-    (re.compile(r"\\[lr]angle(?![a-zA-Z])"), lambda match: "(" if match.group()[1] == "l" else ")"),
-    (re.compile(r"\\[cl]?dots(?![a-zA-Z])"), "..."),
-    (re.compile(r"\\(?:lbrace|rbrace)(?![a-zA-Z])"), lambda match: "\\{" if match.group()[1] == "l" else "\\}"),
-    (re.compile(r"(?<!\\)\\[()\[\]]"), " "),
+    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(le|ge|ne)q(?:slant)?(?![a-zA-Z])"), r"\\\1"),
+    (re.compile(r"\\varnothing"), r"\\emptyset"),
+    (re.compile(r"\\langle(?![a-zA-Z])"), "("),
+    (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
 ]
 _DOLLARS = re.compile(r"(?<!\\)\$\$?(?=[^\s$])([^$]*?[^\s$\\])\$\$?(?!\d)")
 _BOLD = re.compile(r"(?<![\w)}*])(\*\*|__|`|\*)(?=\S)([^*`]+?)(?<=\S)\1(?![\w({*])")
@@ -123,7 +111,8 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 def tidy(text: str) -> str:
     """Returns an answer as LaTeX without what does not change its meaning: styles, spaces, delimiters, bold, signs."""
     text = _ascii(text)
-    text = _unwrapped(text)
+    for _ in range(3):  # the innermost first: \\textbf{\\text{(B)}}
+        text = _STYLED.sub(r" \1 ", text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = _BOLD.sub(r"\2", _DOLLARS.sub(r" \1 ", text))
@@ -133,8 +122,8 @@ def tidy(text: str) -> str:
 
 
 def _ascii(text: str) -> str:
-    text = _RAISED.sub(lambda match: "^{" + match.group().translate(_SUPERSCRIPTS) + "}", text)
-    text = _LOWERED.sub(lambda match: "_{" + match.group().translate(_SUBSCRIPTS) + "}", text)
+    text = _LOWERED.sub(lambda match: "_{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
+    text = _RAISED.sub(lambda match: "^{" + unicodedata.normalize("NFKC", match[0]) + "}", text)
     text = re.sub(r"(?<=\d)\s*([¼-¾⅐-⅞])", r"\1", text)  # a mixed number
     return "".join(map(_character, text)).replace("{,}", ",")
 
@@ -144,22 +133,14 @@ def _character(character: str) -> str:
         return character
     if character in _SIGNS:
         return _SIGNS[character]
-    if character in _GREEK:
-        return "\\" + _GREEK[character] + " "
+    greek = _GREEK.fullmatch(unicodedata.name(character, ""))
+    if greek:
+        name = greek[2].lower().replace("lamda", "lambda")
+        return "\\" + (name.capitalize() if greek[1] else name) + " "
     if unicodedata.category(character) == "Cf":  # zero-width spaces, byte order marks
         return ""
-    if unicodedata.decomposition(character).startswith("<fraction>"):
-        above, _, below = unicodedata.normalize("NFKC", character).partition("⁄")
-        return rf"\frac{{{above}}}{{{below}}}" if below else character
     plain = unicodedata.normalize("NFKC", character)  # full-width digits and letters, ℃, ㎝
+    above, slash, below = plain.partition("⁄")
+    if slash:
+        return rf"\frac{{{above}}}{{{below}}}" if below else character
     return plain if plain == character else _ascii(plain)
-
-
-def _unwrapped(text: str) -> str:
-    """Returns the text without `\\text{...}` and its like, the innermost first."""
-    for _ in range(4):  # \textbf{\text{(B)}}
-        plain = _STYLED.sub(lambda match: f" {match.group(1)} ", text)
-        if plain == text:
-            break
-        text = plain
-    return text

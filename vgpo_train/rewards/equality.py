@@ -13,7 +13,7 @@ from vgpo_train.rewards.quantities import close_up, same_expression, same_value
 
 _LONGEST = 2000  # characters of an answer that is taken apart
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)\s*[.:]?\s*(.*)|[.:](?!\d)\s*(.*))?", re.DOTALL | re.IGNORECASE)
-_CHOSEN = re.compile(r"\(?([A-J])\)?(?:\s*[,-]\s+(?!and\b|or\b)(.*)|\s+([\d\\(].*))", re.DOTALL)  # beside a lone letter
+_CHOSEN = re.compile(r"([A-J])(?:\s*[,-]\s+(?!and\b|or\b)|\s+(?=[\d\\(])).*", re.DOTALL)  # beside a lone letter
 _FURTHER = re.compile(r"(?:[,;/]|\bor\b|\band\b)\s*\(?[A-J]\s*(?:[).:]|$)")
 _MARK = f"[A-J{CIRCLED}]"
 _LETTERS = re.compile(rf"\(?{_MARK}\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s*)\(?{_MARK}\)?)+")
@@ -23,9 +23,7 @@ _SYSTEM = re.compile(
     re.DOTALL,
 )
 _SEPARATOR = re.compile(r"\s*\\cup(?![a-z])\s*|\s*[,;]\s*(?:(?:and|or)(?![a-z]))?|\s+(?:and|or)\s+|\s*\\\\(?![a-zA-Z])")
-_THOUSANDS = re.compile(r",\d{3}(?!\d)")
 _BUILT_SET = re.compile(r"^(?:[A-Z]\s*=\s*)?\\?\{\s*[a-z]\s*(?:\||\\mid|:)(.*?)\\?\}$", re.DOTALL)  # {x | x > 1}
-_BRACKETS = ((r"\{", r"\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")"))
 
 
 def same_answer(gold: str, answer: str, problem: str = "") -> bool:
@@ -71,17 +69,12 @@ def _letters(text: str) -> list[str]:
 
 def _options(problem: str) -> dict[str, str]:
     """Returns the options A, B, ... that a problem lists, by letter."""
-    found: list[re.Match[str]] = []
-    for match in _OPTION.finditer(problem):
-        if match.group(1) == "ABCDEFGHIJ"[len(found) : len(found) + 1]:
-            found.append(match)
-    if len(found) < 2:
-        return {}
-    ends = [match.start() for match in found[1:]] + [len(problem)]
-    texts = [problem[match.end() : end] for match, end in zip(found, ends, strict=True)]
-    return {
-        match.group(1): text.strip().partition("\n")[0].strip(" ,;") for match, text in zip(found, texts, strict=True)
-    }
+    options: dict[str, str] = {}
+    _, *pieces = _OPTION.split(problem)  # letter, text, letter, text, ...
+    for letter, text in zip(pieces[::2], pieces[1::2], strict=True):
+        if letter == "ABCDEFGHIJ"[len(options) : len(options) + 1]:
+            options[letter] = text.strip().partition("\n")[0].strip(" ,;")
+    return options if len(options) > 1 else {}
 
 
 def _same_choice(gold: str, answer: str, options: dict[str, str]) -> bool | None:
@@ -90,26 +83,22 @@ def _same_choice(gold: str, answer: str, options: dict[str, str]) -> bool | None
     if several and also:
         return several == also
     (gold_letter, gold_text), (letter, text) = _choice(gold), _choice(answer)
-    if gold_letter and not gold_text and not letter:
-        match = _CHOSEN.fullmatch(answer)
-        letter = match.group(1) if match and not _letters(answer) and not _FURTHER.search(answer) else None
+    if gold_letter and not gold_text and not letter and (match := _CHOSEN.fullmatch(answer)):
+        letter = None if also or _FURTHER.search(answer) else match[1]
     if gold_letter and letter:
         return gold_letter == letter and (not gold_text or not text or _same(gold_text, text))
-    if gold_letter:
-        gold_text = gold_text or tidy(options.get(gold_letter, ""))
-        return _same(gold_text, answer) if gold_text else None
-    if letter:
-        text = text or tidy(options.get(letter, ""))
-        return _same(gold, text) if text else None
-    return None
+    if not gold_letter and not letter:
+        return None
+    chosen, said, other = (gold_letter, gold_text, answer) if gold_letter else (letter, text, gold)
+    said = said or tidy(options.get(chosen or "", ""))
+    return _same(said, other) if said else None
 
 
 class _Parts(NamedTuple):
     """A list, tuple, set, interval or system."""
 
     items: list[str]
-    opening: str  # bracket; nothing for a bare list
-    closing: str
+    brackets: str  # both in one; nothing for a bare list
 
 
 def _same(gold: str, answer: str) -> bool:
@@ -121,20 +110,14 @@ def _same(gold: str, answer: str) -> bool:
     one, other = _parts(gold), _parts(answer)
     if one and other:
         return _same_parts(one, other) or (r"\cup" in gold + answer and same_expression(gold, answer))
-    if one or other:
-        # Such as an interval and an inequality, or a set of one.
-        return same_expression(gold, answer) or _same_single(one, other, gold, answer)
+    if one or other:  # such as an interval and an inequality, or a set of one
+        return same_expression(gold, answer)
     (gold_name, gold_value), (name, value) = split_name(gold), split_name(answer)
     if gold_name and name and not same_name(gold_name, name):
         return bool(re.search("[a-z]", gold_value)) and same_expression(gold, answer)  # y = x and x = y
     if bool(gold_name) != bool(name) and "=" in gold_value + value:
         return same_expression(gold, answer)
     return same_value(gold_value, value)
-
-
-def _same_single(one: _Parts | None, other: _Parts | None, gold: str, answer: str) -> bool:
-    parts, text = (one, answer) if one else (other, gold)
-    return parts is not None and len(parts.items) == 1 and _same(parts.items[0], text)
 
 
 def _same_parts(gold: _Parts, answer: _Parts) -> bool:
@@ -152,18 +135,14 @@ def _same_parts(gold: _Parts, answer: _Parts) -> bool:
 
 
 def _brackets_agree(gold: _Parts, answer: _Parts) -> bool:
-    if gold.opening and answer.opening:
-        return (gold.opening[-1], gold.closing[-1]) == (answer.opening[-1], answer.closing[-1])
+    if gold.brackets and answer.brackets:
+        return gold.brackets == answer.brackets
     # A point may lose its brackets, a set its braces; an interval with an end of its own not.
-    return (
-        gold.opening != "["
-        and (gold.opening, gold.closing) != ("(", "]")
-        and (answer.opening, answer.closing) not in (("(", "]"), ("[", ")"))
-    )
+    return gold.brackets not in ("[]", "[)", "(]") and answer.brackets not in ("[)", "(]")
 
 
 def _in_order(gold: _Parts, answer: _Parts) -> bool:
-    if "(" in (gold.opening, answer.opening) or (gold.opening == answer.opening == "["):
+    if "()" in (gold.brackets, answer.brackets) or gold.brackets == answer.brackets in ("[]", "[)", "(]"):
         return True
     names, also = ([split_name(item)[0] for item in parts.items] for parts in (gold, answer))
     # x = 1, y = 2 beside 1, 2
@@ -175,19 +154,19 @@ def _parts(text: str) -> _Parts | None:
     system = _SYSTEM.fullmatch(text)
     if system:
         lines = [line.replace("&", " ").strip(" ,;") for line in system.group(2).split(r"\\")]
-        return _Parts([line for line in lines if line], "", "") if any("=" in line for line in lines) else None
+        return _Parts([line for line in lines if line], "") if any("=" in line for line in lines) else None
     if r"\begin" in text:
         return None
     value = re.sub(r"[a-zA-Z]\s*\\in(?![a-z])\s*", "", split_name(text)[1])
     if re.match(r"[A-Z]'?\s*\(.*,", value):  # a point and its name
         value = value.partition("(")[1] + value.partition("(")[2]
-    for opening, closing in _BRACKETS:
-        if value.startswith(opening) and value.endswith(closing):
-            items = _split(value[len(opening) : -len(closing)])
-            if items is not None and (len(items) > 1 or "{" in opening):
-                return _Parts(items, opening, closing)
+    value = value.replace(r"\{", "{").replace(r"\}", "}")
+    if value[:1] + value[-1:] in ("{}", "()", "[]", "(]", "[)"):
+        items = _split(value[1:-1])
+        if items is not None and (len(items) > 1 or value[0] == "{"):
+            return _Parts(items, value[0] + value[-1])
     items = _split(text)
-    return _Parts(items, "", "") if items is not None and len(items) > 1 else None
+    return _Parts(items, "") if items is not None and len(items) > 1 else None
 
 
 def _split(text: str) -> list[str] | None:
@@ -196,7 +175,7 @@ def _split(text: str) -> list[str] | None:
     depth = start = place = 0
     while place < len(text):
         separator = _SEPARATOR.match(text, place) if depth == 0 else None
-        if separator and not _is_in_number(text, start, place):
+        if separator:
             items.append(text[start:place])
             start = place = separator.end()
             continue
@@ -206,8 +185,3 @@ def _split(text: str) -> list[str] | None:
         place += 1
     items.append(text[start:])
     return [item.strip() for item in items if item.strip()] if depth == 0 else None
-
-
-def _is_in_number(text: str, start: int, comma: int) -> bool:
-    """Whether a comma is that of 1,234."""
-    return bool(_THOUSANDS.match(text, comma) and re.search(r"(?<![\d.])\d{1,3}(?:,\d{3})*$", text[start:comma]))

@@ -4,92 +4,59 @@ import re
 
 _PREAMBLE = re.compile(
     r"(?:(?:so|thus|therefore|hence)\b,?\s*)?"
-    r"(?:(?:(?:the\s+)?(?:final\s+|correct\s+|right\s+)?"
-    r"(?:answer|option|choice|solution|result|figure|graph|statement|picture|image|diagram)s?)"
+    r"(?:(?:the\s+)?(?:final\s+|correct\s+|right\s+)?(?:answer|option|choice|solution|result|figure|statement|image)s?"
     r"(?:\s+(?:is|are))?\s*[:=]?\s*"
     r"|(?:[A-Za-z][a-z']*\s+){1,8}?(?:is|are|was|were|equals|measures)(?:\s+equal\s+to)?\s*:?\s+(?!not\b)"
     r"|(?:the\s+)?(?:points?|coordinates?|intervals?|vector)\s+(?=[(\[\\])|i\s+(?:choose|pick|select)\s+"
-    r"|(?:it\s+is|it's|that's|there\s+are|there\s+is)\s+(?!not\b))",
+    r"|it's\s+(?!not\b))",
     re.IGNORECASE,
 )
-_AFTER = re.compile(r"\s+(?:in total|altogether|in all|\(?approx\.?\)?|approximately)$", re.IGNORECASE)
-_ABOUT = re.compile(
-    r"(?:approximately|approx\.?|about|roughly|around|nearly|\\approx|\\sim|~|=)\s*(?=[-+\d\\.$])", re.IGNORECASE
-)
-_ONES = [
+_ABOUT = re.compile(r"(?:approximately|approx\.?|about|\\approx|\\sim|~|=)\s*(?=[-+\d\\.$])", re.IGNORECASE)
+_NUMBER_WORDS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 ]  # fmt: skip
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_NUMBER_WORDS = {word: value for value, word in enumerate(_ONES)} | {
-    word: 10 * place for place, word in enumerate(_TENS, start=2)
-}
-_NUMBER_WORDS |= {f"{ten}-{one}": 10 * t + o for t, ten in enumerate(_TENS, 2) for o, one in enumerate(_ONES[1:10], 1)}
-_COUNTS = "|".join(sorted(_NUMBER_WORDS, key=len, reverse=True))
-_PARTS = {
-    "third": 3, "fourth": 4, "quarter": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10,
+_COUNT = re.compile(rf"({'|'.join(reversed(_NUMBER_WORDS))})(?=$|(?:[\s-][A-Za-z]+){{1,2}}$)", re.IGNORECASE)
+_AFTER_NUMBERS = {
+    "dozen": r" \times 12 ", "hundred": r" \times 10^{2}", "thousand": r" \times 10^{3}", "million": r" \times 10^{6}",
+    "billion": r" \times 10^{9}", "trillion": r" \times 10^{12}", "half": "/2", "halve": "/2", "third": "/3",
+    "quarter": "/4", "fourth": "/4", "fifth": "/5", "sixth": "/6", "eighth": "/8", "tenth": "/10",
 }  # fmt: skip
-_COUNT = re.compile(rf"({_COUNTS})(?=$|\s+[A-Za-z]+(?:\s+[A-Za-z]+)?$)", re.IGNORECASE)
-_HALF = re.compile(r"^(?:a\s+|one[- ])?half(?!\w)", re.IGNORECASE)
-_SHARE = re.compile(rf"^({_COUNTS})[- ]({'|'.join(_PARTS)})s?(?!\w)", re.IGNORECASE)  # two thirds
-_NEGATIVE = re.compile(r"^(?:negative|minus)\s+", re.IGNORECASE)
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_PERIOD = re.compile(r"(\d{0,9})\.(\d{0,9}?)(?:\\(?:overline|bar|dot)\s*\{(\d{1,9})\}|(\d{1,6}?)\4{2,9}\.\.\.)")
-_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min|gcd|lcm"
-_GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|pi|rho|sigma|tau|phi|omega"
+_FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min"
+_GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|pi|rho|omega"
+# What math-verify does not read as it is meant.
 _PLAIN = [
-    (re.compile(r"\\(?:approx|simeq|doteq)(?![a-z])"), "="),
+    (re.compile(r"^(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
     (re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE), r"\1m"),
     (re.compile(r"(?<=\d)\s+to\s+(?=\d)"), ":"),
-    (re.compile(r"(?<=\d)\s*dozen(?![a-z])"), r" \\times 12 "),
     (re.compile(r"(?<![\d/.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])"), r"\1\\frac{\2}{\3}"),
+    (re.compile(r"(?<![\d.,(\[{])\d{1,3}([ ,'])\d{3}(?:\1\d{3})*(?![\d,])"),
+     lambda match: match[0].replace(match[1], "")),
     (re.compile(r"√\s*(?=[{(])"), "sqrt"),
-    (re.compile(r"√\s*(\d+(?:\.\d+)?|\\?[A-Za-z]+)"), r"\\sqrt{\1}"),
-    (re.compile(r"∛\s*(\d+|[A-Za-z])"), r"\\sqrt[3]{\1}"),
-    (re.compile(r"(?<![\\A-Za-z])sqrt\s*\{"), r"\\sqrt{"),
-    (re.compile(r"(?<![\\A-Za-z])sqrt\s*(\d+(?:\.\d+)?)"), r"\\sqrt{\1}"),
-    (re.compile(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
-    (re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?)(\d+)(?![A-Za-z\d.])"),
-     lambda m: rf"{m[1]} \times 10^{{{m[2].strip('+')}{m[3]}}}"),
-    (re.compile(r"(?<=\d)\s*[xX*]\s*(?=10\s*\^)"), r" \\times "),
-    (re.compile(r"(?<=\d)\s+x\s+(?=\d)"), r" \\times "),
-    (re.compile(r"\*\*"), "^"),
-    (re.compile(r"\^\s*\(\s*([^()]*)\s*\)"), r"^{\1}"),
+    (re.compile(r"(?:√|(?<![\\A-Za-z])sqrt)\s*(\d+(?:\.\d+)?|\\?[A-Za-z]+)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?|\.\d+)[eE]\+?(-?\d+)(?![A-Za-z\d.])"), r"\1 \\times 10^{\2}"),
+    (re.compile(r"(?<=\d)(?:\s+x\s+(?=\d)|\s*[xX]\s*(?=10\s*\^))"), r" \\times "),
     (re.compile(r"\^\s*(-?\d+(?:\.\d+)?)(?!\d)"), r"^{\1}"),
-    (re.compile(r"(?<![\\A-Za-z])infinity(?![A-Za-z])|(?<![\\A-Za-z])inf(?![A-Za-z])", re.IGNORECASE), r"\\infty "),
-    (re.compile(r"<=|=<"), r"\\le "),
-    (re.compile(r">=|=>"), r"\\ge "),
-    (re.compile(r"!="), r"\\ne "),
+    (re.compile(r"(?<![\\A-Za-z])infinity(?![A-Za-z])", re.IGNORECASE), r"\\infty "),
     (re.compile(rf"(?<![\\A-Za-z])({_GREEK})(?![A-Za-z])"), r"\\\1 "),
     (re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\\\d])"), r"\\\1 "),
-    (re.compile(r"(?:\\?%|\s*\b(?:percent|percentage|pct)\b)(?:\s+points?\b)?", re.IGNORECASE), r"\\%"),
-    (re.compile(r"(?<=\d)(?:st|nd|rd|th)(?![A-Za-z])"), ""),
+    (re.compile(r"(\\(?:sin|cos|tan|cot)\s*\(?)\s*(\d+(?:\.\d+)?)\s*\^\\circ"), r"\1{(\\frac{\2 \\pi}{180})}"),
+    (re.compile(r"\\?%|\s*\bpercent\b", re.IGNORECASE), r"\\%"),
+    (re.compile(rf"(?<=\d)[\s-]*({'|'.join(_AFTER_NUMBERS)})s?(?![A-Za-z])", re.IGNORECASE),
+     lambda match: _AFTER_NUMBERS[match[1].lower()]),
 ]  # fmt: skip
-_SCALED = re.compile(rf"(?<=\d)\s*({'|'.join(_SCALES)})(?![A-Za-z])", re.IGNORECASE)
 _SYNONYMS = {
     "no solution": "none", "no solutions": "none", "no real solution": "none", "no real solutions": "none",
-    "empty set": "none", "does not exist": "undefined", "dne": "undefined", "not defined": "undefined",
-    "\\emptyset": "none", "\\{ \\}": "none", "\\{\\}": "none",
+    "\\emptyset": "none", "\\{\\}": "none", "does not exist": "undefined", "dne": "undefined", "grey": "gray",
 }  # fmt: skip
-_SPELLINGS = {"grey": "gray", "colour": "color", "centre": "center", "metre": "meter", "litre": "liter"}
-_KNOWN_WORDS = {"no", "up", "on", "in", "at", "by", "he", "it", "we", "us", "to", "of", "so", "ok", "go"}
-_NOT_WORDS = {*_FUNCTIONS.split("|"), *_GREEK.split("|"), "frac", "sqrt", "cdot", "times", "div", "begin", "end"}
+_PLURAL = re.compile(r"(?<=..[^sui])s$")
+_SHORT_WORDS = {"no", "on", "up", "in", "at", "by", "to", "of"}
+_NOT_WORDS = {*_FUNCTIONS.split("|"), *_GREEK.split("|"), "sqrt"}
 _OF_NUMBERS = re.compile(r"\\(?:frac|sqrt|times|cdot|div|pi|pm)(?![a-z])")
 _NAME = re.compile(
-    r"((?:\\(?:angle|triangle|overline|vec|hat|bar|Delta|alpha|beta|theta|gamma|phi|omega|lambda|mu|rho|sigma)\s*)?"
-    r"(?:\{?[A-Za-z]{1,4}'?\}?|[A-Za-z]{3,}(?:\s[A-Za-z]+){0,3}|(?<=[a-z]))"
-    r"(?:_(?:\{[^{}]*\}|\w))?(?:\s*\([^()=]*\))?(?:\^\{\d\})?|\([a-z](?:,\s*[a-z])+\)|\|[A-Za-z]+\|"
-    r"|\\(?:angle|alpha|beta|theta|gamma|phi|omega|lambda|mu|rho|sigma)\s*\d?)\s*(?:=|:(?!\d))\s*(?![=<>])"
+    r"((?:\\[A-Za-z]+\s*)?(?:\{?[A-Za-z]{1,4}'?\}?|[A-Za-z]{3,}(?:\s[A-Za-z]+){0,3}|(?<=[a-z\s])\d?)"
+    r"(?:_(?:\{[^{}]*\}|\w))?(?:\s*\([^()=]*\))?|\([a-z](?:,\s*[a-z])+\)|\|[A-Za-z]+\|)\s*(?:=|:(?!\d))\s*(?![=<>])"
 )
-
-
-def _fraction(match: re.Match[str]) -> str:
-    """Returns a decimal number with digits that repeat for ever as a fraction."""
-    before, after, period = match.group(1) or "0", match.group(2), match.group(3) or match.group(4)
-    digits = 10 ** len(after)
-    below = digits * (10 ** len(period) - 1)
-    above = int(before + after) * (10 ** len(period) - 1) + int(period)
-    return rf"\frac{{{above}}}{{{below}}}"
 
 
 def without_preamble(text: str) -> str:
@@ -97,19 +64,14 @@ def without_preamble(text: str) -> str:
     match = _PREAMBLE.match(text)
     if match and match.end() < len(text):
         text = text[match.end() :]
-    text = _AFTER.sub("", text)
     return _ABOUT.sub("", text, count=1) if _ABOUT.match(text) else text
 
 
 def plain_math(text: str) -> str:
     """Returns tidy text with mathematics typed as plain text, number words and percent words as LaTeX."""
-    text = _HALF.sub(r"\\frac{1}{2}", _PERIOD.sub(_fraction, text))
-    text = _SHARE.sub(lambda m: rf"\frac{{{_NUMBER_WORDS[m[1].lower()]}}}{{{_PARTS[m[2].lower()]}}}", text)
-    text = _NEGATIVE.sub("-", text)
-    counted = _COUNT.match(text, int(text.startswith("-")))
+    counted = _COUNT.match(text)
     if counted:
-        text = text[: counted.start()] + str(_NUMBER_WORDS[counted.group(1).lower()]) + text[counted.end() :]
-    text = _SCALED.sub(lambda match: rf" \times 10^{{{_SCALES[match.group(1).lower()]}}}", text)
+        text = str(_NUMBER_WORDS.index(counted[1].lower())) + text[counted.end() :]
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
     return " ".join(text.split())
@@ -119,27 +81,19 @@ def is_words(text: str) -> bool:
     """Whether `text` is to be read as words, not as a product of letters."""
     if text.lower() in _SYNONYMS:
         return True
-    words = re.findall(r"(?<![\\A-Za-z])[A-Za-z]+", text)
-    return any(
-        ((len(word) > 2 and word.lower() not in _NOT_WORDS) or word.lower() in _KNOWN_WORDS)
-        and not re.search(rf"[_{{]{word}", text)
-        for word in words
-    )
+    words = re.findall(r"(?<![\\A-Za-z_{])[A-Za-z]+", text)
+    return any((len(word) > 2 and word.lower() not in _NOT_WORDS) or word.lower() in _SHORT_WORDS for word in words)
 
 
 def normal_words(text: str) -> str:
-    """Returns words without case, articles, punctuation, plurals and differences of spelling."""
+    """Returns words without case, articles, punctuation and plurals."""
     text = text.lower().strip()
     text = _SYNONYMS.get(text, text)
     first = re.match(r"(yes|no|true|false)(?:[,.;:!]|\s*$)", text)
     if first:
         return first.group(1)
     words = re.sub(r"[^\w\s\\^{}+*/=<>.%-]|(?<=[a-z])[-.](?=[a-z]|\s|$)", " ", text).split()
-    return " ".join(_SPELLINGS.get(word, _singular(word)) for word in words if word not in ("a", "an", "the"))
-
-
-def _singular(word: str) -> str:
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")) else word
+    return " ".join(_PLURAL.sub("", word) for word in words if word not in ("a", "an", "the"))
 
 
 def split_name(text: str) -> tuple[str, str]:
