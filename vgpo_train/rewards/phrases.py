@@ -22,6 +22,7 @@ _AFTER_NUMBERS = {
     "billion": r" \times 10^{9}", "trillion": r" \times 10^{12}", "half": "/2", "halve": "/2", "third": "/3",
     "quarter": "/4", "fourth": "/4", "fifth": "/5", "sixth": "/6", "eighth": "/8", "tenth": "/10",
 }  # fmt: skip
+_REPEATING = re.compile(r"(\d{0,9})\.(\d{0,9}?)(?:\\(?:overline|bar|dot)\s*\{(\d{1,9})\}|(\d{1,6}?)\4{2,9}\.\.\.)")
 _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min"
 _GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|pi|rho|omega"
 # What math-verify does not read as it is meant.
@@ -59,6 +60,13 @@ _NAME = re.compile(
 )
 
 
+def _fraction(match: re.Match[str]) -> str:
+    """Returns a decimal number with digits that repeat for ever as a fraction."""
+    before, after, period = match[1] or "0", match[2], match[3] or match[4]
+    nines = 10 ** len(period) - 1
+    return rf"\frac{{{int(before + after) * nines + int(period)}}}{{{10 ** len(after) * nines}}}"
+
+
 def without_preamble(text: str) -> str:
     """Returns an answer without what leads to it, such as `The answer is` and `approximately`."""
     match = _PREAMBLE.match(text)
@@ -69,6 +77,7 @@ def without_preamble(text: str) -> str:
 
 def plain_math(text: str) -> str:
     """Returns tidy text with mathematics typed as plain text, number words and percent words as LaTeX."""
+    text = _REPEATING.sub(_fraction, text)
     counted = _COUNT.match(text)
     if counted:
         text = str(_NUMBER_WORDS.index(counted[1].lower())) + text[counted.end() :]
