@@ -79,6 +79,25 @@ class Match:
         return {name: part.view(shape).clone() for name, part, shape in zip(sources, parts, shapes, strict=True)}
 
 
+def check_weights(folder: str | Path) -> None:
+    """Checks that a checkpoint folder has weights that can be read and trained, without loading them.
+
+    Raises:
+        FileNotFoundError: the folder or its weights are missing.
+        ConfigError: a weight file cannot be read, or the weights are quantized.
+    """
+    path = checkpoint_folder(folder)
+    config = json.loads((path / "config.json").read_text("utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for name in ("quantization_config", "compression_config"):
+            if part.get(name):
+                raise ConfigError(
+                    f"model.path: {path}: expected weights that can be trained, got quantized ones ({name} of "
+                    f"config.json: {part[name].get('quant_method')}); take the checkpoint that they were made from"
+                )
+    _read_all(path, "meta")
+
+
 def check_exportable(model: Any, folder: str | Path) -> None:
     """Checks that a model just loaded can be written back tensor by tensor: no training is lost to its export.
 
@@ -235,7 +254,10 @@ def _chosen(folder: str | Path) -> Path:
 
 def _read(file: Path, device: str = "cpu") -> dict[str, Tensor]:
     # Mapped into memory: a tensor is read when it is used.
-    return load_state_dict(file, map_location=device)
+    try:
+        return load_state_dict(file, map_location=device)
+    except Exception as error:  # safetensors and pickle have errors of their own
+        raise ConfigError(f"model.path: cannot read the weights {file}: {error}") from error
 
 
 def _read_all(folder: str | Path, device: str = "cpu") -> dict[str, Tensor]:

@@ -125,16 +125,27 @@ def copy_processor_files(source_folder: str | Path, target_folder: str | Path) -
         target_folder: checkpoint folder that was just written; created where it is missing.
 
     Returns:
-        Names of the copied files, sorted; a folder of further chat templates is copied, too.
+        Paths of the copied files in the folder, sorted; of folders inside it, those of further chat templates and
+        further tokenizers are copied.
     """
     source, target = checkpoint_folder(source_folder), Path(target_folder)
     target.mkdir(parents=True, exist_ok=True)
-    names = sorted(entry.name for entry in source.iterdir() if entry.is_file() and not _describes_weights(entry.name))
+    # transformers reads a processor's second tokenizer from a folder of its name, such as qformer_tokenizer.
+    inside = [
+        entry
+        for entry in source.iterdir()
+        if entry.is_dir() and (entry.name == CHAT_TEMPLATE_DIR or entry.name.endswith("_tokenizer"))
+    ]
+    names = sorted(
+        str(entry.relative_to(source))
+        for folder in (source, *inside)
+        for entry in folder.iterdir()
+        if entry.is_file() and not _describes_weights(entry.name)
+    )
     for name in names:
         if (source / name).resolve() != (target / name).resolve():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
-    if (source / CHAT_TEMPLATE_DIR).is_dir() and source.resolve() != target.resolve():
-        shutil.copytree(source / CHAT_TEMPLATE_DIR, target / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
     return names
 
 

@@ -20,7 +20,7 @@ from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample,
 from vgpo_train.data_check import open_datasets, usable
 from vgpo_train.engine import build_policy, build_reference
 from vgpo_train.experience import group_advantages, kept_rows
-from vgpo_train.export import export
+from vgpo_train.export import check_weights, export
 from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
 from vgpo_train.model import end_tokens, limit_pixels, load_processor, visual_token_ids
 from vgpo_train.plan import check_divisible, check_layers, total_steps
@@ -139,6 +139,7 @@ class Trainer:
         """Returns what makes the prompts, the companion of prompts without a picture, and the data sets by key."""
         model, data = self.config.model, self.config.data
         check_layers(self.config)
+        check_weights(model.path)
         processor = load_processor(model.path, trust_remote_code=model.trust_remote_code)
         limit_pixels(processor, data.min_pixels, data.max_pixels)
         collator = PromptCollator(

@@ -13,7 +13,7 @@ from train_launch import WORKERS
 from transformers import AutoModelForImageTextToText
 
 from vgpo_train.config import ConfigError
-from vgpo_train.export import check_exportable, export, weight_files
+from vgpo_train.export import check_exportable, check_weights, export, weight_files
 from vgpo_train.model import load_model
 
 sys.path.insert(0, str(WORKERS))
@@ -113,9 +113,30 @@ def test_an_export_that_would_differ_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "final").exists()
 
 
-@pytest.mark.usefixtures("lone_process")
-def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "source", *published_tensors("qwen2_vl"))
-    (tmp_path / "source" / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"source' has no weights: none of model.safetensors, "):
-        weight_files(tmp_path / "source")
+@pytest.mark.parametrize(
+    ("config", "files", "error", "message"),
+    [
+        ({}, {}, FileNotFoundError, r"model folder '.*' has no weights: none of model.safetensors, "),
+        ({}, {"model.safetensors": "cut"}, ConfigError, r"model.path: cannot read the weights .*/model.safetensors: "),
+        (
+            {},
+            {"model.safetensors.index.json": '{"weight_map": {"a": "model-1.safetensors"}}'},
+            ConfigError,
+            r"model.path: cannot read the weights .*/model-1.safetensors: No such file",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            {},
+            ConfigError,
+            r"model.path: .*: expected weights that can be trained, got quantized ones \(quantization_config .*: fp8\)",
+        ),
+        ({"text_config": {"compression_config": {"bits": 4}}}, {}, ConfigError, r"quantized ones \(compression_config"),
+    ],
+)
+def test_weights_that_cannot_be_trained_are_named_before_they_are_loaded(
+    tmp_path: Path, config: dict, files: dict[str, str], error: type[Exception], message: str
+) -> None:
+    for name, text in {"config.json": json.dumps(config), **files}.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(error, match=message):
+        check_weights(tmp_path)

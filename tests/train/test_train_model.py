@@ -56,15 +56,28 @@ def test_processor_files_are_copied_unchanged_and_weights_are_not(tiny_checkpoin
     assert copy_processor_files(tiny_checkpoint, tiny_checkpoint) == names, "a folder may be its own target"
 
 
-def test_further_chat_templates_are_copied(tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    (source / "additional_chat_templates").mkdir(parents=True)
-    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
-    (source / "config.json").write_text("{}")
+def test_further_chat_templates_and_tokenizers_are_copied(tmp_path: Path) -> None:
+    source, target, store = tmp_path / "source", tmp_path / "target", tmp_path / "store"
+    store.mkdir()
+    names = ["additional_chat_templates/tools.jinja", "modeling_own.py", "qformer_tokenizer/vocab.txt"]
+    left = ["config.json", "global_step5/state.json", "model.safetensors", "qformer_tokenizer/model.safetensors"]
+    for number, name in enumerate(
+        [*names, *left]
+    ):  # links to read-only files in read-only folders, as in a hub's cache
+        (store / str(number)).write_text("{}" if name == "config.json" else name)
+        (store / str(number)).chmod(0o444)
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).symlink_to(store / str(number))
+    (source / "gone.json").symlink_to(tmp_path / "nowhere")
+    (source / "qformer_tokenizer").chmod(0o555)
     for _ in range(2):
-        copy_processor_files(source, target)
-        copy_processor_files(source, source)
-    assert (target / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
+        assert copy_processor_files(source, target) == names
+        assert copy_processor_files(source, source) == names
+    assert {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()} == set(names)
+    for name in names:
+        assert (target / name).read_text() == name
+        assert not (target / name).is_symlink()
+        assert (target / name).parent.stat().st_mode & 0o200, "a later export takes its place"
 
 
 def test_a_copied_checkpoint_loads(tiny_checkpoint: Path, tmp_path: Path) -> None:
