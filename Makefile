@@ -65,7 +65,7 @@ $(VLLM_VENV)/.ready: scripts/setup_vllm.sh
 	scripts/setup_vllm.sh $(VLLM_VENV) $(PYTHON)
 	@touch $@
 
-vllm-test: $(VLLM_VENV)/.ready ## Run the tests with vLLM for CPUs, in an environment of their own: .venv-vllm.
+vllm-test: $(VLLM_VENV)/.ready $(NATIVE) ## Run the tests with vLLM for CPUs, in an environment of their own: .venv-vllm.
 	PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python -m pytest tests/with_vllm
 
 bench: $(NATIVE) ## Run the benchmarks: RESULTS=FILE, CASES=small|paper|all.

@@ -84,10 +84,13 @@ def check_weights(folder: str | Path) -> None:
 
     Raises:
         FileNotFoundError: the folder or its weights are missing.
-        ConfigError: a weight file cannot be read, or the weights are quantized.
+        ConfigError: a weight file or config.json cannot be read, or the weights are quantized.
     """
     path = checkpoint_folder(folder)
-    config = json.loads((path / "config.json").read_text("utf-8"))
+    try:
+        config = json.loads((path / "config.json").read_text("utf-8"))
+    except ValueError as error:  # no UTF-8 or no JSON
+        raise ConfigError(f"model.path: cannot read {path / 'config.json'}: {error}") from error
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for name in ("quantization_config", "compression_config"):
             if part.get(name):

@@ -138,8 +138,8 @@ class Trainer:
     def _open_data(self) -> tuple[PromptCollator, PromptBatch, dict[str, PictureDataset]]:
         """Returns what makes the prompts, the companion of prompts without a picture, and the data sets by key."""
         model, data = self.config.model, self.config.data
-        check_layers(self.config)
         check_weights(model.path)
+        check_layers(self.config)
         processor = load_processor(model.path, trust_remote_code=model.trust_remote_code)
         limit_pixels(processor, data.min_pixels, data.max_pixels)
         collator = PromptCollator(

@@ -117,6 +117,7 @@ def test_an_export_that_would_differ_is_refused(tmp_path: Path) -> None:
     ("config", "files", "error", "message"),
     [
         ({}, {}, FileNotFoundError, r"model folder '.*' has no weights: none of model.safetensors, "),
+        ({}, {"config.json": "{"}, ConfigError, r"model.path: cannot read .*/config.json: Expecting property name"),
         ({}, {"model.safetensors": "cut"}, ConfigError, r"model.path: cannot read the weights .*/model.safetensors: "),
         (
             {},
