@@ -229,3 +229,19 @@ def test_what_cannot_be_seen_is_refused_with_its_id(data: bytes, message: str) -
         PictureError, match=rf"rows, line 3: id 'x9': cannot read image of {len(data)} bytes: .*{message}"
     ):
         Sample("x9", "p", "a", (data,), source="rows, line 3").open_images()
+
+
+def test_the_gamma_of_a_png_is_applied() -> None:
+    def chunks(gamma: int, **others: bytes) -> dict[str, bytes]:
+        return {**others, "gAMA": struct.pack(">I", gamma)}
+
+    light = np.array([0.0, 0.25, 1.0])
+    stored = bytes([0, *np.rint(255 * light).astype(int)])
+    linear = png(8, 2, (1, 1), stored, **chunks(100_000))
+    assert np.abs(seen(linear)[0, 0] - 255 * light ** (1 / 2.2)).max() <= 1
+    for usual in (chunks(45_455), chunks(100_000, sRGB=b"\0"), chunks(0)):
+        assert seen(png(8, 2, (1, 1), stored, **usual))[0, 0].tolist() == list(stored[1:])
+    transparent = png(8, 6, (1, 1), bytes([0, 64, 64, 64, 0]), **chunks(100_000))
+    assert seen(transparent)[0, 0] == 255
+    deep = png(16, 0, (1, 1), struct.pack(">BH", 0, 16384), **chunks(100_000))
+    assert abs(seen(deep)[0, 0] - 255 * 0.25 ** (1 / 2.2)) <= 1

@@ -149,12 +149,30 @@ def test_a_source_without_a_file_or_of_several_splits_is_refused(tmp_path: Path)
         PictureDataset([])
     with pytest.raises(FileNotFoundError, match=r"data file '.*b\.jsonl' does not exist"):
         PictureDataset([str(tmp_path / "b.jsonl")])
-    for name in ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"):
-        _parquet(tmp_path / name, _numbered(0, 1))
-    with pytest.raises(
-        DataError, match=r"files of several splits \(test, train\); name one by a glob, such as .*/test\*"
+    for number, names in enumerate(
+        [
+            ("train-00000-of-00001", "test-00000-of-00001"),
+            ("mmk12_test", "mmk12_train"),
+            ("training", "testing"),
+            ("data", "data_test"),
+            ("Train", "Validation"),
+        ]
     ):
-        PictureDataset(tmp_path)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            (folder / f"{name}.jsonl").write_text("{}\n")
+        with pytest.raises(DataError, match=rf"files of several splits \(.*{names[0]}.*; name those of one in a list"):
+            PictureDataset(folder)
+
+
+def test_a_folder_of_one_split_is_a_data_set(tmp_path: Path) -> None:
+    for number, names in enumerate([("a-test", "b-test"), ("train", "more"), ("contest", "latest"), ("trains", "x")]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            (folder / f"{name}.jsonl").write_text("{}\n")
+        assert len(PictureDataset(folder)) == 2, names
 
 
 def test_columns_of_categories_and_files_that_changed_are_read(tmp_path: Path) -> None:

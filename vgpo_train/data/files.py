@@ -15,7 +15,9 @@ from typing import Any, Protocol
 from vgpo_train.data.errors import DataError
 
 SUFFIXES = (".jsonl", ".parquet")
-_SPLIT = re.compile(r"(train|test|val|validation|dev|eval)(?![a-z])")
+# In a file's name as a word of its own: train-00000, mmk12_test, ViRL39K.val
+_SPLIT = re.compile(r"(?<![a-z])(train|test|val|dev|eval)(?:ing|idation)?(?![a-z])", re.IGNORECASE)
+_WHOLE = "no split"
 _COPIED_ROWS = 64  # at once, of rows with pictures
 
 
@@ -184,13 +186,19 @@ def _files_of_folder(folder: Path) -> list[Path]:
     files = sorted(file for file in found if file.is_file())
     if not files:
         raise DataError(f"folder {str(folder)!r} has no {' or '.join(SUFFIXES)} file in it; a glob reaches deeper ones")
-    splits = sorted({match[1] for match in (_SPLIT.match(file.name) for file in files) if match})
-    if len(splits) > 1:
+    splits = {_split(file): file for file in reversed(files)}
+    if len(splits) > 1 and splits.keys() != {"train", _WHOLE}:
+        names = ", ".join(f"{file.name}: {split}" for split, file in sorted(splits.items()))
         raise DataError(
-            f"folder {str(folder)!r} has files of several splits ({', '.join(splits)}); name one by a glob, such as "
-            f"{folder / splits[0]}*"
+            f"folder {str(folder)!r} has files of several splits ({names}); name those of one in a list or by a glob"
         )
     return files
+
+
+def _split(file: Path) -> str:
+    """Return the split that a file's name says it is of."""
+    match = _SPLIT.search(file.name)
+    return match[1].lower() if match else _WHOLE
 
 
 def _known(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ _ORIENTATION = ExifTags.Base.Orientation
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 _KEY_SCALE = {"L;2": 85, "L;4": 17}  # Pillow scales such grey values of a PNG to 8 bits, but not the transparent one
 _SRGB = ImageCms.createProfile("sRGB")
+_GAMMA = 1 / 2.2  # of sRGB, as PNG writes it
 
 
 def open_picture(source: Path | bytes) -> Image.Image:
     """Read the first frame of a picture as a viewer shows it: upright, in sRGB, on white.
 
-    An ICC profile is applied; one that is broken or belongs to another mode is ignored, as an unreadable EXIF block is.
+    An ICC profile is applied, or else the gamma of a PNG. A profile that is broken or belongs to another mode is
+    ignored, as an unreadable EXIF block is.
     Grey values of more than 8 bits are scaled, not clipped: integers from 16 bits (12 where a TIFF says so), floats
     from 0..1, or from 0..255 if one of them is above 1.
 
@@ -67,7 +70,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if 0 in image.size:
         raise ValueError(f"it has no pixels, its size is {image.size[0]} x {image.size[1]}")
     colours, alpha = _grey(image) if image.mode == "F" or image.mode.startswith("I") else _colours(image)
-    rgb = _in_srgb(colours, image.info.get("icc_profile"))
+    rgb = _with_gamma(_in_srgb(colours, image.info.get("icc_profile")), image.info)
     if alpha is None:
         return rgb
     rgb.putalpha(alpha)
@@ -117,6 +120,14 @@ def _in_srgb(colours: Image.Image, profile: bytes | None) -> Image.Image:
         except (ImageCms.PyCMSError, OSError, ValueError):
             pass  # as viewers do: the colours are then what the mode alone says
     return colours.convert("RGB")
+
+
+def _with_gamma(rgb: Image.Image, info: dict[str, Any]) -> Image.Image:
+    """Return a picture whose PNG says how its values grow with light, and no more of its colours, as sRGB has them."""
+    gamma = info.get("gamma")
+    if not gamma or "srgb" in info or "icc_profile" in info or math.isclose(gamma, _GAMMA, rel_tol=0.05):
+        return rgb
+    return rgb.point([round(255 * (value / 255) ** (_GAMMA / gamma)) for value in range(256)] * 3)
 
 
 def _orientation(image: Image.Image) -> Any:
