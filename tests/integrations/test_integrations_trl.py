@@ -276,6 +276,17 @@ def test_arguments_are_checked_when_the_trainer_is_made(make, options, error, me
         make(trainer_options=options)
 
 
+def test_what_cannot_be_recorded_is_refused_when_the_trainer_is_made_and_only_for_attention(make, checkpoint):
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, attn_implementation={"text_config": "vgpo"})
+    attention = {"focus_source": "attention"}
+    with pytest.raises(ValueError, match=r"layers: expected indices of layers with attention, .* got 99"):
+        make(model=model, trainer_options={**attention, "focus_layers": [99]})
+    model.model.language_model.layers[0].self_attn.indexer = torch.nn.Identity()  # as those of layers that choose keys
+    with pytest.raises(ValueError, match=r"the indexer of Qwen2_5_VLAttention chooses keys"):
+        make(model=model, trainer_options=attention)
+    make(model=model)  # similarity records nothing
+
+
 def test_a_mixture_of_experts_is_refused_with_its_auxiliary_loss(make, checkpoint):
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint)
     model.config.text_config.output_router_logits = False  # what says so, with TRL

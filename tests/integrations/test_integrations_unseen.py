@@ -19,6 +19,8 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    InklingForCausalLM,
+    InklingTextConfig,
     Lfm2Config,
     Lfm2ForCausalLM,
     Llama4ForCausalLM,
@@ -70,6 +72,13 @@ def falcon() -> Any:
 def gpt_oss() -> Any:
     options = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "sliding_window": 5}
     return GptOssForCausalLM(GptOssConfig(**TEXT, **options))
+
+
+def inkling() -> Any:
+    """A bias by distance on the scores."""
+    options = {"num_hidden_layers": 2, "head_dim": 8, "d_rel": 4}
+    with torch.device("meta"):
+        return InklingForCausalLM(InklingTextConfig(**{**TEXT, **options}))
 
 
 def ready(make: Callable[[], Any]) -> Any:
@@ -129,3 +138,18 @@ def test_family_with_attention_sinks() -> None:
     model.set_attn_implementation("vgpo")
     with torch.no_grad(), pytest.raises(ValueError, match=r"GptOssAttention of layer 0: .* attention sinks \(s_aux\)"):
         model(**make_batch())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (gpt_oss, r"GptOssForCausalLM: .* GptOssAttention has attention sinks \(sinks\)"),
+        (inkling, r"InklingForCausalLM: .* InklingAttention has a bias on the scores \(rel_logits_proj\)"),
+    ],
+)
+def test_attention_that_is_no_plain_softmax_is_named_before_any_forward(make: Callable[[], Any], message: str) -> None:
+    model = make()
+    model.config.image_token_id = tiny_vlms.IMAGE
+    model.set_attn_implementation("vgpo")
+    with pytest.raises(ValueError, match=message), record_visual_attention(model):
+        raise AssertionError("a recorder was made")

@@ -159,6 +159,9 @@ class VGPOTrainer(GRPOTrainer):
                 "focus_source: expected 'similarity' for this model, got 'attention': it records a text half set to "
                 f"'vgpo', not to {attention!r}; load it with attn_implementation={{'text_config': 'vgpo'}}"
             )
+        if self.focus_source == "attention":  # says now, not after the first rollout, what cannot be recorded
+            with record_visual_attention(self.model, layers=self.focus_layers):
+                pass
         with fused_logprobs(self.model):  # says now, not after the first rollout, that a head is unknown
             pass
 
