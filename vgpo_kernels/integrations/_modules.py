@@ -6,6 +6,7 @@ parts.layers  # indices of the layers with attention
 chosen_layers("last", parts.layers)
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,9 @@ from transformers import PreTrainedModel
 from vgpo_kernels.attention.arguments import HEAD_DIM
 from vgpo_kernels.integrations._visual import IMAGE_TOKEN_FIELDS, VisualTokens, find_visual_tokens
 
+# Names of classes: of attention, and of what is called so without a map of queries and keys.
+_ATTENTION = re.compile("attention|attn|mla$", re.IGNORECASE)
+_WITHOUT_SOFTMAX = re.compile("linear|delta|lightning", re.IGNORECASE)
 # Fields of attention layers that bring more than queries and keys into the softmax.
 ADDITIONS = {
     "sinks": "attention sinks",
@@ -102,7 +106,7 @@ def find_parts(model: nn.Module) -> Parts:
     _refuse_cross_attention(inside, name)
     entries = tuple(module for module in models if module is decoder or _holds(module, decoder))
     text_config = outermost.config.get_text_config()
-    found: list[Any] = [module for module in inside if _is_layer(getattr(module, "layer_idx", None))]
+    found: list[Any] = [module for module in inside if _is_attention(module)]
     configs = [outermost.config, text_config, *(getattr(module, "config", None) for module in (decoder, *found))]
     visual = find_visual_tokens(outermost.config)
     if not visual.image:
@@ -117,7 +121,7 @@ def find_parts(model: nn.Module) -> Parts:
         entries,
         frozenset(map(id, inside)),
         frozenset(id(config) for config in configs if config is not None),
-        _attention_layers({module.layer_idx for module in found}, text_config),
+        tuple(sorted({module.layer_idx for module in found})),
         {module.layer_idx: size for module in found if (size := _head_size(module)) is not None},
         visual,
         _why_not_plain(found, name),
@@ -207,18 +211,17 @@ def _why_not_plain(layers: Iterable[nn.Module], name: str) -> str | None:
     return None
 
 
-def _is_layer(index: Any) -> bool:
-    # The picture embedding of Phi-4, inside its decoder, counts from the end.
-    return isinstance(index, int) and index >= 0
+def _is_attention(module: nn.Module) -> bool:
+    """Tells whether a module of a decoder is the attention with a softmax of one of its layers.
+
+    Blocks, mixers, convolutions and picture embeddings of some families know a layer's index, too.
+    """
+    kind = type(module).__name__
+    has_softmax = _ATTENTION.search(kind) is not None and _WITHOUT_SOFTMAX.search(kind) is None
+    return has_softmax and isinstance(getattr(module, "layer_idx", None), int)
 
 
 def _head_size(module: nn.Module) -> int | None:
     """Returns the size of queries and keys that an attention module was built for, where it says."""
     sizes = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim"))
     return next((size for size in sizes if isinstance(size, int)), None)
-
-
-def _attention_layers(indices: set[int], text_config: Any) -> tuple[int, ...]:
-    types = getattr(text_config, "layer_types", None) or []
-    without = {index for index, kind in enumerate(types) if "linear" in kind or kind in ("conv", "mamba", "mamba2")}
-    return tuple(sorted(indices - without))
