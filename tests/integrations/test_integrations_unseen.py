@@ -21,10 +21,14 @@ from transformers import (
     GptOssForCausalLM,
     InklingForCausalLM,
     InklingTextConfig,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
 )
 
 from vgpo_kernels.integrations.transformers import record_visual_attention
@@ -153,3 +157,22 @@ def test_attention_that_is_no_plain_softmax_is_named_before_any_forward(make: Ca
     model.set_attn_implementation("vgpo")
     with pytest.raises(ValueError, match=message), record_visual_attention(model):
         raise AssertionError("a recorder was made")
+
+
+MIXED = ["linear_attention", "full_attention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (KimiLinearForCausalLM, lambda: KimiLinearConfig(**TEXT, layer_types=MIXED)),  # its KimiLinearAttention has one
+        (MiniMaxForCausalLM, lambda: MiniMaxConfig(**TEXT, layer_types=MIXED)),
+    ],
+)
+def test_layers_without_a_softmax_are_left_out(kind: Any, config: Callable[[], Any]) -> None:
+    with torch.device("meta"):
+        model = kind(config())
+    model.config.image_token_id = tiny_vlms.IMAGE
+    model.set_attn_implementation("vgpo")
+    with record_visual_attention(model, "all") as rec:
+        assert rec.layers == (1, 3)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from vgpo_kernels.attention.arguments import HEAD_DIM
 from vgpo_kernels.integrations._visual import IMAGE_TOKEN_FIELDS, VisualTokens, find_visual_tokens
 
-# Names of classes: of attention, and of what is called so without a map of queries and keys.
+# Names of classes: of attention, and of what is called so without a softmax.
 _ATTENTION = re.compile("attention|attn|mla$", re.IGNORECASE)
-_WITHOUT_SOFTMAX = re.compile("linear|delta|lightning", re.IGNORECASE)
+_WITHOUT_SOFTMAX = re.compile("delta|lightning", re.IGNORECASE)
 # Fields of attention layers that bring more than queries and keys into the softmax.
 ADDITIONS = {
     "sinks": "attention sinks",
@@ -121,7 +121,7 @@ def find_parts(model: nn.Module) -> Parts:
         entries,
         frozenset(map(id, inside)),
         frozenset(id(config) for config in configs if config is not None),
-        tuple(sorted({module.layer_idx for module in found})),
+        _attention_layers({module.layer_idx for module in found}, text_config),
         {module.layer_idx: size for module in found if (size := _head_size(module)) is not None},
         visual,
         _why_not_plain(found, name),
@@ -216,12 +216,17 @@ def _is_attention(module: nn.Module) -> bool:
 
     Blocks, mixers, convolutions and picture embeddings of some families know a layer's index, too.
     """
-    kind = type(module).__name__
+    kind, index = type(module).__name__, getattr(module, "layer_idx", None)
     has_softmax = _ATTENTION.search(kind) is not None and _WITHOUT_SOFTMAX.search(kind) is None
-    return has_softmax and isinstance(getattr(module, "layer_idx", None), int)
+    return has_softmax and isinstance(index, int) and index >= 0
 
 
 def _head_size(module: nn.Module) -> int | None:
     """Returns the size of queries and keys that an attention module was built for, where it says."""
     sizes = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim"))
     return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def _attention_layers(indices: set[int], text_config: Any) -> tuple[int, ...]:
+    types = getattr(text_config, "layer_types", None) or []
+    return tuple(sorted(indices - {index for index, kind in enumerate(types) if "linear" in kind}))
