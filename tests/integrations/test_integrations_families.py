@@ -29,6 +29,8 @@ from transformers import (
     Llama4ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronH_Omni_Reasoning_V3,
+    NemotronH_Omni_Reasoning_V3_Config,
     Phi4MultimodalConfig,
     Phi4MultimodalForCausalLM,
     VideoLlama3Config,
@@ -251,7 +253,24 @@ def _blip(kind: Any, config: Any, text: dict[str, Any]) -> tuple[Any, dict[str, 
     return model, {"pixel_values": torch.randn(1, 3, 4, 4)}
 
 
-@pytest.mark.parametrize(("make", "tokens"), [(llama4, 1), (blip2, 2)])
+def nemotron(_: pytest.MonkeyPatch) -> tuple[Any, dict[str, Tensor]]:
+    """One of four blocks has attention; the whole hands out no head."""
+    text = {
+        **TEXT,
+        "model_type": "nemotron_h",
+        "layers_block_type": ["mamba", "attention", "moe", "mlp"],
+        "head_dim": 8,
+    }
+    del text["num_hidden_layers"]
+    text |= {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "n_routed_experts": 2}
+    text |= {"num_experts_per_tok": 1, "moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16}
+    vision = {**SMALL, "model_type": "radio", "image_size": 8, "patch_size": 4, "video_temporal_patch_size": 2}
+    sizes = {"vision_hidden_size": 16, "projector_hidden_size": 16, "image_token_id": IMAGE}
+    config = NemotronH_Omni_Reasoning_V3_Config(text_config=text, vision_config=vision, **sizes)
+    return NemotronH_Omni_Reasoning_V3(config), {}
+
+
+@pytest.mark.parametrize(("make", "tokens"), [(llama4, 1), (blip2, 2), (nemotron, 2)])
 def test_a_causal_model_inside_another_is_looked_into(
     make: Callable[..., Any], tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +284,8 @@ def test_a_causal_model_inside_another_is_looked_into(
         found = model_logprobs(model, batch, prompt_length=ids.shape[1] - 2, hidden_states=True)
         logits = model(**batch).logits
     assert found.hidden_states is not None
-    assert_close(model.get_output_embeddings()(found.hidden_states), logits)
+    head = model.get_output_embeddings() or model.get_decoder().get_output_embeddings()
+    assert_close(head(found.hidden_states), logits)
     assert_close(found.logps, logits[:, -3:-1].log_softmax(-1).gather(-1, ids[:, -2:, None])[..., 0])
     assert rec.mass.shape == (1, 1, 2, 1)
 

@@ -150,6 +150,7 @@ def call(softcap: float | None = None, lengths: tuple[int, int] = (4, 4), **opti
     ("options", "message"),
     [
         ({"s_aux": torch.zeros(2)}, r"Attention of layer 3: .* cannot take attention sinks \(s_aux\)"),
+        ({"sinks": torch.zeros(1, 2, 4, 1)}, r"Attention of layer 3: .* cannot take attention sinks \(sinks\); use"),
         ({"indices": torch.zeros(2)}, r"Attention of layer 3: .* chosen keys \(indices\) of shape \(2,\); expected"),
         (
             {"softcap": 5.0, "indices": torch.zeros(1, 4, 1)},

@@ -237,9 +237,9 @@ REFUSED = {
     "entropy bonus": ({"entropy_coef": 0.01}, r"entropy_coef: expected 0\.0, got 0\.01: an entropy bonus"),
     "adaptive entropy": ({"use_adaptive_entropy": True}, "use_adaptive_entropy: expected False, got True"),
     "off-policy mask": ({"off_policy_mask_threshold": 0.5}, r"off_policy_mask_threshold: expected None, got 0\.5"),
-    "compile": ({"torch_compile": True}, "torch_compile: expected False, got True"),
     "level": ({"importance_sampling_level": "word"}, "importance_sampling_level: expected one of"),
     "cispo": ({"loss_type": "cispo"}, r"epsilon_high: expected .*'cispo', got None, .* epsilon=0\.2: set epsilon_high"),
+    "epsilon": ({"epsilon": 1.5}, r"epsilon: expected a number from 0 to 1 with loss_type 'dapo', got 1\.5"),
     "ratio": ({"loss_type": "cispo", "epsilon_high": 0.3}, "epsilon_high: with loss_type 'cispo'"),
     "delta": ({"loss_type": "cispo", "epsilon_high": 2.0, "delta": 3.0}, "delta: expected None with loss_type 'cispo'"),
 }
@@ -249,6 +249,27 @@ REFUSED = {
 def test_options_that_would_make_another_loss_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_epsilon_alone_is_the_largest_ratio_of_cispo_where_it_can_be(make):
+    trainers = [make(loss_type="cispo", steps_per_generation=4, **{name: 1.3}) for name in ("epsilon", "epsilon_high")]
+    batch = off_policy(batch_for(trainers[0]))
+    for trainer in trainers:
+        trainer.current_gradient_accumulation_steps = 2
+    assert_same(*(loss_and_gradients(trainer, batch) for trainer in trainers))
+
+
+def test_a_compiled_model_trains_as_a_plain_one(make, pictures):
+    torch._dynamo.reset()
+    logged = []
+    without_pictures = dataset(pictures).remove_columns("images")  # the vision tower takes long to compile
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = make(data=without_pictures, max_steps=1, **options)
+        trainer.train()
+        assert hasattr(trainer.model_wrapped, "_orig_mod") == bool(options)
+        logged.append([trainer.state.log_history[0][name] for name in ("loss", "grad_norm")])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-4)
+    assert logged[0][1] > 1.0
 
 
 def nothing(*_: Any, **__: Any) -> None:
@@ -274,6 +295,17 @@ ARGUMENTS = {
 def test_arguments_are_checked_when_the_trainer_is_made(make, options, error, message):
     with pytest.raises(error, match=message):
         make(trainer_options=options)
+
+
+def test_what_cannot_be_recorded_is_refused_when_the_trainer_is_made_and_only_for_attention(make, checkpoint):
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, attn_implementation={"text_config": "vgpo"})
+    attention = {"focus_source": "attention"}
+    with pytest.raises(ValueError, match=r"layers: expected indices of layers with attention, .* got 99"):
+        make(model=model, trainer_options={**attention, "focus_layers": [99]})
+    model.model.language_model.layers[0].self_attn.indexer = torch.nn.Identity()  # as those of layers that choose keys
+    with pytest.raises(ValueError, match=r"the indexer of Qwen2_5_VLAttention chooses keys"):
+        make(model=model, trainer_options=attention)
+    make(model=model)  # similarity records nothing
 
 
 def test_a_mixture_of_experts_is_refused_with_its_auxiliary_loss(make, checkpoint):

@@ -19,10 +19,16 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    InklingForCausalLM,
+    InklingTextConfig,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
 )
 
 from vgpo_kernels.integrations.transformers import record_visual_attention
@@ -70,6 +76,13 @@ def falcon() -> Any:
 def gpt_oss() -> Any:
     options = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "sliding_window": 5}
     return GptOssForCausalLM(GptOssConfig(**TEXT, **options))
+
+
+def inkling() -> Any:
+    """A bias by distance on the scores."""
+    options = {"num_hidden_layers": 2, "head_dim": 8, "d_rel": 4}
+    with torch.device("meta"):
+        return InklingForCausalLM(InklingTextConfig(**{**TEXT, **options}))
 
 
 def ready(make: Callable[[], Any]) -> Any:
@@ -129,3 +142,37 @@ def test_family_with_attention_sinks() -> None:
     model.set_attn_implementation("vgpo")
     with torch.no_grad(), pytest.raises(ValueError, match=r"GptOssAttention of layer 0: .* attention sinks \(s_aux\)"):
         model(**make_batch())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (gpt_oss, r"GptOssForCausalLM: .* GptOssAttention has attention sinks \(sinks\)"),
+        (inkling, r"InklingForCausalLM: .* InklingAttention has a bias on the scores \(rel_logits_proj\)"),
+    ],
+)
+def test_attention_that_is_no_plain_softmax_is_named_before_any_forward(make: Callable[[], Any], message: str) -> None:
+    model = make()
+    model.config.image_token_id = tiny_vlms.IMAGE
+    model.set_attn_implementation("vgpo")
+    with pytest.raises(ValueError, match=message), record_visual_attention(model):
+        raise AssertionError("a recorder was made")
+
+
+MIXED = ["linear_attention", "full_attention"] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        (KimiLinearForCausalLM, lambda: KimiLinearConfig(**TEXT, layer_types=MIXED)),  # its KimiLinearAttention has one
+        (MiniMaxForCausalLM, lambda: MiniMaxConfig(**TEXT, layer_types=MIXED)),
+    ],
+)
+def test_layers_without_a_softmax_are_left_out(kind: Any, config: Callable[[], Any]) -> None:
+    with torch.device("meta"):
+        model = kind(config())
+    model.config.image_token_id = tiny_vlms.IMAGE
+    model.set_attn_implementation("vgpo")
+    with record_visual_attention(model, "all") as rec:
+        assert rec.layers == (1, 3)

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vgpo_kernels.integrations._modules import find_decoder, is_encoder_decoder, outermost_model
 
@@ -74,7 +75,7 @@ def find_head(model: nn.Module) -> Head:
     name = type(inside).__name__
     if is_encoder_decoder(inside.config):
         raise ValueError(f"{name}: expected a decoder of prompt and completion together, got an encoder-decoder")
-    head = _trained_copy(inside.get_output_embeddings())
+    head = _trained_copy(_output_embeddings(inside))
     if head is None:
         raise ValueError(f"{name}: expected a model with an output head (get_output_embeddings), got none")
     kind = type(head)
@@ -93,6 +94,13 @@ def find_head(model: nn.Module) -> Head:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         accepts.add("use_cache")  # handed on to the decoder
     return Head(name, head, find_decoder(inside), _readings(inside.config), frozenset(accepts))
+
+
+def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Returns a model's head, that of its decoder where the whole hands none out (Nemotron 3 Omni)."""
+    head = model.get_output_embeddings()
+    decoder = model.get_decoder()
+    return decoder.get_output_embeddings() if head is None and isinstance(decoder, PreTrainedModel) else head
 
 
 def _trained_copy(head: Any) -> Any:

@@ -193,7 +193,7 @@ def _mask_from_outside(
 
 def _check_known(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raises for what sdpa would leave out without a word."""
-    for name, what in (("s_aux", "attention sinks"), ("block_indices", "chosen keys")):
+    for name, what in (("s_aux", "attention sinks"), ("sinks", "attention sinks"), ("block_indices", "chosen keys")):
         if kwargs.get(name) is not None:
             _refuse(module, f"{what} ({name})", "use attn_implementation='eager'")
 
@@ -201,7 +201,7 @@ def _check_known(module: nn.Module, kwargs: dict[str, Any]) -> None:
 def _check_plain_attention(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         _refuse(module, f"attention dropout {dropout}", "set the configuration's attention_dropout to 0")
-    for name in ("position_bias", "sinks", "alibi"):
+    for name in ("position_bias", "alibi"):
         if kwargs.get(name) is not None:
             _refuse(module, f"a bias on the scores ({name})", "its attention is no plain softmax of q.k")
     if kwargs.get("cache") is not None:

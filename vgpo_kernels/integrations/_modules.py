@@ -6,6 +6,7 @@ parts.layers  # indices of the layers with attention
 chosen_layers("last", parts.layers)
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,17 @@ from transformers import PreTrainedModel
 
 from vgpo_kernels.attention.arguments import HEAD_DIM
 from vgpo_kernels.integrations._visual import IMAGE_TOKEN_FIELDS, VisualTokens, find_visual_tokens
+
+# Names of classes: of attention, and of what is called so without a softmax.
+_ATTENTION = re.compile("attention|attn|mla$", re.IGNORECASE)
+_WITHOUT_SOFTMAX = re.compile("delta|lightning", re.IGNORECASE)
+# Fields of attention layers that bring more than queries and keys into the softmax.
+ADDITIONS = {
+    "sinks": "attention sinks",
+    "sink_proj": "attention sinks",
+    "relative_position_bias": "a bias on the scores",
+    "rel_logits_proj": "a bias on the scores",
+}
 
 
 class Parts(NamedTuple):
@@ -28,6 +40,7 @@ class Parts(NamedTuple):
         layers: indices of the decoder's layers with attention, ascending.
         head_sizes: of those layers whose attention module tells it, by index.
         visual: ids of the tokens that stand for pieces of a picture or a video.
+        refusal: why its attention cannot be recorded whatever the layer; None where it can.
     """
 
     name: str
@@ -38,6 +51,7 @@ class Parts(NamedTuple):
     layers: tuple[int, ...]
     head_sizes: dict[int, int]
     visual: VisualTokens
+    refusal: str | None
 
 
 def outermost_model(model: nn.Module) -> PreTrainedModel:
@@ -81,7 +95,7 @@ def find_parts(model: nn.Module) -> Parts:
 
     Raises:
         TypeError: no model of transformers is inside.
-        ValueError: pictures do not reach this family's decoder as tokens of its input, or its layers choose their keys.
+        ValueError: pictures do not reach this family's decoder as tokens of its input.
     """
     outermost = outermost_model(model)
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
@@ -89,10 +103,10 @@ def find_parts(model: nn.Module) -> Parts:
     _refuse_encoder_decoder(outermost, name)
     decoder = find_decoder(outermost)
     inside = list(decoder.modules())
-    _refuse_other_attention(inside, name)
+    _refuse_cross_attention(inside, name)
     entries = tuple(module for module in models if module is decoder or _holds(module, decoder))
     text_config = outermost.config.get_text_config()
-    found: list[Any] = [module for module in inside if _is_layer(getattr(module, "layer_idx", None))]
+    found: list[Any] = [module for module in inside if _is_attention(module)]
     configs = [outermost.config, text_config, *(getattr(module, "config", None) for module in (decoder, *found))]
     visual = find_visual_tokens(outermost.config)
     if not visual.image:
@@ -110,11 +124,14 @@ def find_parts(model: nn.Module) -> Parts:
         _attention_layers({module.layer_idx for module in found}, text_config),
         {module.layer_idx: size for module in found if (size := _head_size(module)) is not None},
         visual,
+        _why_not_plain(found, name),
     )
 
 
-def check_head_sizes(parts: Parts, layers: Iterable[int]) -> None:
-    """Raises ValueError where the attention of a layer is too wide for the kernels that record it."""
+def check_layers(parts: Parts, layers: Iterable[int]) -> None:
+    """Raises ValueError where the attention of these layers is no plain softmax, or too wide for the kernels."""
+    if parts.refusal is not None:
+        raise ValueError(parts.refusal)
     for layer in layers:
         size = parts.head_sizes.get(layer, 0)
         if size > HEAD_DIM:
@@ -167,23 +184,41 @@ def _refuse_encoder_decoder(outermost: PreTrainedModel, name: str) -> None:
         )
 
 
-def _refuse_other_attention(decoder_modules: Iterable[nn.Module], name: str) -> None:
+def _refuse_cross_attention(decoder_modules: Iterable[nn.Module], name: str) -> None:
     for module in decoder_modules:
         if "CrossAttention" in type(module).__name__:
             raise ValueError(
                 f"{name}: expected a decoder that reads pictures as tokens of its input; this one reads them through "
                 "cross-attention, which has no visual tokens to record attention to"
             )
-        if isinstance(getattr(module, "indexer", None), nn.Module):
-            raise ValueError(
-                f"{name}: expected layers whose queries see one interval of keys; the indexer of "
-                f"{type(module).__name__} chooses keys (indices) for each query, so its attention cannot be recorded"
+
+
+def _why_not_plain(layers: Iterable[nn.Module], name: str) -> str | None:
+    """Returns what keeps the first such layer from being a softmax of q.k over an interval of keys."""
+    for layer in layers:
+        kind = type(layer).__name__
+        if isinstance(getattr(layer, "indexer", None), nn.Module):
+            return (
+                f"{name}: expected layers whose queries see one interval of keys; the indexer of {kind} chooses keys "
+                "(indices) for each query, so its attention cannot be recorded"
             )
+        for field, what in ADDITIONS.items():
+            if getattr(layer, field, None) is not None:
+                return (
+                    f"{name}: expected layers whose attention is a plain softmax of q.k; {kind} has {what} ({field}), "
+                    "so its attention cannot be recorded"
+                )
+    return None
 
 
-def _is_layer(index: Any) -> bool:
-    # The picture embedding of Phi-4, inside its decoder, counts from the end.
-    return isinstance(index, int) and index >= 0
+def _is_attention(module: nn.Module) -> bool:
+    """Tells whether a module of a decoder is the attention with a softmax of one of its layers.
+
+    Blocks, mixers, convolutions and picture embeddings of some families know a layer's index, too.
+    """
+    kind, index = type(module).__name__, getattr(module, "layer_idx", None)
+    has_softmax = _ATTENTION.search(kind) is not None and _WITHOUT_SOFTMAX.search(kind) is None
+    return has_softmax and isinstance(index, int) and index >= 0
 
 
 def _head_size(module: nn.Module) -> int | None:
@@ -194,5 +229,4 @@ def _head_size(module: nn.Module) -> int | None:
 
 def _attention_layers(indices: set[int], text_config: Any) -> tuple[int, ...]:
     types = getattr(text_config, "layer_types", None) or []
-    without = {index for index, kind in enumerate(types) if "linear" in kind or kind in ("conv", "mamba", "mamba2")}
-    return tuple(sorted(indices - without))
+    return tuple(sorted(indices - {index for index, kind in enumerate(types) if "linear" in kind}))

@@ -59,12 +59,6 @@ _OPTIONS = (
         "None",
         "it drops rows, whatever their weight, by log-probabilities that are known only once the loss is made",
     ),
-    _Option(
-        "torch_compile",
-        lambda value: not value,
-        "False",
-        "a compiled model calls the head that it was compiled with, which makes logits",
-    ),
 )
 
 _ARGUMENTS = {
@@ -114,10 +108,16 @@ def loss_config(args: Any) -> PolicyLossConfig:
             "epsilon_high: expected the largest ratio itself, at least 1, with loss_type 'cispo', got None, for which "
             f"TRL takes epsilon={args.epsilon}: set epsilon_high, such as 5.0"
         )
+    is_cispo = args.loss_type == "cispo"  # without a lower bound
+    if not is_cispo and not 0.0 <= args.epsilon <= 1.0:
+        raise ValueError(
+            f"epsilon: expected a number from 0 to 1 with loss_type {args.loss_type!r}, got {args.epsilon}; "
+            "epsilon_high may be larger"
+        )
     return PolicyLossConfig(
         loss_type=args.loss_type,
         importance_sampling_level=args.importance_sampling_level,
-        epsilon_low=args.epsilon,
+        epsilon_low=PolicyLossConfig.epsilon_low if is_cispo else args.epsilon,
         epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
         delta=args.delta,
         beta=args.beta,

@@ -33,7 +33,7 @@ from vgpo_kernels._dispatch import checks_values
 from vgpo_kernels._validate import MASK, check_choice, check_tensor
 from vgpo_kernels.integrations import _interface
 from vgpo_kernels.integrations._fused import FusedHead, ModelLogprobs
-from vgpo_kernels.integrations._modules import check_head_sizes, chosen_layers, find_parts
+from vgpo_kernels.integrations._modules import check_layers, chosen_layers, find_parts
 from vgpo_kernels.integrations._pictures import check_separable, image_ids
 from vgpo_kernels.integrations._recording import Recorder
 from vgpo_kernels.integrations._segments import SEGMENTS
@@ -100,8 +100,8 @@ def record_visual_attention(
 
     Raises:
         TypeError, ValueError: an argument is not one of those above; the family shows its decoder no visual tokens, or
-            its layers choose keys for each query; heads larger than the kernels take, with layer and size; a mask that
-            is no interval of keys for each query; an attention with sinks, a bias, or dropout.
+            its layers choose keys for each query, have sinks or a bias on the scores; heads larger than the kernels
+            take, with layer and size; in a forward, a mask that is no interval of keys for each query, or dropout.
         RuntimeError: the model does not run "vgpo", or bypasses transformers' attention interface.
 
     Example:
@@ -131,7 +131,7 @@ def record_visual_attention(
         raise ValueError(f"prompt_length: expected at least 1, got {prompt_length}")
     parts = find_parts(model)
     chosen = chosen_layers(layers, parts.layers)
-    check_head_sizes(parts, chosen)
+    check_layers(parts, chosen)
     wishes = Wishes(
         layers=chosen,
         segments=segments,

@@ -12,8 +12,6 @@ Needs TRL 1.16: `pip install 'vgpo-kernels[trl]'`. `docs/trl.md` has a whole pro
 import inspect
 import logging
 from collections.abc import Sequence
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,9 +22,9 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels._validate import check_choice
-from vgpo_kernels.focus import visual_focus_score
 from vgpo_kernels.integrations._modules import find_parts
 from vgpo_kernels.integrations._trl_options import check_arguments, check_options, loss_config
+from vgpo_kernels.integrations._trl_stand_ins import Loss, Scoring
 from vgpo_kernels.integrations._trl_vllm import (
     UnexpandedEngine,
     expands_twice,
@@ -34,8 +32,7 @@ from vgpo_kernels.integrations._trl_vllm import (
     unexpanded_prompts,
     without_placeholders,
 )
-from vgpo_kernels.integrations.transformers import focus_from_attention, fused_logprobs, record_visual_attention
-from vgpo_kernels.policy_loss import PolicyLossOutput
+from vgpo_kernels.integrations.transformers import fused_logprobs, record_visual_attention
 from vgpo_kernels.weights import VGPOConfig, VGPOWeights, vgpo_weights
 from vgpo_kernels.weights.api import SOURCES
 
@@ -159,6 +156,9 @@ class VGPOTrainer(GRPOTrainer):
                 "focus_source: expected 'similarity' for this model, got 'attention': it records a text half set to "
                 f"'vgpo', not to {attention!r}; load it with attn_implementation={{'text_config': 'vgpo'}}"
             )
+        if self.focus_source == "attention":  # says now, not after the first rollout, what cannot be recorded
+            with record_visual_attention(self.model, layers=self.focus_layers):
+                pass
         with fused_logprobs(self.model):  # says now, not after the first rollout, that a head is unknown
             pass
 
@@ -227,13 +227,13 @@ class VGPOTrainer(GRPOTrainer):
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Lets TRL cut the batch up, and a stand-in for the model answer with log-probabilities."""
-        if isinstance(model, _Loss):
+        if isinstance(model, Loss):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *arguments, **options
             )
         source = self.focus_source if self._wants_focus and self._focus is None and model is self.model else None
         with fused_logprobs(model) as fused:
-            scoring = _Scoring(
+            scoring = Scoring(
                 self, model, fused, input_ids.shape[1] - logits_to_keep, source, options.get("compute_entropy", False)
             )
             results = super()._get_per_token_logps_and_entropies(
@@ -301,7 +301,7 @@ class VGPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         with fused_logprobs(model) as fused:
-            stand_in = _Loss(self, fused, inputs)
+            stand_in = Loss(self, fused, inputs)
             super()._compute_loss(stand_in, inputs)  # for TRL's metrics: its own code on our log-probabilities
         return stand_in.output.loss * self._loss_scale()
 
@@ -314,97 +314,6 @@ class VGPOTrainer(GRPOTrainer):
         # `num_items_in_batch` counts the tokens of all processes, and of all steps that share a generation.
         generations = self.args.steps_per_generation / accumulated if training else 1.0
         return float(self.accelerator.num_processes * generations)
-
-
-class _Scoring:
-    """Stands in for a model whose log-probabilities TRL asks for, and keeps the focus of the rows that it gets."""
-
-    def __init__(
-        self,
-        trainer: VGPOTrainer,
-        model: nn.Module,
-        fused: Any,
-        prompt_length: int,
-        source: str | None,
-        entropy: bool,
-    ) -> None:
-        self.trainer = trainer
-        self.model = model
-        self.fused = fused
-        self.prompt_length = prompt_length
-        self.source = source
-        self.entropy = entropy
-        self.focus: list[Tensor] = []
-
-    def __call__(self, *, labels: Tensor, fused_lm_head: bool, **batch: Any) -> SimpleNamespace:  # noqa: ARG002
-        mask = labels[:, self.prompt_length :] != -100  # (rows, T)
-        with self._recording() as record:
-            scored = self.fused.logprobs(
-                batch,
-                prompt_length=self.prompt_length,
-                completion_mask=mask,
-                temperature=self.trainer.temperature,
-                entropy=self.entropy,
-                hidden_states=self.source == "similarity",
-            )
-        if self.source == "attention":
-            self.focus.append(focus_from_attention(record, mask))
-        elif self.source == "similarity":
-            self.focus.append(self._similarity(scored.hidden_states, batch, mask))
-        return SimpleNamespace(log_probs=scored.logps, entropy=scored.entropy)
-
-    def _recording(self) -> Any:
-        if self.source != "attention":
-            return nullcontext()
-        return record_visual_attention(self.model, layers=self.trainer.focus_layers, prompt_length=self.prompt_length)
-
-    def _similarity(self, states: Tensor, batch: dict[str, Any], mask: Tensor) -> Tensor:
-        prompts = slice(None, self.prompt_length)
-        visual = self.trainer._visual_mask(batch["input_ids"][:, prompts], batch["attention_mask"][:, prompts])
-        focus = visual_focus_score(
-            states,
-            torch.cat([visual, torch.zeros_like(mask)], dim=1),
-            torch.cat([torch.zeros_like(visual), mask], dim=1),
-        )
-        return focus[:, self.prompt_length :]
-
-
-class _Loss:
-    """Stands in for the model of an update: makes the weighted loss, and answers with its log-probabilities."""
-
-    output: PolicyLossOutput
-
-    def __init__(self, trainer: VGPOTrainer, fused: Any, inputs: dict[str, Any]) -> None:
-        self.trainer = trainer
-        self.fused = fused
-        self.inputs = inputs
-
-    def __call__(self, *, labels: Tensor, fused_lm_head: bool, **batch: Any) -> SimpleNamespace:  # noqa: ARG002
-        inputs, config = self.inputs, self.trainer._loss_config
-        items = inputs["num_items_in_batch"].clamp(min=1) if config.divides_by_num_items else None
-        self.output = self.fused.policy_loss(
-            batch,
-            inputs.get("old_per_token_logps"),
-            self._advantages(),
-            inputs["completion_mask"],
-            prompt_length=inputs["prompt_ids"].shape[1],
-            ref_logps=inputs.get("ref_per_token_logps"),
-            token_weights=inputs.get("token_weights"),
-            trajectory_weights=inputs.get("trajectory_weights"),
-            temperature=self.trainer.temperature,
-            config=config,
-            num_items_in_batch=items,
-        )
-        return SimpleNamespace(log_probs=self.output.logps, entropy=self.output.entropy)
-
-    def _advantages(self) -> Tensor:
-        """Returns (B,) or (B, T) advantages, times the ratio that corrects for vLLM's own log-probabilities."""
-        advantages: Tensor = self.inputs["advantages"]
-        correction = self.inputs.get("importance_sampling_ratio")  # (B, 1) or (B, T), never negative
-        if correction is None:
-            return advantages
-        by_token = advantages[:, None] if advantages.dim() == 1 else advantages
-        return (by_token * correction).expand_as(self.inputs["completion_mask"])
 
 
 def _spread(values: Tensor) -> float:
