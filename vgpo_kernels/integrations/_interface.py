@@ -2,7 +2,7 @@
 
 import vgpo_kernels.integrations.transformers  # registers both
 model.set_attn_implementation({"text_config": "vgpo"})
-model(**inputs)  # transformers' own sdpa, mask and all, until somebody records
+model(**inputs)  # transformers' own sdpa, mask and all, unless a recorder is active
 """
 
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ NAME = "vgpo"
 
 
 class Listener(Protocol):
-    """Somebody who records."""
+    """A recorder, as the attention sees it."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -39,10 +39,10 @@ class Listener(Protocol):
     def observe(
         self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, mask: KeyIntervals | None, options: dict[str, Any]
     ) -> None:
-        """Takes what a layer attended with; no LSE where the layer is not recorded by anybody."""
+        """Takes what a layer attended with; no LSE where no recorder records the layer."""
 
 
-# Those who record now; empty outside of every `with`.
+# The recorders that are active; empty outside of every `with`.
 LISTENERS: list[Listener] = []
 
 
@@ -53,7 +53,7 @@ def register() -> None:
 
 
 def vgpo_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Returns what transformers' `sdpa_mask` returns, or while somebody records the mask as encoded intervals.
+    """Returns what transformers' `sdpa_mask` returns, or while a recorder is active the mask as encoded intervals.
 
     A model with soft-capped attention, which sdpa does not know, always gets intervals.
     """
@@ -110,7 +110,7 @@ def vgpo_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attends as transformers' sdpa does; in layers that somebody records, with our attention, which gives its LSE.
+    """Attends as transformers' sdpa does; in layers that are recorded, with our attention, which gives its LSE.
 
     Args:
         module: the attention layer.

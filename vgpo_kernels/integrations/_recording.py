@@ -146,7 +146,7 @@ class Recorder:
     def observe(
         self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, mask: KeyIntervals | None, options: dict[str, Any]
     ) -> None:
-        """Takes what a layer attended with; no LSE where the layer is not recorded by anybody."""
+        """Takes what a layer attended with; no LSE where no recorder records the layer."""
         self._called.add(layer)
         if layer in self.layers and lse is not None and mask is not None and self._sequence is not None:
             self._sequence.heads = q.shape[1]

@@ -20,7 +20,7 @@ _OPTIONS = (
         "loss_type",
         lambda value: value in LOSS_TYPES,
         f"one of {', '.join(map(repr, LOSS_TYPES))}",
-        "policy_loss has no other, and weights would enter it in a way that nobody has defined",
+        "policy_loss has no other, and weights would enter it in no way that is defined",
     ),
     _Option(
         "use_liger_kernel",
