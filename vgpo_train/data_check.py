@@ -3,6 +3,8 @@
 import functools
 import logging
 
+from tqdm import tqdm
+
 from vgpo_train import distributed
 from vgpo_train.config import DataConfig
 from vgpo_train.data import DataError, Examined, PictureDataset, PromptCollator, examine, report, unusable
@@ -33,7 +35,8 @@ def usable(datasets: dict[str, PictureDataset], collator: PromptCollator, invali
     found: dict[str, list[Examined]] = {}
     for key, data in datasets.items():
         own = range(distributed.rank(), len(data), distributed.world_size())
-        rows = distributed.gather_lists(distributed.together(functools.partial(examine, data, collator, own)))
+        bar = tqdm(own, f"check {key}", disable=not distributed.is_main(), unit="row", dynamic_ncols=True)
+        rows = distributed.gather_lists(distributed.together(functools.partial(examine, data, collator, bar)))
         found[key] = unusable(rows)
         if distributed.is_main() and not any(row.images for row in rows):
             logger.warning("%s=%s: no row has a picture, so every focus is 0", key, data.name)
