@@ -95,7 +95,8 @@ def test_lengths(device, lengths):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softcap(device, dtype):
-    check(device, case("packed", "image", (1, 1), LENGTHS, 32, dtype), scale=1.0, softcap=3.0)
+    # Two heads: the largest error of torch in one is luck, and so would the budget be.
+    check(device, case("packed", "image", (2, 2), LENGTHS, 32, dtype), scale=1.0, softcap=3.0)
 
 
 @pytest.mark.parametrize(("D", "dtype", "lengths"), [(512, torch.float16, (19, 35)), (320, torch.float32, (5, 18))])

@@ -1,9 +1,9 @@
 """VGPOTrainer's prompts to a vLLM in its process, which a stand-in plays here; tests/with_vllm has the real one."""
 
 import inspect
+import math
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -36,7 +36,7 @@ class StandIn:
         for picture in pictures:
             mark = ids.index(self.pad, at)
             grid = self.processor.image_processor(images=[picture])["image_grid_thw"][0]
-            expanded += ids[at:mark] + [self.pad] * (int(np.prod(grid)) // 4 + self.more)
+            expanded += ids[at:mark] + [self.pad] * (math.prod(map(int, grid)) // 4 + self.more)
             at = mark + 1
         return expanded + ids[at:]
 
