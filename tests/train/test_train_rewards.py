@@ -181,7 +181,7 @@ def test_a_choice_is_its_letter_or_the_text_that_the_problem_gives_it(problem, g
 
 
 _PIECES = ["<think>a</think>", "\\boxed", "\\boxed{", "\\boxed{}", "\\boxed{1} and ", "}", " ", "{", "\\", "**a", "$a "]
-_PIECES += [" __a", "\\text{", "A, ", "(", "²", "ａ"]
+_PIECES += [" __a", "\\text{", "\\text{{}", "A, ", "(", "²", "\uff41"]
 
 
 def _long(size: int) -> list[str]:
@@ -191,7 +191,8 @@ def _long(size: int) -> list[str]:
     nested.append("\\boxed{1" * (size // 9) + "}" * (size // 9))
     numbered = ", ".join(f"\\boxed{{{number}}}" for number in range(size // 14))
     inside = ["\\boxed{A. ^" + text + "}" for text in repeated + nested]
-    return ["<think></think>" + text for text in [*inside, *nested, numbered, *(text + "\\boxed{1}" for text in repeated)]]
+    before = [text + "\\boxed{1}" for text in repeated]
+    return ["<think></think>" + text for text in [*inside, *nested, numbered, *before]]
 
 
 @pytest.mark.parametrize("name", ["format", "exact_match", "word_match", "multiple_choice", "math_verify"])

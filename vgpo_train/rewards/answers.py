@@ -20,16 +20,18 @@ _BETWEEN = re.compile(
 )
 _JOINS = re.compile(r"[,;]|and|or")
 _STYLED = re.compile(
-    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|cal)|mbox|boxed|fbox|boldsymbol|bm|operatorname)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|cal)|mbox|boxed|fbox|boldsymbol|bm|operatorname|underline)"
+    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
+_COLOR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}(\s*\{)?")
 _RAISED, _LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿˣ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ]+")
 # What is neither read by math-verify nor normalised by unicode itself.
 _SIGNS = {
     "·": r"\cdot ", "×": r"\times ", "−": "-", "–": "-", "—": "-", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
     "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
     "º": r"^\circ ", "∠": r"\angle ", "△": r"\triangle ", "⊥": r"\perp ", "∥": r"\parallel ", "≅": r"\cong ",
-    "∽": r"\sim ", "∶": ":", "。": ".", "、": ",", "′": "'", "’": "'", "“": '"', "”": '"', "ℝ": r"\mathbb{R}",
-    "∧": r"\land ", "∨": r"\lor ",
+    "∽": r"\sim ", "∶": ":", "。": ".", "、": ", ", "：": ": ", "′": "'", "’": "'", "“": '"', "”": '"',
+    "ℝ": r"\mathbb{R}", "∧": r"\land ", "∨": r"\lor ", "或": " or ", "和": " and ", "且": " and ",
 }  # fmt: skip
 _GREEK = re.compile(r"GREEK (?:SMALL|(CAPITAL)) LETTER ([A-Z]+)")
 CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"  # statements, such as ①③ for those that are true
@@ -37,7 +39,13 @@ _LATEX = [
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)\s*(?![a-zA-Z])\.?|\\!"), ""),
     (re.compile(r"\\(?:displaystyle|bf|rm|it)(?![a-zA-Z])"), ""),
     (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|(?<!\\)~|(?<!\\)\\[()\[\]]"), " "),
-    (re.compile(r"\\degree|\^\s*(?:\{\s*)?\\circ(?:\s*\})?|(?<=\d)\s*\^\s*(?:\{\s*[oO]\s*\}|[oO](?![a-zA-Z]))"), r"^\\circ "),
+    (re.compile(r"\\degree|\^\s*(?:\{\s*)?\\circ(?:\s*\})?"), r"^\\circ "),
+    (re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*[oO]\s*\}|[oO](?![a-zA-Z]))"), r"^\\circ "),
+    (re.compile(r"\^\s*(?:\{\s*)?\\prime(?![a-zA-Z])(?:\s*\})?"), "'"),
+    (re.compile(r"(?<![\\a-zA-Z\d])m\s*(?=\\angle(?![a-zA-Z]))"), ""),  # the measure of an angle
+    (re.compile(r"\\(?:overset|stackrel)\s*\{\s*\\frown\s*\}"), r"\\widehat"),
+    (re.compile(r"\\overrightarrow(?![a-zA-Z])"), r"\\vec"),
+    (re.compile(r"(?<=[A-Z])\s*//\s*(?=[A-Z])"), r" \\parallel "),
     (re.compile(r"(?<=[\d\s])\{\s*([A-Za-z/]+)\s*\}"), r" \1 "),
     (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(le|ge|ne)q(?:slant)?(?![a-zA-Z])"), r"\\\1"),
@@ -123,14 +131,14 @@ def boxes(text: str) -> list[Box]:
 
 def tidy(text: str) -> str:
     """Returns an answer as LaTeX without what does not change its meaning: styles, spaces, delimiters, bold, signs."""
-    text = _ascii(text)
+    text = _COLOR.sub(lambda match: r"\text{" if match[1] else "", _ascii(text))
     for _ in range(3):  # the innermost first: \\textbf{\\text{(B)}}
         text = _STYLED.sub(r" \1 ", text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = _BOLD.sub(r"\2", _DOLLARS.sub(r" \1 ", text))
     text = " ".join(text.split())
-    bare = text.strip("`*_ ").rstrip(",;: ")
+    bare = text.strip("`*_ ").rstrip(",;: \\")
     return bare[:-1].rstrip() if bare.endswith(".") and not bare.endswith("..") else bare
 
 
