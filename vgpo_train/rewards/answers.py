@@ -4,6 +4,7 @@ r"""What a completion answers: the text of its boxes, and that text without the 
 Both take time linear in the length of the text.
 """
 
+import functools
 import re
 import unicodedata
 from typing import NamedTuple
@@ -149,6 +150,7 @@ def _ascii(text: str) -> str:
     return "".join(map(_character, text)).replace("{,}", ",")
 
 
+@functools.lru_cache(maxsize=4096)
 def _character(character: str) -> str:
     if character.isascii() or character in CIRCLED:
         return character
