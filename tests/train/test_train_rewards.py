@@ -1,8 +1,6 @@
 """Rewards by name, the answers that they take for right, and what happens to a run when one of them fails."""
 
 import csv
-import random
-import re
 import time
 from pathlib import Path
 
@@ -108,6 +106,15 @@ def test_the_boxed_answer(completion: str, boxed: str | None) -> None:
         ("format", r"<think> a \boxed{1}", "1", 0.0),
         ("format", "<think>a</think> 1", "1", 0.0),
         ("format", r"<think>a</think><think>b</think>\boxed{1}", "1", 0.0),
+        ("format", r"<think>a</think></think>\boxed{1}", "1", 0.0),
+        ("format", r" <think></think> b \boxed{\frac{1}{2}}$. ", "1", 1.0),
+        ("format", r"<think>\boxed{1}</think>", "1", 0.0),
+        ("format", r"<think>a</think>\fbox{1}", "1", 1.0),
+        ("format", r"<think>a</think>\boxed {1}", "1", 1.0),
+        ("format", r"<think>a</think>\boxed{1}, \boxed{2}", "1", 1.0),
+        ("format", r"<think>a</think>\boxed{1} text}", "1", 0.0),
+        ("format", r"<think>a</think>\boxed{1} is it", "1", 0.0),
+        ("format", r"<think>a</think>\boxed{1}, \boxed{2", "1", 0.0),
     ],
 )
 def test_rewards(name: str, completion: str, answer: str, reward: float) -> None:
@@ -173,35 +180,31 @@ def test_a_choice_is_its_letter_or_the_text_that_the_problem_gives_it(problem, g
     assert get_reward("math_verify")(_boxed(answer), _sample(gold, problem=problem)) == right
 
 
-# What `format` is: the regular expression says it, in time that grows with the square of a text or worse.
-_FORMAT = re.compile(r"\s*<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)*\\boxed\{.*\}\s*\S{0,2}\s*", re.DOTALL)
+_PIECES = ["<think>a</think>", "\\boxed", "\\boxed{", "\\boxed{}", "\\boxed{1} and ", "}", " ", "{", "\\", "**a", "$a "]
+_PIECES += [" __a", "\\text{", "\\text{{}", "A, ", "(", "²", "\uff41"]
 
 
-def test_format_is_its_regular_expression() -> None:
-    generator = random.Random(0)
-    pieces = ["<think>", "</think>", "<think", "\\boxed{", "\\boxed", "}", "{", " ", "\n", "a", "ab", ".", "$"]
-    accepted = 0
-    for _ in range(10_000):
-        text = "".join(generator.choices(pieces, k=generator.randrange(6)))
-        if generator.random() < 0.8:
-            text = generator.choice(["", " "]) + "<think>" + generator.choice(["", "a"]) + "</think>" + text
-        if generator.random() < 0.8:
-            text += (
-                "\\boxed{" + "".join(generator.choices(pieces, k=2)) + "}" + generator.choice(["", ".", " $ ", "..."])
-            )
-        expected = _FORMAT.fullmatch(text) is not None
-        accepted += expected
-        assert get_reward("format")(text, _sample("1")) == expected, text
-    assert accepted > 500
+def _long(size: int) -> list[str]:
+    """Returns completions of some `size` characters that a careless search goes over again and again."""
+    repeated = [piece * (size // len(piece)) for piece in _PIECES]
+    nested = ["{" * (size // 2) + "}" * (size // 2), "\\boxed{" * (size // 8) + "}" * (size // 8)]
+    nested.append("\\boxed{1" * (size // 9) + "}" * (size // 9))
+    numbered = ", ".join(f"\\boxed{{{number}}}" for number in range(size // 14))
+    inside = ["\\boxed{A. ^" + text + "}" for text in repeated + nested]
+    before = [text + "\\boxed{1}" for text in repeated]
+    return ["<think></think>" + text for text in [*inside, *nested, numbered, *before]]
 
 
-@pytest.mark.parametrize("name", ["format", "exact_match", "multiple_choice"])
-@pytest.mark.parametrize(
-    "piece",
-    ["<think>a</think>", "\\boxed{", "\\boxed{}", "}", " ", "{", "\\", "<think></think>\\boxed{}} ", "**a", "$a "],
-)
-def test_rewards_of_text_take_linear_time(name: str, piece: str) -> None:
-    completion = "<think></think>" + piece * (100_000 // len(piece)) + "\\boxed{" + piece * 2000 + "}"
-    began = time.process_time()
-    get_reward(name)(completion, _sample("1"))
-    assert time.process_time() - began < 0.5  # some milliseconds
+@pytest.mark.parametrize("name", ["format", "exact_match", "word_match", "multiple_choice", "math_verify"])
+def test_rewards_of_text_take_linear_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin.processes, "is_worker", lambda: True)  # no limit of time
+
+    def seconds(completion: str) -> float:
+        began = time.process_time()
+        get_reward(name)(completion, _sample("1"))
+        return time.process_time() - began
+
+    for short, long in zip(_long(10_000), _long(100_000), strict=True):
+        took = seconds(long)
+        assert took < 1.0, long[:40]
+        assert took < 0.2 or seconds(long) < 40 * seconds(short), long[:40]

@@ -4,12 +4,14 @@ r"""What a completion answers: the text of its boxes, and that text without the 
 Both take time linear in the length of the text.
 """
 
+import functools
 import re
 import unicodedata
+from typing import NamedTuple
 
 _TOKEN = re.compile(
-    r"\\+(?:boxed|fbox)\s*(?P<box>\{)"  # more than one backslash: an escaped text
-    r"|\\+(?:boxed|fbox)(?![a-zA-Z])\s*(?P<bare>[-+]?\d+(?:\.\d+)?|\\[a-zA-Z]+|[^\s{}\\$])"
+    r"(?<!\\)\\+(?:boxed|fbox)\s*(?P<box>\{)"  # more than one backslash: an escaped text
+    r"|(?<!\\)\\+(?:boxed|fbox)(?![a-zA-Z])\s*(?P<bare>[-+]?\d+(?:\.\d+)?|\\[a-zA-Z]+|[^\s{}\\$])"
     r"|\\.|(?P<open>\{)|(?P<close>\})",
     re.DOTALL,
 )
@@ -19,16 +21,18 @@ _BETWEEN = re.compile(
 )
 _JOINS = re.compile(r"[,;]|and|or")
 _STYLED = re.compile(
-    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|cal)|mbox|boxed|fbox|boldsymbol|bm|operatorname)\s*\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|cal)|mbox|boxed|fbox|boldsymbol|bm|operatorname|underline)"
+    r"\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
+_COLOR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}(\s*\{)?")
 _RAISED, _LOWERED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿˣ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ]+")
 # What is neither read by math-verify nor normalised by unicode itself.
 _SIGNS = {
     "·": r"\cdot ", "×": r"\times ", "−": "-", "–": "-", "—": "-", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
     "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
     "º": r"^\circ ", "∠": r"\angle ", "△": r"\triangle ", "⊥": r"\perp ", "∥": r"\parallel ", "≅": r"\cong ",
-    "∽": r"\sim ", "∶": ":", "。": ".", "、": ",", "′": "'", "’": "'", "“": '"', "”": '"', "ℝ": r"\mathbb{R}",
-    "∧": r"\land ", "∨": r"\lor ",
+    "∽": r"\sim ", "∶": ":", "。": ".", "、": ", ", "：": ": ", "′": "'", "’": "'", "“": '"', "”": '"',
+    "ℝ": r"\mathbb{R}", "∧": r"\land ", "∨": r"\lor ", "或": " or ", "和": " and ", "且": " and ",
 }  # fmt: skip
 _GREEK = re.compile(r"GREEK (?:SMALL|(CAPITAL)) LETTER ([A-Z]+)")
 CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"  # statements, such as ①③ for those that are true
@@ -36,7 +40,13 @@ _LATEX = [
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)\s*(?![a-zA-Z])\.?|\\!"), ""),
     (re.compile(r"\\(?:displaystyle|bf|rm|it)(?![a-zA-Z])"), ""),
     (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|(?<!\\)~|(?<!\\)\\[()\[\]]"), " "),
-    (re.compile(r"\\degree|\^\s*\{?\s*\\circ\s*\}?|(?<=\d)\s*\^\s*(?:\{\s*[oO]\s*\}|[oO](?![a-zA-Z]))"), r"^\\circ "),
+    (re.compile(r"\\degree|\^\s*(?:\{\s*)?\\circ(?:\s*\})?"), r"^\\circ "),
+    (re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*[oO]\s*\}|[oO](?![a-zA-Z]))"), r"^\\circ "),
+    (re.compile(r"\^\s*(?:\{\s*)?\\prime(?![a-zA-Z])(?:\s*\})?"), "'"),
+    (re.compile(r"(?<![\\a-zA-Z\d])m\s*(?=\\angle(?![a-zA-Z]))"), ""),  # the measure of an angle
+    (re.compile(r"\\(?:overset|stackrel)\s*\{\s*\\frown\s*\}"), r"\\widehat"),
+    (re.compile(r"\\overrightarrow(?![a-zA-Z])"), r"\\vec"),
+    (re.compile(r"(?<=[A-Z])\s*//\s*(?=[A-Z])"), r" \\parallel "),
     (re.compile(r"(?<=[\d\s])\{\s*([A-Za-z/]+)\s*\}"), r" \1 "),
     (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(le|ge|ne)q(?:slant)?(?![a-zA-Z])"), r"\\\1"),
@@ -45,7 +55,7 @@ _LATEX = [
     (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
 ]
 _DOLLARS = re.compile(r"(?<!\\)\$\$?(?=[^\s$])([^$]*?[^\s$\\])\$\$?(?!\d)")
-_BOLD = re.compile(r"(?<![\w)}*])(\*\*|__|`|\*)(?=\S)([^*`]+?)(?<=\S)\1(?![\w({*])")
+_BOLD = re.compile(r"(?<![\w)}*])(\*\*|__|`|\*)(?=\S)((?:(?!\1)[^*`])+)(?<=\S)\1(?![\w({*])")
 
 
 def boxed_answer(completion: str) -> str | None:
@@ -53,8 +63,8 @@ def boxed_answer(completion: str) -> str | None:
 
     Braces are those of LaTeX: `\{` and `\}` are none. Without braces a box holds a number, a command or a character.
     """
-    found = _boxes(completion)
-    return found[-1][2] if found else None
+    found = boxes(completion)
+    return found[-1].content(completion) if found else None
 
 
 def final_answer(completion: str) -> str | None:
@@ -62,16 +72,15 @@ def final_answer(completion: str) -> str | None:
 
     `\boxed{1}, \boxed{2}` is "1, 2"; `\boxed{1}. No, it is \boxed{2}` is "2".
     """
-    found = _boxes(completion)
+    found = boxes(completion)
     if not found:
         return None
-    texts = [found[-1][2]]
+    texts = {found[-1].content(completion): None}  # a set in order
     for before, after in zip(found[-2::-1], found[:0:-1], strict=False):
-        between = completion[before[1] : after[0]]
+        between = completion[before.end : min(after.begin, before.end + 81)]
         if len(between) > 80 or not _JOINS.search(between) or not _BETWEEN.fullmatch(between):
             break
-        if before[2] not in texts:
-            texts.append(before[2])
+        texts[before.content(completion)] = None
     return ", ".join(reversed(texts))
 
 
@@ -81,43 +90,56 @@ def gold_answer(answer: str) -> str:
     return answer if boxed is None else boxed
 
 
-def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """Returns begin, end and content of the outermost boxes; nothing where the last to begin has no end."""
+class Box(NamedTuple):
+    """Where a box and what it holds begin and end in a text."""
+
+    begin: int
+    end: int
+    inside: tuple[int, int]
+
+    def content(self, text: str) -> str:
+        """Returns what the box in `text` holds."""
+        return text[slice(*self.inside)].strip()
+
+
+def boxes(text: str) -> list[Box]:
+    """Returns the outermost boxes; nothing where the last to begin has no end."""
     opened: list[tuple[int, int] | None] = []  # for each open brace: where a box and its content begin, None for others
-    found: list[tuple[int, int, str]] = []
+    found: list[Box] = []
     last = -1  # where the last box begins
     for token in _TOKEN.finditer(text):
         if token.group("box"):
             last = token.start()
-            opened.append((token.start(), token.end()))
+            opened.append(token.span())
         elif token.group("bare"):
             last = token.start()
-            found.append((token.start(), token.end(), token.group("bare")))
+            found.append(Box(*token.span(), token.span("bare")))
         elif token.group("open"):
             opened.append(None)
         elif token.group("close") and opened:
-            box = opened.pop()
-            if box is None:
+            begun = opened.pop()
+            if begun is None:
                 continue
-            content = text[box[1] : token.start()]
-            while found and found[-1][0] > box[0]:  # a box in a box
+            inside = begun[1], token.start()
+            count = len(found)
+            while found and found[-1].begin > begun[0]:
                 inner = found.pop()
-                if content.strip() == text[inner[0] : inner[1]]:
-                    content = inner[2]
-            found.append((box[0], token.end(), content.strip()))
-    return found if found and not any(box and box[0] == last for box in opened) else []
+            if count - len(found) == 1 and not (text[inside[0] : inner.begin] + text[inner.end : inside[1]]).strip():
+                inside = inner.inside  # nothing but a box
+            found.append(Box(begun[0], token.end(), inside))
+    return found if found and not any(begun and begun[0] == last for begun in opened) else []
 
 
 def tidy(text: str) -> str:
     """Returns an answer as LaTeX without what does not change its meaning: styles, spaces, delimiters, bold, signs."""
-    text = _ascii(text)
+    text = _COLOR.sub(lambda match: r"\text{" if match[1] else "", _ascii(text))
     for _ in range(3):  # the innermost first: \\textbf{\\text{(B)}}
         text = _STYLED.sub(r" \1 ", text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = _BOLD.sub(r"\2", _DOLLARS.sub(r" \1 ", text))
     text = " ".join(text.split())
-    bare = text.strip("`*_ ").rstrip(",;: ")
+    bare = text.strip("`*_ ").rstrip(",;: \\")
     return bare[:-1].rstrip() if bare.endswith(".") and not bare.endswith("..") else bare
 
 
@@ -128,6 +150,7 @@ def _ascii(text: str) -> str:
     return "".join(map(_character, text)).replace("{,}", ",")
 
 
+@functools.lru_cache(maxsize=4096)
 def _character(character: str) -> str:
     if character.isascii() or character in CIRCLED:
         return character

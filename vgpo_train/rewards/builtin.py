@@ -6,7 +6,7 @@ import os
 
 from vgpo_train.data import Sample
 from vgpo_train.rewards import processes
-from vgpo_train.rewards.answers import final_answer, gold_answer, tidy
+from vgpo_train.rewards.answers import boxes, final_answer, gold_answer, tidy
 from vgpo_train.rewards.equality import choice_letter, same_answer
 from vgpo_train.rewards.pool import RewardPool
 from vgpo_train.rewards.registered import register
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 _LIMIT = 5.0  # seconds of one call of math_verify outside of a mixer
 
-_THINK, _END, _BOX = "<think>", "</think>", "\\boxed{"
+_THINK, _END = "<think>", "</think>"
 
 
 @register("exact_match")
@@ -63,20 +63,13 @@ def _pool(_process: int, limit: float) -> RewardPool:
 
 @register("format")
 def format_reward(completion: str, _sample: Sample) -> float:
-    r"""1 where a completion is `<think>...</think>` and then ends with `\boxed{...}`; in linear time."""
+    r"""1 where a completion is `<think>...</think>` and then ends with a box; in linear time."""
     text = completion.lstrip()
-    if not text.startswith(_THINK):
+    thought, ended, rest = text[len(_THINK) :].partition(_END)
+    found = boxes(rest)
+    if not (text.startswith(_THINK) and ended and found) or _THINK in thought or _THINK in rest or _END in rest:
         return 0.0
-    begin, end = text.find(_THINK, len(_THINK)), text.find(_END, len(_THINK))
-    if end < 0 or 0 <= begin < end:
-        return 0.0
-    end += len(_END)
-    box = text.find(_BOX, end)
-    if box < 0 or any(text.find(tag, end, box) >= 0 for tag in (_THINK, _END)):
-        return 0.0
-    box_end = text.rfind("}", box + len(_BOX))
-    rest = text[box_end + 1 :].split()
-    return float(box_end >= 0 and len(rest) <= 1 and len("".join(rest)) <= 2)  # such as a full stop or \]
+    return float(len("".join(rest[found[-1].end :].split())) <= 2)  # such as a full stop or \]
 
 
 def _normal(text: str) -> str:

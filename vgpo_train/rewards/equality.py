@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vgpo_train.rewards.answers import CIRCLED, tidy
 from vgpo_train.rewards.phrases import normal_words, plain_math, same_name, split_name, without_preamble
-from vgpo_train.rewards.quantities import close_up, same_expression, same_value
+from vgpo_train.rewards.quantities import approximates, close_up, same_expression, same_value
 
 _LONGEST = 2000  # characters of an answer that is taken apart
 _CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)\s*[.:]?\s*(.*)|[.:](?!\d)\s*(.*))?", re.DOTALL | re.IGNORECASE)
@@ -19,10 +19,11 @@ _MARK = f"[A-J{CIRCLED}]"
 _LETTERS = re.compile(rf"\(?{_MARK}\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s*)\(?{_MARK}\)?)+")
 _OPTION = re.compile(r"(?<![A-Za-z0-9\\])\(?([A-J])\s*[).:]\s*")
 _SYSTEM = re.compile(
-    r"(?:\\\{|\{)?\s*\\begin\s*\{(cases|array|aligned|split|gathered)\}\s*(?:\{[lcr|]*\})?(.*)\\end\s*\{\1\}\s*(?:\\\}|\})?",
+    r"(?:\\\{|\{)?\s*\\begin\s*\{(cases|array|aligned|split|gathered|matrix)\}\s*(?:\{[lcr|]*\})?(.*)\\end\s*\{\1\}\s*(?:\\\}|\})?",
     re.DOTALL,
 )
 _SEPARATOR = re.compile(r"\s*\\cup(?![a-z])\s*|\s*[,;]\s*(?:(?:and|or)(?![a-z]))?|\s+(?:and|or)\s+|\s*\\\\(?![a-zA-Z])")
+_RELATION = re.compile(r"(?<![<>!])=|\\(?:parallel|perp|cong|sim)(?![a-zA-Z])")  # the same from either side
 _BUILT_SET = re.compile(r"^(?:[A-Z]\s*=\s*)?\\?\{\s*[a-z]\s*(?:\||\\mid|:)(.*?)\\?\}$", re.DOTALL)  # {x | x > 1}
 
 
@@ -80,6 +81,8 @@ def _options(problem: str) -> dict[str, str]:
 def _same_choice(gold: str, answer: str, options: dict[str, str]) -> bool | None:
     """Compares as choices; None where neither is one, or the text of a letter is not known."""
     several, also = _letters(gold), _letters(answer)
+    if (several or also) and re.search(r"\bor\b", gold + " " + answer):
+        return False
     if several and also:
         return several == also
     (gold_letter, gold_text), (letter, text) = _choice(gold), _choice(answer)
@@ -99,6 +102,7 @@ class _Parts(NamedTuple):
 
     items: list[str]
     brackets: str  # both in one; nothing for a bare list
+    point: str = ""  # the name of a point
 
 
 def _same(gold: str, answer: str) -> bool:
@@ -107,6 +111,11 @@ def _same(gold: str, answer: str) -> bool:
     if normal_words(gold) in ("yes", "no", "true", "false", "none", "undefined"):
         return normal_words(gold) == normal_words(answer)
     gold, answer = (_BUILT_SET.sub(r"\1", plain_math(text)) for text in (gold, answer))
+    golds, answers = _alternatives(gold), _alternatives(answer)
+    if len(golds) + len(answers) > 2:
+        return any(_same(value, other) for value in golds for other in answers)
+    if _turned(gold, answer):
+        return True
     one, other = _parts(gold), _parts(answer)
     if one and other:
         return _same_parts(one, other) or (r"\cup" in gold + answer and same_expression(gold, answer))
@@ -120,8 +129,25 @@ def _same(gold: str, answer: str) -> bool:
     return same_value(gold_value, value)
 
 
+def _alternatives(text: str) -> list[str]:
+    r"""Returns value and number of `value \approx number`, the text itself otherwise."""
+    value, approximate, number = (part.strip() for part in text.rpartition(r"\approx"))
+    return [value, number] if approximate and approximates(number, split_name(value)[1]) else [text]
+
+
+def _turned(gold: str, answer: str) -> bool:
+    """Whether `answer` is the relation `gold` from its other side, such as BD = AC for AC = BD."""
+    relations = _RELATION.findall(gold)
+    if len(relations) != 1 or relations != _RELATION.findall(answer):
+        return False
+    (left, right), (first, last) = ([side.strip() for side in _RELATION.split(text)] for text in (gold, answer))
+    return same_value(left, last) and same_value(right, first)
+
+
 def _same_parts(gold: _Parts, answer: _Parts) -> bool:
     if len(gold.items) != len(answer.items) or not _brackets_agree(gold, answer):
+        return False
+    if gold.point and answer.point and gold.point != answer.point:
         return False
     if _in_order(gold, answer):
         return all(_same(one, other) for one, other in zip(gold.items, answer.items, strict=True))
@@ -153,18 +179,17 @@ def _parts(text: str) -> _Parts | None:
     """Takes a list apart; None for what is none."""
     system = _SYSTEM.fullmatch(text)
     if system:
-        lines = [line.replace("&", " ").strip(" ,;") for line in system.group(2).split(r"\\")]
+        lines = [line.replace("&", " ").strip(" ,;.") for line in system.group(2).split(r"\\")]
         return _Parts([line for line in lines if line], "") if any("=" in line for line in lines) else None
     if r"\begin" in text:
         return None
-    value = re.sub(r"[a-zA-Z]\s*\\in(?![a-z])\s*", "", split_name(text)[1])
-    if re.match(r"[A-Z]'?\s*\(.*,", value):  # a point and its name
-        value = value.partition("(")[1] + value.partition("(")[2]
+    name, value = split_name(text)
+    value = re.sub(r"[a-zA-Z]\s*\\in(?![a-z])\s*", "", value)
     value = value.replace(r"\{", "{").replace(r"\}", "}")
     if value[:1] + value[-1:] in ("{}", "()", "[]", "(]", "[)"):
         items = _split(value[1:-1])
         if items is not None and (len(items) > 1 or value[0] == "{"):
-            return _Parts(items, value[0] + value[-1])
+            return _Parts(items, value[0] + value[-1], name if re.fullmatch("[A-Z]'?", name) else "")
     items = _split(text)
     return _Parts(items, "") if items is not None and len(items) > 1 else None
 

@@ -7,8 +7,8 @@ _PREAMBLE = re.compile(
     r"(?:(?:the\s+)?(?:final\s+|correct\s+|right\s+)?(?:answer|option|choice|solution|result|figure|statement|image)s?"
     r"(?:\s+(?:is|are))?\s*[:=]?\s*"
     r"|(?:[A-Za-z][a-z']*\s+){1,8}?(?:is|are|was|were|equals|measures)(?:\s+equal\s+to)?\s*:?\s+(?!not\b)"
-    r"|(?:the\s+)?(?:points?|coordinates?|intervals?|vector)\s+(?=[(\[\\])|i\s+(?:choose|pick|select)\s+"
-    r"|it's\s+(?!not\b))",
+    r"|(?:the\s+)?(?:points?|coordinates?|intervals?|vector)\s+(?=[(\[\\]|[A-Z]'?$)|i\s+(?:choose|pick|select)\s+"
+    r"|it's\s+(?!not\b)|[故应]?(?:答案|选项?)[是为]?\s*[:,]?\s*)",
     re.IGNORECASE,
 )
 _ABOUT = re.compile(r"(?:approximately|approx\.?|about|\\approx|\\sim|~|=)\s*(?=[-+\d\\.$])", re.IGNORECASE)
@@ -28,12 +28,13 @@ _GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|pi|rho|omega"
 # What math-verify does not read as it is meant.
 _PLAIN = [
     (re.compile(r"^(?:negative|minus)\s+(?=\d)", re.IGNORECASE), "-"),
-    (re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE), r"\1m"),
+    (re.compile(r"(?<=\d)(\s*[ap])\.?\s?m\b\.?", re.IGNORECASE), lambda match: match[1].lower() + "m"),
     (re.compile(r"(?<=\d)\s+to\s+(?=\d)"), ":"),
     (re.compile(r"(?<![\d/.])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])"), r"\1\\frac{\2}{\3}"),
     (re.compile(r"(?<![\d.,(\[{])\d{1,3}([ ,'])\d{3}(?:\1\d{3})*(?![\d,])"),
      lambda match: match[0].replace(match[1], "")),
     (re.compile(r"√\s*(?=[{(])"), "sqrt"),
+    (re.compile(r"(?<![A-Za-z\\])C_(\d|\{\d+\})\s*\^\s*(\d|\{\d+\})"), r"\\binom{\1}{\2}"),
     (re.compile(r"(?:√|(?<![\\A-Za-z])sqrt)\s*(\d+(?:\.\d+)?|\\?[A-Za-z]+)"), r"\\sqrt{\1}"),
     (re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?|\.\d+)[eE]\+?(-?\d+)(?![A-Za-z\d.])"), r"\1 \\times 10^{\2}"),
     (re.compile(r"(?<=\d)(?:\s+x\s+(?=\d)|\s*[xX]\s*(?=10\s*\^))"), r" \\times "),
@@ -55,9 +56,11 @@ _SHORT_WORDS = {"no", "on", "up", "in", "at", "by", "to", "of"}
 _NOT_WORDS = {*_FUNCTIONS.split("|"), *_GREEK.split("|"), "sqrt"}
 _OF_NUMBERS = re.compile(r"\\(?:frac|sqrt|times|cdot|div|pi|pm)(?![a-z])")
 _NAME = re.compile(
-    r"((?:\\[A-Za-z]+\s*)?(?:\{?[A-Za-z]{1,4}'?\}?|[A-Za-z]{3,}(?:\s[A-Za-z]+){0,3}|(?<=[a-z\s])\d?)"
+    r"((?:\\[A-Za-z]+\s*){0,2}(?:\{?[A-Za-z]{1,4}'?\}?|[A-Za-z]{3,}(?:\s[A-Za-z]+){0,3}|(?<=[a-z\s])\d?)"
     r"(?:_(?:\{[^{}]*\}|\w))?(?:\s*\([^()=]*\))?|\([a-z](?:,\s*[a-z])+\)|\|[A-Za-z]+\|)\s*(?:=|:(?!\d))\s*(?![=<>])"
 )
+_POINT = re.compile(r"([A-Z]'?)\s*(\((?:[^()]|\([^()]*\))*,(?:[^()]|\([^()]*\))*\))")  # A(1, 2)
+_TURNED = re.compile(r"([^=<>]+?)\s*=\s*([A-Za-z])")  # 12 = x
 
 
 def _fraction(match: re.Match[str]) -> str:
@@ -88,7 +91,7 @@ def plain_math(text: str) -> str:
 
 def is_words(text: str) -> bool:
     """Whether `text` is to be read as words, not as a product of letters."""
-    if text.lower() in _SYNONYMS:
+    if text.lower() in _SYNONYMS or re.search("[一-鿿]", text):
         return True
     words = re.findall(r"(?<![\\A-Za-z_{])[A-Za-z]+", text)
     return any((len(word) > 2 and word.lower() not in _NOT_WORDS) or word.lower() in _SHORT_WORDS for word in words)
@@ -109,9 +112,12 @@ def split_name(text: str) -> tuple[str, str]:
     """Returns the name and the value of `x = 5` and of `x = 2 + 3 = 5`; no name for what is no assignment."""
     if "=" in text and not re.search(r"[A-Za-z<>]", _OF_NUMBERS.sub("", text)):
         return "", text.split("=")[-1].strip()  # 17/4 = 4.25
+    if point := _POINT.fullmatch(text):
+        return point[1], point[2]
     match = _NAME.match(text)
     if not match or not text[match.end() :].strip():
-        return "", text
+        turned = _TURNED.fullmatch(text)
+        return (turned[2], turned[1]) if turned else ("", text)
     rest = text[match.end() :]
     last = re.split(r"(?<![\\<>!])=", rest)[-1].strip()
     return match.group(1).strip(), (last if "," not in rest else rest) or rest

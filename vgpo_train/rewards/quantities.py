@@ -15,12 +15,13 @@ _NO_LIMIT = 3600  # seconds; the pool's limit comes before, and None would be wa
 _DIGITS = 6  # in which a decimal number must be right
 _TINY = 1e-4  # numbers below are all 0 to math-verify, which rounds after the point
 _POINTS = re.compile(r"((?:\\[a-z]+\s*)?)\{?([A-Z]{2,4})\}?")  # a segment, an angle: named from either end
-_RANGE = re.compile(r"\d+\s*-\s*\d+")
+_RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
+_HALF_DAY = re.compile(r"(?<=\d:\d\d)\s*[ap]m$", re.IGNORECASE)
 _CURRENCY = re.compile(r"([-+]?)\s*(\\?\$|[€£¥₹])\s*(?=[\d.])(.*)")
 _NUMBER = re.compile(r"[-+]?(?:[\d.,]*\d(?:/\d+)?|\d*\s*\\frac\{\d+\}\{\d+\})(?:\\%)?")
-_WORDS = re.compile(r"\(?[A-Za-z]{2,}(?:[ -][A-Za-z]+){0,3}\)?")
+_WORDS = re.compile(r"\(?[A-Za-z]{2,}(?:[ -][A-Za-z]+){0,3}\)?|[一-鿿]+")
 _QUALIFIED = re.compile(r"(.+?)\s+([A-Za-z]{2,}(?:\s[A-Za-z]+){0,3})")  # 5 m/s to the left
-_BEFORE_UNIT = re.compile(r"(?<=[\w})!%])\s*(?=\^\\circ|[A-Za-z(\\€£¥₹$元Ωµμ])")
+_BEFORE_UNIT = re.compile(r"(?<=[\w})!%])\s*(?=\^\\circ|[A-Za-z(\\€£¥₹$Ωµμ一-鿿])")
 # Units are taken off before; math-verify's own list also takes `2c` for 2.
 _LATEX = LatexExtractionConfig(
     normalization_config=NormalizationConfig(basic_latex=True, malformed_operators=True, nits=True, boxed="none")
@@ -40,9 +41,13 @@ def same_value(gold: str, answer: str) -> bool:
         return True
     named = _POINTS.fullmatch(gold), _POINTS.fullmatch(answer)
     if all(named):
-        return named[0][1].strip() == named[1][1].strip() and named[0][2] in (named[1][2], named[1][2][::-1])
-    if _RANGE.fullmatch(gold) and _RANGE.fullmatch(answer):
+        kind, ends = named[0][1].strip(), named[1][2]
+        return kind == named[1][1].strip() and named[0][2] in ((ends,) if kind == r"\vec" else (ends, ends[::-1]))
+    ranges = [match for match in (_RANGE.fullmatch(gold), _RANGE.fullmatch(answer)) if match]
+    if len(ranges) == 2 or any(int(match[1]) < int(match[2]) for match in ranges):
         return False  # years or pages, not differences
+    if bool(_HALF_DAY.search(gold)) != bool(_HALF_DAY.search(answer)):
+        gold, answer = _HALF_DAY.sub("", gold), _HALF_DAY.sub("", answer)
     one, other = _quantity(gold), _quantity(answer)
     if one is None and other is None and (is_words(gold) or is_words(answer)):
         return normal_words(gold).replace(" ", "") == normal_words(answer).replace(" ", "")  # north-east
@@ -63,12 +68,21 @@ def same_value(gold: str, answer: str) -> bool:
     return is_angle and _same_amount(one, other)
 
 
+def approximates(number: str, value: str) -> bool:
+    """Whether two numbers, whose units do not count, differ by 2% at most."""
+    one, other = (_number(_parse((_quantity(side) or _Quantity(side)).number)) for side in (number, value))
+    return None not in (one, other) and math.isclose(one, other, rel_tol=0.02)
+
+
 def same_expression(gold: str, answer: str) -> bool:
     """Whether math-verify finds two expressions equal."""
     if close_up(gold) == close_up(answer):
         return True
-    if is_words(gold) or is_words(answer):
+    if is_words(gold) or is_words(answer) or gold.count("'") != answer.count("'"):
         return False
+    letters = [set(re.findall("[A-Za-z]", re.sub(r"\\[a-z]+", "", text))) for text in (gold, answer)]
+    if letters[0] != letters[1] and len({frozenset(map(str.lower, each)) for each in letters}) == 1:
+        return False  # to math-verify M is m
     parsed = _parse(gold), _parse(answer)
     if not all(parsed):
         return False

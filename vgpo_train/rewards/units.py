@@ -16,7 +16,13 @@ DEGREE, RADIAN = _REGISTRY.degree, _REGISTRY.radian
 # Of short names only these are units: to pint `a` is a year, `c` the speed of light and `ab` a barn.
 _SHORT = re.compile(r"[kcmundMGµ]?[mgsLlJNWVACFTΩ]|[hdtK]|in|ft|yd|mi|lb|oz|hr|yr|dB|eV|Hz|Pa|cc|sq|Rs")
 _RISKY = {*"sFlLhdtACJKNTVW"}  # as often variables: units after a space alone
+_CHINESE = {
+    "平方": "square ", "立方": "cubic ", "每": " per ", "厘米": "cm", "毫米": "mm", "分米": "dm", "千米": "km",
+    "公里": "km", "米": "m", "千克": "kg", "公斤": "kg", "克": "g", "吨": "ton", "毫升": "mL", "升": "L",
+    "小时": "hour", "时": "hour", "分钟": "minute", "分": "minute", "秒": "second", "度": "degree", "元": "yuan",
+}  # fmt: skip
 _PLAIN = [
+    (re.compile("|".join(_CHINESE)), lambda match: _CHINESE[match[0]]),
     (re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
     (re.compile(r"\\mu\s*"), "µ"), (re.compile(r"\\Omega"), "Ω"),
     (re.compile(r"(?:\bdegrees?\s+|\^\\circ\s*)([cf])(?:elsius|ahrenheit|\b)", re.IGNORECASE),
@@ -28,7 +34,7 @@ _PLAIN = [
     (re.compile(r"(?<=[A-Za-z])\.(?=\s|$)"), ""),  # sq. ft.
     (re.compile(r"^\s*\((.*)\)\s*$"), r"\1"),
     (re.compile(r"\\?\$"), "dollar"), (re.compile("€"), "euro"), (re.compile("£"), "sterling"),
-    (re.compile("[¥元]"), "yuan"), (re.compile("₹"), "rupee"),
+    (re.compile("¥"), "yuan"), (re.compile("₹"), "rupee"),
     (re.compile(r"(?<![A-Za-z])[A-Z][a-z]{2,}"), lambda match: match[0].lower()),
 ]  # fmt: skip
 
