@@ -81,8 +81,8 @@ def test_sizes_and_types_are_checked():
             _native.call("logits_loss", logits, logps, entropy, *of_logits, *wrong, *scaling, config)
     with pytest.raises(ValueError, match="out: expected size 2 in dimension 0, got 1"):
         _native.call("logits_loss", logits[:1], *[by_token] * 2, *of_logits, *[by_token] * 4, *scaling, config)
-    with pytest.raises(ValueError, match="settings: expected size 7 in dimension 0, got 6"):
-        _native.call("logits_loss", logits, *[by_token] * 2, *of_logits, *[by_token] * 4, *scaling, config[:6])
+    with pytest.raises(ValueError, match="settings: expected size 8 in dimension 0, got 7"):
+        _native.call("logits_loss", logits, *[by_token] * 2, *of_logits, *[by_token] * 4, *scaling, config[:7])
 
     with pytest.raises(ValueError, match="logits_q: expected size 9 in dimension 1, got 8"):
         _native.call("logits_kl", by_token[0], logits[0], logits[0, :, :8], *scaling)
