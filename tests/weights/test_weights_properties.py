@@ -121,7 +121,8 @@ def test_the_gate_is_topk_for_any_floats(impl, values, repeats, percent):
     config = VGPOConfig.paper(gamma=1.0, kappa=percent / 100)
     top = max(1, row.shape[1] * percent // 100)
     expected = row >= torch.topk(row, top).values[:, -1:]
-    w = vgpo_weights(row, torch.ones_like(row), torch.zeros(1, dtype=torch.int64), config, impl=impl)
+    group_ids, seen = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.bool)
+    w = vgpo_weights(row, torch.ones_like(row), group_ids, config, has_visual=seen, impl=impl)
     assert torch.equal(w.gate, expected)
 
 
@@ -138,6 +139,6 @@ def test_the_kernels_gate_is_topk_for_any_floats(values, percent):
     top = max(1, row.shape[1] * percent // 100)
     expected = row >= torch.topk(row, top).values[:, -1:]
     row = row.to(DEVICE)
-    group_ids = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    w = vgpo_weights(row, torch.ones_like(row), group_ids, config, impl="triton")
+    group_ids, seen = (torch.zeros(1, dtype=dtype, device=DEVICE) for dtype in (torch.int64, torch.bool))
+    w = vgpo_weights(row, torch.ones_like(row), group_ids, config, has_visual=~seen, impl="triton")
     assert torch.equal(w.gate.cpu(), expected)
