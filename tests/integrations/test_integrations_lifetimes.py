@@ -35,6 +35,9 @@ def test_recorders_left_in_any_order(model: Any, batch: dict[str, Any], order: t
         assert "generate" in model.__dict__
         contexts[index].__exit__(None, None, None)
     assert "generate" not in model.__dict__
+    compiled: list[Any] = []
+    torch.compile(lambda x: x + index, backend=lambda graph, _: compiled.append(graph) or graph)(torch.ones(1))
+    assert compiled, "what a recorder keeps from running compiled runs so again"
 
 
 def test_generate_that_was_replaced_before_or_meanwhile(model: Any, batch: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from vgpo_kernels.integrations._pictures import described, find_picture, lay_out
 from vgpo_kernels.integrations._segments import SEGMENTS, Tokens
 from vgpo_kernels.integrations._sequence import Sequence, Wishes
 
+_STANCE: list[Any] = []  # torch.compile's, as long as anything records
+
 
 class Recorder:
     """What `record_visual_attention` yields: the record of the last outermost forward or `generate`.
@@ -103,10 +105,10 @@ class Recorder:
         return lay_out(values[is_image], picture)
 
     def __enter__(self) -> "Recorder":
-        # A compiled forward would call hooks and attention of the time when it was traced.
-        eager = torch.compiler.set_stance("force_eager")
-        eager.__enter__()
-        self._undo.append(functools.partial(eager.__exit__, None, None, None))
+        if not _interface.LISTENERS:
+            # A compiled forward would call hooks and attention of the time when it was traced.
+            _STANCE.append(torch.compiler.set_stance("force_eager"))
+            _STANCE[-1].__enter__()
         for module in self._parts.entries:
             before = module.register_forward_pre_hook(self._before_forward, with_kwargs=True)
             after = module.register_forward_hook(self._after_forward, always_call=True)
@@ -121,6 +123,8 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         _interface.LISTENERS.remove(self)
         FOLLOWERS.remove(self)
+        if not _interface.LISTENERS:  # recorders may end in any order
+            _STANCE.pop().__exit__(None, None, None)
         while self._undo:
             self._undo.pop()()
         self._outermost = self._generating = None
