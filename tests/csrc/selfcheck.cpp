@@ -149,12 +149,12 @@ void check_policy_loss(Kernel* policy_loss) {
     }
     std::vector<float> loss(rows * tokens, -9.0f), gradient = loss, sums(rows * 10);
     const double infinity = std::numeric_limits<double>::infinity();
-    std::vector<double> settings = {0, low, high, infinity, 0, infinity, infinity};
+    std::vector<double> settings = {0, low, high, infinity, 0, infinity, infinity, 0};
     policy_loss({loss.data(), {rows, tokens}, {tokens, 1}}, {gradient.data(), {rows, tokens}, {tokens, 1}},
                 {sums.data(), {rows, 10}, {10, 1}}, matrix(logps, rows, tokens, false),
                 {true, matrix(old, rows, tokens, false)}, {advantages.data(), Type::f32, {rows, tokens}, {1, 0}},
                 {mask.data(), {rows, tokens}, {tokens, 1}}, {false, {}}, {false, {}}, {false, {}},
-                {settings.data(), {7}, {1}}, false, false, 3);
+                {settings.data(), {8}, {1}}, false, false, 3);
     for (int64_t i = 0; i < rows * tokens; ++i) {
         const double advantage = advantages[i / tokens], log_ratio = static_cast<double>(logps[i]) - old[i];
         const bool clipped = advantage < 0 ? log_ratio < low : log_ratio > high;
