@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/performance.md: each stands between two comments, the first of which names its file.
+"""The tables of README.md and docs/dev/performance.md: each stands between two comments, the first of which names its file.
 
 <!-- of NAME.json -->        (or "of NAME.json, wide": with the floor's share and memory)
 <!-- end of NAME.json -->
@@ -11,7 +11,7 @@ from pathlib import Path
 from report_text import ABSENT, bytes_text, percent_text, ratio_text, seconds_text, table
 from result_file import BOUND, PLAIN, Entry, Group, Results
 
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/dev/performance.md")
 PLACE = re.compile(r"<!-- of (?P<file>[\w.-]+)(?P<wide>, wide)? -->\n.*?<!-- end of (?P=file) -->", re.DOTALL)
 
 

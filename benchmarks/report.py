@@ -1,6 +1,6 @@
 """`python benchmarks/report.py RESULTS.json ...`: the tables and pictures of what was measured.
 
-The tables that README.md and docs/performance.md show of these files are made anew, too.
+The tables that README.md and docs/dev/performance.md show of these files are made anew, too.
 
 Nothing is written of figures that nobody could reproduce: those of a tree with changes, or of a commit whose tests were
 not green.

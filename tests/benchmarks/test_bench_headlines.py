@@ -1,4 +1,4 @@
-"""The tables that README.md and docs/performance.md show of files of results."""
+"""The tables that README.md and docs/dev/performance.md show of files of results."""
 
 from pathlib import Path
 
