@@ -138,6 +138,16 @@ def test_a_folder_a_glob_or_a_list_is_a_data_set(tmp_path: Path) -> None:
     assert [sample.id for sample in PictureDataset(tmp_path / "set")] == ["m", *expected]
 
 
+@pytest.mark.parametrize("name", ["train-00001.jsonl.gz", "more.csv", "b.parquet.zst", "train.json", "data.arrow"])
+def test_rows_in_another_form_are_not_left_out_of_a_folder_without_a_word(tmp_path: Path, name: str) -> None:
+    _parquet(tmp_path / "set/train-00000.parquet", _numbered(0, 2))
+    (tmp_path / "set/dataset_infos.json").write_text("{}")
+    assert len(PictureDataset(tmp_path / "set")) == 2
+    (tmp_path / "set" / name).write_bytes(b"?")
+    with pytest.raises(DataError, match=f"expected data files of .jsonl or .parquet alone, got {name}, too; convert"):
+        PictureDataset(tmp_path / "set")
+
+
 def test_a_source_without_a_file_or_of_several_splits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no data file matches '.*x-\*\.parquet'"):
         PictureDataset(f"{tmp_path}/x-*.parquet")

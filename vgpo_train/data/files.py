@@ -15,6 +15,8 @@ from typing import Any, Protocol
 from vgpo_train.data.errors import DataError
 
 SUFFIXES = (".jsonl", ".parquet")
+# Rows in a form that is not read: beside files that are read, they must not be left out without a word.
+_OTHER_ROWS = re.compile(r"\.(csv|tsv|ndjson|arrow|feather|orc|(jsonl|parquet)\.\w+)$", re.IGNORECASE)
 # In a file's name as a word of its own: train-00000, mmk12_test, ViRL39K.val
 _SPLIT = re.compile(r"(?<![a-z])(train|test|val|dev|eval)(?:ing|idation)?(?![a-z])", re.IGNORECASE)
 _WHOLE = "no split"
@@ -48,7 +50,8 @@ def data_files(source: str | os.PathLike[str] | Sequence[str]) -> list[Path]:
 
     Raises:
         FileNotFoundError: a file or folder that does not exist, a glob that matches no file.
-        DataError: an unknown extension, a folder without such a file or with those of several splits, an empty list.
+        DataError: an unknown extension, an empty list, a folder without such a file, with rows in another form or
+            with files of several splits.
     """
     if isinstance(source, (str, os.PathLike)):
         return _files_of(os.fspath(source))
@@ -186,6 +189,11 @@ def _files_of_folder(folder: Path) -> list[Path]:
     files = sorted(file for file in found if file.is_file())
     if not files:
         raise DataError(f"folder {str(folder)!r} has no {' or '.join(SUFFIXES)} file in it; a glob reaches deeper ones")
+    if others := sorted(file.name for file in folder.iterdir() if _other_rows(file)):
+        raise DataError(
+            f"folder {str(folder)!r}: expected data files of {' or '.join(SUFFIXES)} alone, got {', '.join(others)}, "
+            "too; convert them, or name the files to read in a list or by a glob"
+        )
     splits = {_split(file): file for file in reversed(files)}
     if len(splits) > 1 and splits.keys() != {"train", _WHOLE}:
         names = ", ".join(f"{file.name}: {split}" for split, file in sorted(splits.items()))
@@ -193,6 +201,12 @@ def _files_of_folder(folder: Path) -> list[Path]:
             f"folder {str(folder)!r} has files of several splits ({names}); name those of one in a list or by a glob"
         )
     return files
+
+
+def _other_rows(file: Path) -> bool:
+    # Data sets come with .json files about them; one that is called after a split has rows.
+    named = file.suffix.lower() == ".json" and _split(file) != _WHOLE
+    return file.is_file() and not file.name.startswith(".") and bool(named or _OTHER_ROWS.search(file.name))
 
 
 def _split(file: Path) -> str:
