@@ -69,7 +69,7 @@ class CheckpointStore:
     def latest(self) -> RunState | None:
         """Returns the state of the last whole checkpoint, or None."""
         path = self.folder / "latest.json"
-        return RunState(**json.loads(path.read_text())) if path.is_file() else None
+        return RunState(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
 
     def load(self, engine: Any, state: RunState) -> None:
         """Loads the checkpoint of `state` into `engine`.

@@ -51,7 +51,7 @@ def deepspeed_options(config: TrainConfig) -> dict[str, Any]:
     """
     path = Path(config.deepspeed)
     try:
-        options = json.loads(path.read_text())
+        options = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"deepspeed: cannot read {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:

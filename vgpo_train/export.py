@@ -241,13 +241,14 @@ def weight_files(folder: str | Path) -> list[Path]:
     chosen = _chosen(folder)
     if chosen.suffix != ".json":
         return [chosen]
-    return [chosen.with_name(name) for name in sorted(set(json.loads(chosen.read_text())["weight_map"].values()))]
+    names = set(json.loads(chosen.read_text("utf-8"))["weight_map"].values())
+    return [chosen.with_name(name) for name in sorted(names)]
 
 
 def _chosen(folder: str | Path) -> Path:
     """Returns the one weight file of a checkpoint folder, or the index of several."""
     path = checkpoint_folder(folder)
-    named = json.loads((path / "config.json").read_text()).get("transformers_weights")
+    named = json.loads((path / "config.json").read_text("utf-8")).get("transformers_weights")
     names = (named,) if named else (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     for name in names:
         if (path / name).is_file():
@@ -299,7 +300,7 @@ def _write(folder: Path, source: Path, tensors: Mapping[str, tuple[Tensor, Tenso
 def _write_index(folder: Path, source: Path) -> None:
     chosen = _chosen(source)
     if chosen.suffix == ".json":
-        index = json.loads(chosen.read_text())
+        index = json.loads(chosen.read_text("utf-8"))
         index["weight_map"] = {name: _safetensors_name(file) for name, file in index["weight_map"].items()}
         write_json(folder / (SAFE_WEIGHTS_INDEX_NAME if chosen.name == WEIGHTS_INDEX_NAME else chosen.name), index)
 

@@ -213,15 +213,16 @@ def visual_token_ids(config: Any, processor: Any = None) -> list[int]:
     """Return the ids that a policy must never sample: picture and video tokens and the marks around them.
 
     Args:
-        config: model configuration.
+        config: model configuration; those inside of it count, too (Phi-4-multimodal names its token there).
         processor: its processor; adds the tokens that only the processor or its tokenizer knows.
 
     Returns:
         Sorted ids; empty for a family without such tokens.
     """
     found: set[int] = set()
-    for field in VISUAL_TOKEN_FIELDS:
-        found.update(_as_ids(getattr(config, field, None)))
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for field in VISUAL_TOKEN_FIELDS:
+            found.update(_as_ids(getattr(part, field, None)))
     for owner in (processor, getattr(processor, "tokenizer", None)):
         for field in (*VISUAL_TOKEN_FIELDS, "image_token_ids", "video_token_ids"):
             found.update(_as_ids(getattr(owner, field, None)))

@@ -165,6 +165,8 @@ def test_visual_tokens_by_the_names_of_other_families() -> None:
     config = SimpleNamespace(image_token_index=7, boi_token_index=8, eoi_token_index=[9, 10], video_token_id=None)
     assert visual_token_ids(config) == [7, 8, 9, 10]
     assert visual_token_ids(SimpleNamespace()) == []
+    inner = SimpleNamespace(image_token_id=11)
+    assert visual_token_ids(SimpleNamespace(sub_configs={"vision_config": None}, vision_config=inner)) == [11]
 
 
 def test_the_video_half_keeps_its_settings(tiny_checkpoint: Path) -> None:

@@ -144,6 +144,13 @@ def test_floats_are_fractions_or_bytes(top: int) -> None:
     assert np.abs(seen(data) - FRACTIONS * 255).max() <= 0.51
 
 
+def test_floats_a_little_above_1_are_fractions_and_unclear_ones_are_refused() -> None:
+    # Resampling overshoots.
+    assert seen(encoded(Image.fromarray(np.float32([[0, 0.5, 1.01]])), "TIFF")).tolist() == [[0, 128, 255]]
+    with pytest.raises(ValueError, match="floats up to 3 as grey values; expected them to go from 0 to 1 or to 255"):
+        seen(encoded(Image.fromarray(np.float32([[0, 1, 3]])), "TIFF"))
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [

@@ -106,7 +106,7 @@ def test_a_mapping_says_which_column_holds_what(tmp_path: Path) -> None:
         PictureDataset(path, columns={"problem": "frage"})[0]
     # A preset means its columns, and no others.
     with pytest.raises(FieldError, match="field 'question' is missing"):
-        PictureDataset(path, columns="virl39k")[0]
+        PictureDataset(path, columns="ViRL39K")[0]
     with pytest.raises(FieldError, match="expected one of the fields 'problem' and 'question', got both"):
         Columns().text({"problem": "?", "question": "??"}, "problem")
 
@@ -134,16 +134,17 @@ def test_a_folder_a_glob_or_a_list_is_a_data_set(tmp_path: Path) -> None:
     assert [sample.id for sample in PictureDataset(list(reversed(shards)))] == ["20", "21", "10", "11", "0", "1"]
     assert [sample.id for sample in PictureDataset(shards, limit=3)] == expected[:3]
     assert PictureDataset(shards)[5].source == f"{shards[2]}, row 1 (from 0)"
-    (tmp_path / "set/more.jsonl").write_text(json.dumps({"id": "m", "problem": "?", "answer": 1, "images": []}) + "\n")
-    assert [sample.id for sample in PictureDataset(tmp_path / "set")] == ["m", *expected]
+    row = {"id": "m", "problem": "?", "answer": 1, "images": []}
+    (tmp_path / "set/train-more.JSONL").write_text(json.dumps(row) + "\n")
+    assert [sample.id for sample in PictureDataset(tmp_path / "set")] == [*expected, "m"]
 
 
-@pytest.mark.parametrize("name", ["train-00001.jsonl.gz", "more.csv", "b.parquet.zst", "train.json", "data.arrow"])
+@pytest.mark.parametrize("name", ["train-00001.jsonl.gz", "more.csv", "b.parquet.zst", "c.json", "data.arrow"])
 def test_rows_in_another_form_are_not_left_out_of_a_folder_without_a_word(tmp_path: Path, name: str) -> None:
     _parquet(tmp_path / "set/train-00000.parquet", _numbered(0, 2))
-    (tmp_path / "set/dataset_infos.json").write_text("{}")
+    (tmp_path / "set/train_infos.json").write_text("{}")
     assert len(PictureDataset(tmp_path / "set")) == 2
-    (tmp_path / "set" / name).write_bytes(b"?")
+    (tmp_path / "set" / name).write_text(' [{"id": 1}]')
     with pytest.raises(DataError, match=f"expected data files of .jsonl or .parquet alone, got {name}, too; convert"):
         PictureDataset(tmp_path / "set")
 
@@ -157,6 +158,9 @@ def test_a_source_without_a_file_or_of_several_splits_is_refused(tmp_path: Path)
         PictureDataset(tmp_path)
     with pytest.raises(DataError, match="expected at least one data file, got an empty list"):
         PictureDataset([])
+    _parquet(tmp_path / "once/a.parquet", _numbered(0, 1))
+    with pytest.raises(DataError, match=r"expected each data file once, got .*a\.parquet more than once"):
+        PictureDataset([str(tmp_path / "once/a.parquet")] * 2)
     with pytest.raises(FileNotFoundError, match=r"data file '.*b\.jsonl' does not exist"):
         PictureDataset([str(tmp_path / "b.jsonl")])
     for number, names in enumerate(
@@ -166,6 +170,14 @@ def test_a_source_without_a_file_or_of_several_splits_is_refused(tmp_path: Path)
             ("training", "testing"),
             ("data", "data_test"),
             ("Train", "Validation"),
+            ("train", "valid"),
+            ("train", "testmini-0"),
+            ("train", "minitest"),
+            ("train", "TestSet"),
+            ("data", "validate"),
+            ("train", "held_out"),
+            ("train", "other"),
+            ("trainTest", "x"),
         ]
     ):
         folder = tmp_path / str(number)
@@ -177,7 +189,7 @@ def test_a_source_without_a_file_or_of_several_splits_is_refused(tmp_path: Path)
 
 
 def test_a_folder_of_one_split_is_a_data_set(tmp_path: Path) -> None:
-    for number, names in enumerate([("a-test", "b-test"), ("train", "more"), ("contest", "latest"), ("trains", "x")]):
+    for number, names in enumerate([("a-test", "b-test"), ("train-a", "train-b"), ("contest", "latest")]):
         folder = tmp_path / str(number)
         folder.mkdir()
         for name in names:

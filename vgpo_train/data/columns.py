@@ -37,10 +37,10 @@ class Columns:
 
     def __init__(self, choice: str | Mapping[str, str] = "auto") -> None:
         if isinstance(choice, str):
-            if choice != "auto" and choice not in PRESETS:
+            if choice.lower() not in ("auto", *PRESETS):
                 names = ", ".join(map(repr, ("auto", *PRESETS)))
                 raise ValueError(f"expected {names} or a mapping such as {{problem: question}}, got {choice!r}")
-            choice = PRESETS.get(choice, {})
+            choice = PRESETS.get(choice.lower(), {})
         if not isinstance(choice, Mapping):
             raise ValueError(f"expected the name of a preset or a mapping, got {type(choice).__name__}")
         for field, column in choice.items():

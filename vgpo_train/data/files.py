@@ -17,8 +17,9 @@ from vgpo_train.data.errors import DataError
 SUFFIXES = (".jsonl", ".parquet")
 # Rows in a form that is not read: beside files that are read, they must not be left out without a word.
 _OTHER_ROWS = re.compile(r"\.(csv|tsv|ndjson|arrow|feather|orc|(jsonl|parquet)\.\w+)$", re.IGNORECASE)
-# In a file's name as a word of its own: train-00000, mmk12_test, ViRL39K.val
-_SPLIT = re.compile(r"(?<![a-z])(train|test|val|dev|eval)(?:ing|idation)?(?![a-z])", re.IGNORECASE)
+# A word of a file's name: train-00000, mmk12_test, ViRL39K.val, testmini, trainSet
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
+_SPLIT = re.compile(r"(train|test|valid|eval).*|val|dev|minitest|hold(?:out)?|held(?:out)?")
 _WHOLE = "no split"
 _COPIED_ROWS = 64  # at once, of rows with pictures
 
@@ -58,6 +59,8 @@ def data_files(source: str | os.PathLike[str] | Sequence[str]) -> list[Path]:
     files = [file for part in source for file in _files_of(os.fspath(part))]
     if not files:
         raise DataError("expected at least one data file, got an empty list")
+    if twice := sorted({str(file) for file in files if files.count(file) > 1}):
+        raise DataError(f"expected each data file once, got {', '.join(twice)} more than once")
     return files
 
 
@@ -67,7 +70,7 @@ def open_rows(path: Path) -> Rows:
     Raises:
         DataError: the file cannot be read.
     """
-    return JsonLines(path) if path.suffix == ".jsonl" else ParquetRows(path)
+    return JsonLines(path) if path.suffix.lower() == ".jsonl" else ParquetRows(path)
 
 
 class JsonLines:
@@ -118,6 +121,9 @@ class ParquetRows:
             raise
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+        names = self._table.column_names
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"{path}: expected each column once, got {', '.join(map(repr, twice))} more than once")
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -134,7 +140,7 @@ class ParquetRows:
 
 def cache_folder() -> Path:
     """Return where Arrow copies of Parquet files lie; they may be deleted between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vgpo_train"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vgpo_train"
 
 
 def _arrow_copy(path: Path) -> Path:
@@ -144,16 +150,18 @@ def _arrow_copy(path: Path) -> Path:
     state = path.stat()
     key = f"{path.resolve()} {state.st_size} {state.st_mtime_ns}"
     copy = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.arrow"
+    draft = copy.with_suffix(".draft")
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(copy.with_suffix(".lock")).acquire()
-    except OSError as error:
+        with FileLock(copy.with_suffix(".lock")):
+            if not copy.exists():
+                try:
+                    _copy_parquet(path, draft)
+                    draft.rename(copy)
+                finally:
+                    draft.unlink(missing_ok=True)
+    except OSError as error:  # none of Parquet's own errors is one: a folder that cannot be written, a full disk
         raise DataError(f"{path}: no copy can be made in {copy.parent}: {error}; set XDG_CACHE_HOME") from error
-    with lock:
-        if not copy.exists():
-            draft = copy.with_suffix(".draft")
-            _copy_parquet(path, draft)
-            draft.rename(copy)
     return copy
 
 
@@ -161,16 +169,18 @@ def _copy_parquet(path: Path, target: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    with (
-        pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file,
-        pyarrow.ipc.new_stream(target, file.schema_arrow) as copy,
-    ):
+    try:
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot be read as Parquet: {error}") from error
+    with file, pyarrow.ipc.new_stream(target, file.schema_arrow) as copy:
         for batch in file.iter_batches(batch_size=_COPIED_ROWS):
             copy.write_batch(batch)
     pyarrow.default_memory_pool().release_unused()
 
 
 def _files_of(source: str) -> list[Path]:
+    source = os.path.expanduser(source)
     path = Path(source)
     if path.is_dir():
         return _files_of_folder(path)
@@ -185,17 +195,17 @@ def _files_of(source: str) -> list[Path]:
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    found = (file for file in folder.iterdir() if file.suffix in SUFFIXES and not file.name.startswith("."))
-    files = sorted(file for file in found if file.is_file())
+    seen = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+    files = [file for file in seen if file.suffix.lower() in SUFFIXES]
     if not files:
         raise DataError(f"folder {str(folder)!r} has no {' or '.join(SUFFIXES)} file in it; a glob reaches deeper ones")
-    if others := sorted(file.name for file in folder.iterdir() if _other_rows(file)):
+    if others := [file.name for file in seen if _other_rows(file)]:
         raise DataError(
             f"folder {str(folder)!r}: expected data files of {' or '.join(SUFFIXES)} alone, got {', '.join(others)}, "
             "too; convert them, or name the files to read in a list or by a glob"
         )
     splits = {_split(file): file for file in reversed(files)}
-    if len(splits) > 1 and splits.keys() != {"train", _WHOLE}:
+    if len(splits) > 1:
         names = ", ".join(f"{file.name}: {split}" for split, file in sorted(splits.items()))
         raise DataError(
             f"folder {str(folder)!r} has files of several splits ({names}); name those of one in a list or by a glob"
@@ -204,18 +214,19 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 
 def _other_rows(file: Path) -> bool:
-    # Data sets come with .json files about them; one that is called after a split has rows.
-    named = file.suffix.lower() == ".json" and _split(file) != _WHOLE
-    return file.is_file() and not file.name.startswith(".") and bool(named or _OTHER_ROWS.search(file.name))
+    if file.suffix.lower() != ".json":
+        return _OTHER_ROWS.search(file.name) is not None
+    with file.open("rb") as opened:  # a list of rows, or an object that describes the data set
+        return opened.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
 def _split(file: Path) -> str:
     """Return the split that a file's name says it is of."""
-    match = _SPLIT.search(file.name)
-    return match[1].lower() if match else _WHOLE
+    matches = (_SPLIT.fullmatch(word.lower()) for word in _WORD.findall(file.stem))
+    return next((match[1] or match[0] for match in matches if match), _WHOLE)
 
 
 def _known(path: Path) -> Path:
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; expected {' or '.join(SUFFIXES)}")
     return path

@@ -21,9 +21,9 @@ def open_picture(source: Path | bytes) -> Image.Image:
     """Read the first frame of a picture as a viewer shows it: upright, in sRGB, on white.
 
     An ICC profile is applied, or else the gamma of a PNG. A profile that is broken or belongs to another mode is
-    ignored, as an unreadable EXIF block is.
+    ignored, as are an unreadable EXIF block and a gamma outside 0.1 to 5.
     Grey values of more than 8 bits are scaled, not clipped: integers from 16 bits (12 where a TIFF says so), floats
-    from 0..1, or from 0..255 if one of them is above 1.
+    from 0..1 (up to 1.5 are cut), or from 0..255 if one of them is 16 or more.
 
     Args:
         source: path of the file, or its bytes.
@@ -101,7 +101,9 @@ def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     low, high = values.min(), values.max()
     top = 4095 if tags.get(_BITS_PER_SAMPLE) == (12,) else 65535
     if image.mode == "F":
-        top = 1 if high <= 1 else 255
+        top = _float_top(float(high))
+        if top == 1:
+            values, high = values.clip(max=1), min(high, 1)
     if low < 0 or high > top:
         raise ValueError(f"it has grey values from {low:g} to {high:g}; expected 0 to {top} in mode {image.mode}")
     grey = np.rint(values * (255 / top)).astype(np.uint8)
@@ -110,6 +112,15 @@ def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     key = image.info.get("transparency")
     alpha = None if key is None else Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8))
     return Image.fromarray(grey), alpha
+
+
+def _float_top(high: float) -> int:
+    """Return the value of white among grey values that are floats, by the largest of them."""
+    if high <= 1.5:
+        return 1
+    if high < 16:  # nearly black of 255, or too bright of 1
+        raise ValueError(f"it has floats up to {high:g} as grey values; expected them to go from 0 to 1 or to 255")
+    return 255
 
 
 def _in_srgb(colours: Image.Image, profile: bytes | None) -> Image.Image:
@@ -126,6 +137,8 @@ def _with_gamma(rgb: Image.Image, info: dict[str, Any]) -> Image.Image:
     """Return a picture whose PNG says how its values grow with light, and no more of its colours, as sRGB has them."""
     gamma = info.get("gamma")
     if not gamma or "srgb" in info or "icc_profile" in info or math.isclose(gamma, _GAMMA, rel_tol=0.05):
+        return rgb
+    if not 0.1 <= gamma <= 5:  # no camera and no screen has such a one: it is broken
         return rgb
     return rgb.point([round(255 * (value / 255) ** (_GAMMA / gamma)) for value in range(256)] * 3)
 

@@ -22,6 +22,7 @@ from vgpo_train.data.files import data_files, open_rows
 from vgpo_train.data.pictures import open_picture
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters at least: a single one is a drive
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}=*\s*$")
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,18 @@ def epoch_order(n: int, epoch: int, seed: int) -> list[int]:
 
 
 def _image(image: Any, folder: Path) -> Path | bytes:
+    given = image
     if isinstance(image, Mapping):
         image = image.get("bytes") if image.get("bytes") is not None else image.get("path")
     if isinstance(image, (bytes, bytearray)):
         return bytes(image)
-    if not isinstance(image, str):
-        raise FieldError(f"an image must be a path, bytes or {{bytes, path}}, got {type(image).__name__}")
-    if not image.strip():
-        raise FieldError(f"an image must be a path, bytes or {{bytes, path}}, got {image!r}")
+    if not isinstance(image, str) or not image.strip():
+        raise FieldError(f"an image must be a path, bytes or {{bytes, path}}, got {shown(given)}")
     path = folder / image
     if os.path.isfile(path):  # unlike Path.is_file, False for a name too long to be one, such as base64
         return path
     if _URL.match(image):
         raise PictureError(f"image {shown(image)} is an address; only paths of files and encoded bytes are read")
+    if _BASE64.match(image):
+        raise PictureError(f"image {shown(image)} looks like base64; decode it: paths and encoded bytes are read")
     raise PictureError(f"image file {shown(str(path))} {'is a folder' if os.path.isdir(path) else 'does not exist'}")
