@@ -45,6 +45,7 @@ _PLAIN = [
     (re.compile(r"(?:√|(?<![\\A-Za-z])sqrt|\\sqrt(?=\[))(\[\d\])?\s*(\d+(?:\.\d+)?|\\?[A-Za-z]+)"), r"\\sqrt\1{\2}"),
     (re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?|\.\d+)[eE]\+?(-?\d+)(?![A-Za-z\d.])"), r"\1 \\times 10^{\2}"),
     (re.compile(r"(?<=\d)(?:\s+x\s+(?=\d)|\s*[xX]\s*(?=10\s*\^))"), r" \\times "),
+    (re.compile(r"(?<![\w\\^.])(\d+(?:\.\d+)?|\([^()]*\))\s*(?=\(-?\d+(?:\.\d+)?\))"), r"\1 \\cdot "),  # no sum
     (re.compile(r"\^\s*(-?\d+(?:\.\d+)?(?!\d)|[-+]$)"), r"^{\1}"),
     (re.compile(r"(?<![A-Za-z])([A-Z])\.(?=[A-Z](?![a-z]))"), r"\1"),  # U.S.
     (re.compile(r"(?<![\\A-Za-z])infinity(?![A-Za-z])", re.IGNORECASE), r"\\infty "),
