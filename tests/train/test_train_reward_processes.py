@@ -10,14 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from vgpo_train import rewards
 from vgpo_train.data import Sample
-from vgpo_train.rewards import RewardMixer, Rewards, math_verify, pool, register
+from vgpo_train.rewards import RewardMixer, Rewards, builtin, math_verify, pool, register
+from vgpo_train.rewards.equality import same_answer
 
 
 def _sample(answer: str, name: str = "s1") -> Sample:
@@ -82,7 +85,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def misbehaving(registry: None, request: pytest.FixtureRequest) -> Iterator[RewardMixer]:  # noqa: ARG001
     """One reward that does on a sample what the sample's answer says, and otherwise is the completion as a number."""
-    timeout = 1.0 if request.node.callspec.params["what"] in _SLOW else 30.0
+    timeout = 3.0 if request.node.callspec.params["what"] in _SLOW else 100.0
 
     @register("misbehaving")
     def _(completion: str, sample: Sample) -> object:
@@ -121,7 +124,7 @@ def test_a_failing_reward_costs_its_completion_alone(misbehaving: RewardMixer, w
     assert "reward 'misbehaving' failed on sample 'sample bad'" in message
     assert _FAILURES[what][1] in message
     assert "begins '3'" in message
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
     assert misbehaving(["8"], [_sample("")]).total.tolist() == [8.0]  # and the next batch runs
 
 
@@ -144,22 +147,37 @@ def test_a_total_that_is_not_finite_counts_as_failed(caplog) -> None:
 
 
 @pytest.mark.usefixtures("registry")
-def test_a_reward_that_always_hangs_does_not_take_its_limit_for_every_completion(monkeypatch) -> None:
+def test_a_reward_that_always_hangs_does_not_take_its_limit_for_every_completion(monkeypatch, tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    calls.touch()
+
+    @register("stuck")
+    def _(_completion: str, _sample: Sample) -> None:
+        with calls.open("a") as file:
+            file.write(".")
+        time.sleep(1e9)
+
     monkeypatch.setattr(pool, "_IN_A_ROW", 3)
-    register("stuck")(lambda _completion, _sample: time.sleep(1e9))
-    mixer = RewardMixer({"stuck": 1.0, "exact_match": 1.0}, accuracy="exact_match", timeout=0.1, workers=1)
-    began = time.monotonic()
-    earned = mixer([r"\boxed{1}"] * 200, [_sample("1")] * 200)
-    assert time.monotonic() - began < 10  # 200 limits, each with a new process, take more
-    assert earned.failures == 200
-    assert earned.total.tolist() == [1.0] * 200
+    mixer = RewardMixer({"stuck": 1.0}, accuracy="stuck", timeout=0.1, workers=1)
+    assert mixer(["a"] * 20, [_sample("1")] * 20).failures == 20
+    assert len(calls.read_text()) <= 3  # fewer where a worker takes 0.1 s to begin
     mixer.close()
+    monkeypatch.setattr(pool, "_IN_A_ROW", 1)
+    mixer = RewardMixer({"stuck": 1.0, "exact_match": 1.0}, accuracy="exact_match", timeout=3.0, workers=1)
+    earned = mixer([r"\boxed{1}"] * 3, [_sample("1")] * 3)
+    assert (earned.total.tolist(), earned.failures) == ([1.0] * 3, 3)  # the other reward is called all the same
+    mixer.close()
+
+
+def test_a_call_that_a_broken_pool_has_lost_is_not_waited_for() -> None:
+    with pytest.raises(RuntimeError, match="the pool of workers has ended"):
+        pool._outcome(SimpleNamespace(active=False), Future(), timeout=1000.0)
 
 
 @pytest.mark.usefixtures("registry")
 def test_rewards_run_outside_the_main_thread_and_draw_by_the_seed() -> None:
     register("drawn")(lambda _completion, _sample: random.random() + torch.rand(()))
-    mixer = RewardMixer({"drawn": 1.0, "math_verify": 1.0}, accuracy="math_verify", workers=2)
+    mixer = RewardMixer({"drawn": 1.0, "math_verify": 1.0}, accuracy="math_verify", timeout=60.0, workers=2)
     results: list[Rewards] = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -190,7 +208,7 @@ def test_processes_that_were_killed_are_started_anew() -> None:
 @pytest.mark.usefixtures("registry")
 def test_a_worker_that_ends_between_two_calls_costs_nothing() -> None:
     register("own_pid")(lambda _completion, _sample: float(os.getpid()))
-    mixer = RewardMixer({"own_pid": 1.0}, accuracy="own_pid", workers=1)
+    mixer = RewardMixer({"own_pid": 1.0}, accuracy="own_pid", timeout=60.0, workers=1)
     worker = int(mixer(["a"], [_sample("1")]).total)
     os.kill(worker, signal.SIGKILL)
     deadline = time.monotonic() + 20
@@ -212,7 +230,7 @@ def test_what_a_reward_started_ends_with_its_process(end: Callable[[], None], tm
         note.write_text(str(subprocess.Popen(["sleep", "1000"]).pid))
         end()
 
-    mixer = RewardMixer({"starts": 1.0}, accuracy="starts", timeout=1.0, workers=1)
+    mixer = RewardMixer({"starts": 1.0}, accuracy="starts", timeout=3.0, workers=1)
     assert mixer(["a"], [_sample("1")]).failures == 1
     deadline = time.monotonic() + 20
     while (runs := _runs(int(note.read_text()))) and time.monotonic() < deadline:
@@ -256,17 +274,24 @@ def _children(process: int) -> set[int]:
     return {int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()}
 
 
+def _mathematics() -> RewardMixer:
+    """math_verify with a limit that is short, but not for what is parsed after this process parsed something."""
+    same_answer("1", "2")
+    return RewardMixer({"math_verify": 1.0}, accuracy="math_verify", timeout=3.0)
+
+
 def test_the_limit_holds_against_the_c_code_of_mathematics() -> None:
     pytest.importorskip("gmpy2")
-    mixer = RewardMixer({"math_verify": 1.0}, accuracy="math_verify", timeout=1.0)
+    mixer = _mathematics()
     began = time.monotonic()
     earned = mixer([r"\boxed{\binom{10^{9}}{5\cdot 10^8}}", r"\boxed{1}"], [_sample("1")] * 2)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert (earned.total.tolist(), earned.failures) == ([0.0, 1.0], 1)
     mixer.close()
 
 
-def test_mathematics_called_by_itself_runs_in_any_thread_and_process() -> None:
+def test_mathematics_called_by_itself_runs_in_any_thread_and_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builtin, "_LIMIT", 60.0)
     right = Sample("s1", "?", "90"), r"\boxed{90°}"
     results = []
     worker = threading.Thread(target=lambda: results.append(math_verify(right[1], right[0])))
@@ -280,7 +305,7 @@ def test_mathematics_called_by_itself_runs_in_any_thread_and_process() -> None:
 
 
 def test_mathematics_without_end_counts_as_failed() -> None:
-    mixer = RewardMixer({"math_verify": 1.0}, accuracy="math_verify", timeout=1.0)
+    mixer = _mathematics()
     earned = mixer([r"\boxed{9^{9^{9^{9}}}}", r"\boxed{3}"], [_sample("3")] * 2)
     assert (earned.total.tolist(), earned.failures) == ([0.0, 1.0], 1)
     mixer.close()

@@ -31,14 +31,15 @@ _SIGNS = {
     "·": r"\cdot ", "×": r"\times ", "−": "-", "–": "-", "—": "-", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
     "≈": r"\approx ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "°": r"^\circ ",
     "º": r"^\circ ", "∠": r"\angle ", "△": r"\triangle ", "⊥": r"\perp ", "∥": r"\parallel ", "≅": r"\cong ",
-    "∽": r"\sim ", "∶": ":", "。": ".", "、": ", ", "：": ": ", "′": "'", "’": "'", "“": '"', "”": '"',
+    "∽": r"\sim ", "∶": ":", "。": ".", "、": ", ", "：": ": ", "′": "'", "’": "'", "‘": "'", "“": '"', "”": '"',
+    "【": "(", "】": ")", "⁄": "/", "∛": r"\sqrt[3]",
     "ℝ": r"\mathbb{R}", "∧": r"\land ", "∨": r"\lor ", "或": " or ", "和": " and ", "且": " and ",
 }  # fmt: skip
 _GREEK = re.compile(r"GREEK (?:SMALL|(CAPITAL)) LETTER ([A-Z]+)")
 CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"  # statements, such as ①③ for those that are true
 _LATEX = [
     (re.compile(r"\\(?:left|right|[bB]igg?[lr]?)\s*(?![a-zA-Z])\.?|\\!"), ""),
-    (re.compile(r"\\(?:displaystyle|bf|rm|it)(?![a-zA-Z])"), ""),
+    (re.compile(r"\\(?:displaystyle|bf|rm|it|[lL]arge|LARGE|[hH]uge|small)(?![a-zA-Z])"), ""),
     (re.compile(r"(?<!\\)\\[,;:> ]|\\q?quad(?![a-zA-Z])|(?<!\\)~|(?<!\\)\\[()\[\]]"), " "),
     (re.compile(r"\\degree|\^\s*(?:\{\s*)?\\circ(?:\s*\})?"), r"^\\circ "),
     (re.compile(r"(?<=\d)\s*\^\s*(?:\{\s*[oO]\s*\}|[oO](?![a-zA-Z]))"), r"^\\circ "),
@@ -48,14 +49,14 @@ _LATEX = [
     (re.compile(r"\\overrightarrow(?![a-zA-Z])"), r"\\vec"),
     (re.compile(r"(?<=[A-Z])\s*//\s*(?=[A-Z])"), r" \\parallel "),
     (re.compile(r"(?<=[\d\s])\{\s*([A-Za-z/]+)\s*\}"), r" \1 "),
-    (re.compile(r"\\[dt]frac(?![a-zA-Z])"), r"\\frac"),
+    (re.compile(r"\\(?:[cdst]|nice)frac(?![a-zA-Z])"), r"\\frac"),
     (re.compile(r"\\(le|ge|ne)q(?:slant)?(?![a-zA-Z])"), r"\\\1"),
     (re.compile(r"\\varnothing"), r"\\emptyset"),
     (re.compile(r"\\langle(?![a-zA-Z])"), "("),
     (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
 ]
 _DOLLARS = re.compile(r"(?<!\\)\$\$?(?=[^\s$])([^$]*?[^\s$\\])\$\$?(?!\d)")
-_BOLD = re.compile(r"(?<![\w)}*])(\*\*|__|`|\*)(?=\S)((?:(?!\1)[^*`])+)(?<=\S)\1(?![\w({*])")
+_BOLD = re.compile(r"(?<![\w)}*])(\*\*|__|[`*'\"])(?=\S)((?:(?!\1)[^*`])+)(?<=\S)\1(?![\w({*])")
 
 
 def boxed_answer(completion: str) -> str | None:

@@ -3,11 +3,12 @@
 import functools
 import logging
 import os
+import re
 
 from vgpo_train.data import Sample
 from vgpo_train.rewards import processes
 from vgpo_train.rewards.answers import boxes, final_answer, gold_answer, tidy
-from vgpo_train.rewards.equality import choice_letter, same_answer
+from vgpo_train.rewards.equality import same_answer, same_choice
 from vgpo_train.rewards.pool import RewardPool
 from vgpo_train.rewards.registered import register
 
@@ -15,14 +16,18 @@ logger = logging.getLogger(__name__)
 
 _LIMIT = 5.0  # seconds of one call of math_verify outside of a mixer
 
+_BESIDE_SIGNS = re.compile(r"(?<!\w)\s+|\s+(?!\w)")
 _THINK, _END = "<think>", "</think>"
 
 
 @register("exact_match")
 def exact_match(completion: str, sample: Sample) -> float:
-    """1 where the boxed answer is the sample's, but for case, white space, styles and a full stop."""
+    r"""1 where the boxed answer is the sample's, but for case, spaces beside signs, styles, a full stop, \%, \$."""
     answer = final_answer(completion)
-    return float(answer is not None and _normal(answer) == _normal(gold_answer(sample.answer)))
+    if answer is None:
+        return 0.0
+    found, wanted = (_BESIDE_SIGNS.sub("", _normal(text)) for text in (answer, gold_answer(sample.answer)))
+    return float(found == wanted)
 
 
 @register("word_match")
@@ -35,9 +40,12 @@ def word_match(completion: str, sample: Sample) -> float:
 
 @register("multiple_choice")
 def multiple_choice(completion: str, sample: Sample) -> float:
-    r"""1 where the boxed answer is the letter of the sample's: A, (A) text, A: text, \text{A} are one, `A dog` not."""
+    r"""1 where the boxed answer is the sample's letter or letters: A, (A) text, A: text, \text{A} are one, `A dog` not.
+
+    Letters may reach J, and Z where the sample's does.
+    """
     answer = final_answer(completion)
-    return float(answer is not None and choice_letter(answer) == choice_letter(gold_answer(sample.answer)) is not None)
+    return float(answer is not None and same_choice(gold_answer(sample.answer), answer))
 
 
 @register("math_verify")
@@ -73,4 +81,4 @@ def format_reward(completion: str, _sample: Sample) -> float:
 
 
 def _normal(text: str) -> str:
-    return (tidy(text).strip("$ ") or text.strip()).lower()
+    return (re.sub(r"\\(?=[%$])", "", tidy(text)).strip("$ ") or text.strip()).lower()

@@ -9,14 +9,10 @@ from typing import NamedTuple
 
 from vgpo_train.rewards.answers import CIRCLED, tidy
 from vgpo_train.rewards.phrases import normal_words, plain_math, same_name, split_name, without_preamble
-from vgpo_train.rewards.quantities import approximates, close_up, same_expression, same_value
+from vgpo_train.rewards.quantities import approximates, close_up, contradict, same_expression, same_value
 
 _LONGEST = 2000  # characters of an answer that is taken apart
-_CHOICE = re.compile(r"\(?\s*([A-J])\s*(?:\)\s*[.:]?\s*(.*)|[.:](?!\d)\s*(.*))?", re.DOTALL | re.IGNORECASE)
-_CHOSEN = re.compile(r"([A-J])(?:\s*[,-]\s+(?!and\b|or\b)|\s+(?=[\d\\(])).*", re.DOTALL)  # beside a lone letter
-_FURTHER = re.compile(r"(?:[,;/]|\bor\b|\band\b)\s*\(?[A-J]\s*(?:[).:]|$)")
-_MARK = f"[A-J{CIRCLED}]"
-_LETTERS = re.compile(rf"\(?{_MARK}\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s*)\(?{_MARK}\)?)+")
+_LETTERS = re.compile(r"([A-J])\s*[=:]\s*(?!\1)[A-J]")  # options or sets, not a name with its value
 _OPTION = re.compile(r"(?<![A-Za-z0-9\\])\(?([A-J])\s*[).:]\s*")
 _SYSTEM = re.compile(
     r"(?:\\\{|\{)?\s*\\begin\s*\{(cases|array|aligned|split|gathered|matrix)\}\s*(?:\{[lcr|]*\})?(.*)\\end\s*\{\1\}\s*(?:\\\}|\})?",
@@ -46,26 +42,57 @@ def same_answer(gold: str, answer: str, problem: str = "") -> bool:
     return _same(gold, answer) if chosen is None else chosen
 
 
-def choice_letter(text: str) -> str | None:
-    r"""Returns the letter of a choice: A, (A) text, A: text, \text{A}; None for `A dog` and what has no letter."""
-    return _choice(without_preamble(tidy(text)))[0]
+def same_choice(gold: str, answer: str) -> bool:
+    r"""Whether both choose the same letters: A, (A) text, A: text, A, 5 and \text{A} choose A, `A dog` nothing."""
+    gold, answer = (without_preamble(tidy(text)) for text in (gold, answer))
+    for choices in (_TO_J, _TO_Z):
+        if several := choices.several(gold):
+            return several == choices.several(answer)
+        if letter := choices.one(gold)[0]:
+            return letter == choices.chosen(answer)
+    return False
 
 
-def _choice(text: str) -> tuple[str | None, str]:
-    """Returns letter and text of a choice."""
-    match = _CHOICE.fullmatch(text)
-    if match is None:
-        return None, ""
-    said = (match.group(2) or match.group(3) or "").strip()
-    if _FURTHER.search(said) or _CHOICE.fullmatch(said):  # A. 5 or B. 6 and (A)(B) choose nothing
-        return None, ""
-    return match.group(1).upper(), said
+class _Choices:
+    """Reads choices whose letters are in a range, such as A-J."""
+
+    def __init__(self, letters: str) -> None:
+        self._one = re.compile(
+            rf"\(?\s*([{letters}])\s*(?:\)\s*[.:]?\s*(.*)|(?:\.|:(?!\d))\s*(.*))?", re.DOTALL | re.IGNORECASE
+        )
+        self._chosen = re.compile(
+            rf"([{letters}])(?:\s*[,-]\s+(?!and\b|or\b)|\s*=\s*(?=[-\d\\])|\s+(?=[\d\\(])).*", re.DOTALL
+        )
+        another = rf"(?:[,;/]|\bor\b|\band\b)\s*\(?[{letters}]"
+        self._another, self._further = re.compile(rf"{another}\b"), re.compile(rf"{another}\s*(?:[).:]|$)")
+        self._mark = mark = f"[{letters}{CIRCLED}]"
+        self._several = re.compile(rf"\(?{mark}\)?(?:(?:\s*[,;&]\s*(?:and\s+)?|\s+and\s+|\s*)\(?{mark}\)?)+")
+
+    def one(self, text: str) -> tuple[str | None, str]:
+        """Returns letter and text of a choice."""
+        match = self._one.fullmatch(text)
+        if match is None:
+            return None, ""
+        said = (match.group(2) or match.group(3) or "").strip()
+        if self._further.search(said) or self._one.fullmatch(said):  # A. 5 or B. 6 and (A)(B) choose nothing
+            return None, ""
+        return match.group(1).upper(), said
+
+    def chosen(self, text: str) -> str | None:
+        """Returns the letter of a choice that is known to be one: `A, 5` and `A = 5`, too."""
+        letter = self.one(text)[0]
+        if letter or self.several(text) or self._another.search(text):
+            return letter
+        match = self._chosen.fullmatch(text)
+        return match[1] if match else None
+
+    def several(self, text: str) -> list[str]:
+        """Returns the letters of several choices, such as A, C or ACD, in order."""
+        letters = re.findall(self._mark, text) if self._several.fullmatch(text) else []
+        return sorted(letters) if len(set(letters)) == len(letters) else []
 
 
-def _letters(text: str) -> list[str]:
-    """Returns the letters of several choices, such as A, C or ACD, in order."""
-    letters = re.findall(_MARK, text) if _LETTERS.fullmatch(text) else []
-    return sorted(letters) if len(set(letters)) == len(letters) else []
+_TO_J, _TO_Z = _Choices("A-J"), _Choices("A-Z")
 
 
 def _options(problem: str) -> dict[str, str]:
@@ -80,14 +107,14 @@ def _options(problem: str) -> dict[str, str]:
 
 def _same_choice(gold: str, answer: str, options: dict[str, str]) -> bool | None:
     """Compares as choices; None where neither is one, or the text of a letter is not known."""
-    several, also = _letters(gold), _letters(answer)
+    several, also = _TO_J.several(gold), _TO_J.several(answer)
     if (several or also) and re.search(r"\bor\b", gold + " " + answer):
         return False
     if several and also:
         return several == also
-    (gold_letter, gold_text), (letter, text) = _choice(gold), _choice(answer)
-    if gold_letter and not gold_text and not letter and (match := _CHOSEN.fullmatch(answer)):
-        letter = None if also or _FURTHER.search(answer) else match[1]
+    (gold_letter, gold_text), (letter, text) = _TO_J.one(gold), _TO_J.one(answer)
+    if gold_letter and not gold_text and not letter:
+        letter = _TO_J.chosen(answer)
     if gold_letter and letter:
         return gold_letter == letter and (not gold_text or not text or _same(gold_text, text))
     if not gold_letter and not letter:
@@ -111,6 +138,8 @@ def _same(gold: str, answer: str) -> bool:
     if normal_words(gold) in ("yes", "no", "true", "false", "none", "undefined"):
         return normal_words(gold) == normal_words(answer)
     gold, answer = (_BUILT_SET.sub(r"\1", plain_math(text)) for text in (gold, answer))
+    if re.fullmatch("[A-J]", gold) and _LETTERS.fullmatch(answer):
+        return False
     golds, answers = _alternatives(gold), _alternatives(answer)
     if len(golds) + len(answers) > 2:
         return any(_same(value, other) for value in golds for other in answers)
@@ -124,6 +153,9 @@ def _same(gold: str, answer: str) -> bool:
     (gold_name, gold_value), (name, value) = split_name(gold), split_name(answer)
     if gold_name and name and not same_name(gold_name, name):
         return bool(re.search("[a-z]", gold_value)) and same_expression(gold, answer)  # y = x and x = y
+    sides = answer.split("=")[bool(name) :]
+    if len(sides) > 1 and contradict(sides[0], sides[-1]):  # 6 = 5
+        return False
     if bool(gold_name) != bool(name) and "=" in gold_value + value:
         return same_expression(gold, answer)
     return same_value(gold_value, value)

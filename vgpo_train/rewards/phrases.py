@@ -11,17 +11,24 @@ _PREAMBLE = re.compile(
     r"|it's\s+(?!not\b)|[故应]?(?:答案|选项?)[是为]?\s*[:,]?\s*)",
     re.IGNORECASE,
 )
+_CORRECT = re.compile(r"(?<=\b[A-J])(\)?)\s(?:is|are)\s(?:the\s)?(?:correct|right)(?:\s(?:answer|option|choice)s?)?$")
 _ABOUT = re.compile(r"(?:approximately|approx\.?|about|\\approx|\\sim|~|=)\s*(?=[-+\d\\.$])", re.IGNORECASE)
 _NUMBER_WORDS = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
 ]  # fmt: skip
-_COUNT = re.compile(rf"({'|'.join(reversed(_NUMBER_WORDS))})(?=$|(?:[\s-][A-Za-z]+){{1,2}}$)", re.IGNORECASE)
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _AFTER_NUMBERS = {
     "dozen": r" \times 12 ", "hundred": r" \times 10^{2}", "thousand": r" \times 10^{3}", "million": r" \times 10^{6}",
     "billion": r" \times 10^{9}", "trillion": r" \times 10^{12}", "half": "/2", "halve": "/2", "third": "/3",
     "quarter": "/4", "fourth": "/4", "fifth": "/5", "sixth": "/6", "eighth": "/8", "tenth": "/10",
 }  # fmt: skip
+_COUNT = re.compile(
+    rf"((?:negative|minus)\s)?(?:({'|'.join(_TENS)})(?:(?:[\s-]({'|'.join(_NUMBER_WORDS[1:10])}))(?![a-z]))?"
+    rf"|({'|'.join(reversed(_NUMBER_WORDS))})|an?(?=\s(?:{'|'.join(_AFTER_NUMBERS)})$)|(?=half$))"
+    r"(?=$|(?:[\s-][A-Za-z]+){1,2}$|half$)",
+    re.IGNORECASE,
+)
 _REPEATING = re.compile(r"(\d{0,9})\.(\d{0,9}?)(?:\\(?:overline|bar|dot)\s*\{(\d{1,9})\}|(\d{1,6}?)\4{2,9}\.\.\.)")
 _FUNCTIONS = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|max|min"
 _GREEK = "alpha|beta|gamma|delta|theta|lambda|mu|pi|rho|omega"
@@ -35,10 +42,12 @@ _PLAIN = [
      lambda match: match[0].replace(match[1], "")),
     (re.compile(r"√\s*(?=[{(])"), "sqrt"),
     (re.compile(r"(?<![A-Za-z\\])C_(\d|\{\d+\})\s*\^\s*(\d|\{\d+\})"), r"\\binom{\1}{\2}"),
-    (re.compile(r"(?:√|(?<![\\A-Za-z])sqrt)\s*(\d+(?:\.\d+)?|\\?[A-Za-z]+)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?:√|(?<![\\A-Za-z])sqrt|\\sqrt(?=\[))(\[\d\])?\s*(\d+(?:\.\d+)?|\\?[A-Za-z]+)"), r"\\sqrt\1{\2}"),
     (re.compile(r"(?<![A-Za-z\\])(\d+(?:\.\d+)?|\.\d+)[eE]\+?(-?\d+)(?![A-Za-z\d.])"), r"\1 \\times 10^{\2}"),
     (re.compile(r"(?<=\d)(?:\s+x\s+(?=\d)|\s*[xX]\s*(?=10\s*\^))"), r" \\times "),
-    (re.compile(r"\^\s*(-?\d+(?:\.\d+)?)(?!\d)"), r"^{\1}"),
+    (re.compile(r"(?<![\w\\^.])(\d+(?:\.\d+)?|\([^()]*\))\s*(?=\(-?\d+(?:\.\d+)?\))"), r"\1 \\cdot "),  # no sum
+    (re.compile(r"\^\s*(-?\d+(?:\.\d+)?(?!\d)|[-+]$)"), r"^{\1}"),
+    (re.compile(r"(?<![A-Za-z])([A-Z])\.(?=[A-Z](?![a-z]))"), r"\1"),  # U.S.
     (re.compile(r"(?<![\\A-Za-z])infinity(?![A-Za-z])", re.IGNORECASE), r"\\infty "),
     (re.compile(rf"(?<![\\A-Za-z])({_GREEK})(?![A-Za-z])"), r"\\\1 "),
     (re.compile(rf"(?<![\\A-Za-z])({_FUNCTIONS})(?=[\s(^_\\\d])"), r"\\\1 "),
@@ -51,6 +60,9 @@ _SYNONYMS = {
     "no solution": "none", "no solutions": "none", "no real solution": "none", "no real solutions": "none",
     "\\emptyset": "none", "\\{\\}": "none", "does not exist": "undefined", "dne": "undefined", "grey": "gray",
 }  # fmt: skip
+_OPPOSITES = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
+_NOT_COUNTED = {*_NUMBER_WORDS, *_TENS, "but", "not", "wrong", "incorrect"}
+_SPELT = [(re.compile(r"(?<=[a-z]{3})our(?=s?$)"), "or"), (re.compile(r"(?<=[a-z]{2})tre(?=s?$)"), "ter")]  # British
 _PLURAL = re.compile(r"(?<=..[^sui])s$")
 _SHORT_WORDS = {"no", "on", "up", "in", "at", "by", "to", "of"}
 _NOT_WORDS = {*_FUNCTIONS.split("|"), *_GREEK.split("|"), "sqrt"}
@@ -71,7 +83,8 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def without_preamble(text: str) -> str:
-    """Returns an answer without what leads to it, such as `The answer is` and `approximately`."""
+    """Returns an answer without what is said of it, such as `The answer is`, `approximately`, `B is correct`."""
+    text = _CORRECT.sub(r"\1", text)
     match = _PREAMBLE.match(text)
     if match and match.end() < len(text):
         text = text[match.end() :]
@@ -83,10 +96,22 @@ def plain_math(text: str) -> str:
     text = _REPEATING.sub(_fraction, text)
     counted = _COUNT.match(text)
     if counted:
-        text = str(_NUMBER_WORDS.index(counted[1].lower())) + text[counted.end() :]
+        text = _digits(counted) + text[counted.end() :]
     for pattern, replacement in _PLAIN:
         text = pattern.sub(replacement, text)
     return " ".join(text.split())
+
+
+def _digits(counted: re.Match[str]) -> str:
+    """Returns a number in words as digits."""
+    sign, tens, after, alone = (part and part.lower() for part in counted.groups())
+    number = 20 + 10 * _TENS.index(tens) + _NUMBER_WORDS.index(after or "zero") if tens else 1  # a dozen
+    return ("-" if sign else "") + str(_NUMBER_WORDS.index(alone) if alone else number)
+
+
+def follows_a_number(words: str) -> bool:
+    """Whether words after a number leave its value as it is: not `of two` and `apples but wrong`."""
+    return not _NOT_COUNTED & set(words.lower().split())
 
 
 def is_words(text: str) -> bool:
@@ -102,10 +127,12 @@ def normal_words(text: str) -> str:
     text = text.lower().strip()
     text = _SYNONYMS.get(text, text)
     first = re.match(r"(yes|no|true|false)(?:[,.;:!]|\s*$)", text)
-    if first:
-        return first.group(1)
+    if first and not re.search(rf"(?<!not )\b{_OPPOSITES[first[1]]}\b(?=\W*$|[,.;:!])", text):  # no, wait, yes
+        return first[1]
     words = re.sub(r"[^\w\s\\^{}+*/=<>.%-]|(?<=[a-z])[-.](?=[a-z]|\s|$)", " ", text).split()
-    return " ".join(_PLURAL.sub("", word) for word in words if word not in ("a", "an", "the"))
+    for pattern, replacement in (*_SPELT, (_PLURAL, "")):
+        words = [pattern.sub(replacement, word) for word in words]
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def split_name(text: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from vgpo_train.rewards.registered import Reward
 
 _IN_A_ROW = 16  # time-outs after which the rest of a call's completions do not wait for theirs
 _SHOWN = 300  # characters of an error
-_WAKE = 1.0  # seconds after which a manager looks whether its parent is alive
+_WAKE = 1.0  # seconds after which a manager looks whether its parent and its pool are alive
 _SPARE = 60.0  # seconds beyond the limit after which a call is lost
 
 # Of a manager and its workers:
@@ -169,7 +169,7 @@ def _run(pool: ProcessPool, timeout: float, seed: int, rows: list[tuple[str, byt
             future = pool.schedule(_call, (name, seed + place, *row), timeout=timeout)
             future.add_done_callback(functools.partial(_count, late))
             futures[name].append(future)
-    return {name: [_outcome(future, timeout) for future in those] for name, those in futures.items()}
+    return {name: [_outcome(pool, future, timeout) for future in those] for name, those in futures.items()}
 
 
 def _count(late: Any, future: Future) -> None:
@@ -177,10 +177,14 @@ def _count(late: Any, future: Future) -> None:
         late.value = late.value + 1 if isinstance(future.exception(), TimeoutError) else 0
 
 
-def _outcome(future: Future, timeout: float) -> Outcome:
+def _outcome(pool: ProcessPool, future: Future, timeout: float) -> Outcome:
     # Calls begin in order: those before this one have ended, so a worker is free for it.
-    if not wait([future], timeout + _SPARE).done:
-        raise ChildProcessError("a call of a reward was lost: its worker died while it held a lock of the pool")
+    deadline = time.monotonic() + timeout + _SPARE
+    while not wait([future], _WAKE).done:
+        if not pool.active:  # pebble does not fail a call that came while its pool broke
+            raise RuntimeError("a call of a reward was lost: the pool of workers has ended")
+        if time.monotonic() > deadline:
+            raise ChildProcessError("a call of a reward was lost: its worker died while it held a lock of the pool")
     try:
         return future.result()
     except TimeoutError:

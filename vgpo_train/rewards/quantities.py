@@ -8,7 +8,7 @@ import math_verify
 from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
 from math_verify import LatexExtractionConfig
 
-from vgpo_train.rewards.phrases import is_words, normal_words
+from vgpo_train.rewards.phrases import follows_a_number, is_words, normal_words
 from vgpo_train.rewards.units import DEGREE, RADIAN, Unit, may_touch, parse_unit, same_amount
 
 _NO_LIMIT = 3600  # seconds; the pool's limit comes before, and None would be warned of
@@ -17,9 +17,11 @@ _TINY = 1e-4  # numbers below are all 0 to math-verify, which rounds after the p
 _POINTS = re.compile(r"((?:\\[a-z]+\s*)?)\{?([A-Z]{2,4})\}?")  # a segment, an angle: named from either end
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
 _HALF_DAY = re.compile(r"(?<=\d:\d\d)\s*[ap]m$", re.IGNORECASE)
+_DECADE = re.compile(r"(?:the\s)?\d{3}0s")
+_NO_FACTOR = re.compile(r"!\s*\d+(?![\d!])")  # 3!1, to math-verify 3! times 1
 _CURRENCY = re.compile(r"([-+]?)\s*(\\?\$|[€£¥₹])\s*(?=[\d.])(.*)")
 _NUMBER = re.compile(r"[-+]?(?:[\d.,]*\d(?:/\d+)?|\d*\s*\\frac\{\d+\}\{\d+\})(?:\\%)?")
-_WORDS = re.compile(r"\(?[A-Za-z]{2,}(?:[ -][A-Za-z]+){0,3}\)?|[一-鿿]+")
+_WORDS = re.compile(r"\(?(?!(?:st|nd|rd|th)\b)[A-Za-z]{2,}(?:[ -](?:[A-Za-z]{2,}|a)){0,3}\)?|[一-鿿]+")
 _QUALIFIED = re.compile(r"(.+?)\s+([A-Za-z]{2,}(?:\s[A-Za-z]+){0,3})")  # 5 m/s to the left
 _BEFORE_UNIT = re.compile(r"(?<=[\w})!%])\s*(?=\^\\circ|[A-Za-z(\\€£¥₹$Ωµμ一-鿿])")
 # Units are taken off before; math-verify's own list also takes `2c` for 2.
@@ -60,6 +62,10 @@ def same_value(gold: str, answer: str) -> bool:
             return False
     elif (one.words and not one.unit and other.unit) or (other.words and not other.unit and one.unit):
         return False
+    if _is_percent(one, other) or _is_percent(other, one):
+        return False
+    if not one.unit and other.unit == RADIAN and r"\pi" not in other.number and _more_than_a_turn(other.number):
+        return False  # a bare 90 is one of degrees
     if one.unit and other.unit and one.unit != other.unit:
         return _same_amount(one, other)
     if same_expression(one.number, other.number):
@@ -68,10 +74,29 @@ def same_value(gold: str, answer: str) -> bool:
     return is_angle and _same_amount(one, other)
 
 
+def _is_percent(one: _Quantity, other: _Quantity) -> bool:
+    """Whether `one` is a percentage and `other` counts or measures something."""
+    percent = one.number.endswith(r"\%") and not other.number.endswith(r"\%")
+    return percent and bool(other.unit or other.words)
+
+
+def _more_than_a_turn(radians: str) -> bool:
+    number = _number(_parse(radians))
+    return number is not None and abs(number) > 2 * math.pi
+
+
 def approximates(number: str, value: str) -> bool:
     """Whether two numbers, whose units do not count, differ by 2% at most."""
     one, other = (_number(_parse((_quantity(side) or _Quantity(side)).number)) for side in (number, value))
     return None not in (one, other) and math.isclose(one, other, rel_tol=0.02)
+
+
+def contradict(one: str, other: str) -> bool:
+    """Whether two sides of an equation are numbers of one unit, or of none, that differ by more than 2%."""
+    quantities = [_quantity(side) or _Quantity(side) for side in (one, other)]
+    numbers = [_number(_parse(quantity.number)) for quantity in quantities]
+    alike = quantities[0].unit == quantities[1].unit and quantities[0].words == quantities[1].words
+    return alike and None not in numbers and not math.isclose(*numbers, rel_tol=0.02)
 
 
 def same_expression(gold: str, answer: str) -> bool:
@@ -105,6 +130,8 @@ def _same_amount(gold: _Quantity, answer: _Quantity) -> bool:
 
 def _quantity(text: str) -> _Quantity | None:
     """Takes a number apart from its unit or from what is counted; None if it has neither."""
+    if _DECADE.fullmatch(text):
+        return None
     text = _CURRENCY.sub(r"\1\3 \2", text)  # $5
     for match in _BEFORE_UNIT.finditer(text):
         number, space, rest = text[: match.start()], match.group(), text[match.end() :]
@@ -114,16 +141,19 @@ def _quantity(text: str) -> _Quantity | None:
         if unit is not None:
             return _Quantity(number, unit, certain=bool(space) or may_touch(rest))
         qualified = _QUALIFIED.fullmatch(rest)
-        unit = parse_unit(qualified[1]) if qualified else None
+        unit = parse_unit(qualified[1]) if qualified and follows_a_number(qualified[2]) else None
         if unit is not None:
             return _Quantity(number, unit, qualified[2])
         if _NUMBER.fullmatch(number) and _WORDS.fullmatch(rest) and is_words(rest):
-            return _Quantity(number, words=rest.strip("()"))
+            words = rest.strip("()")
+            return _Quantity(number, words=words) if follows_a_number(words) else None
     return None
 
 
 def _parse(text: str) -> list[Any]:
     """Returns what math-verify reads, nothing where it cannot."""
+    if _NO_FACTOR.search(text):
+        return []
     plain = text.replace(r"\$", "").replace("$", "")
     return math_verify.parse(f"${plain}$", [_LATEX], fallback_mode="no_fallback", parsing_timeout=_NO_LIMIT)
 

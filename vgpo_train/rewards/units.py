@@ -9,7 +9,7 @@ _REGISTRY = pint.UnitRegistry()
 for _definition in (
     "dollar = [dollar] = USD = usd", "cent = 0.01 dollar", "euro = [euro] = EUR", "sterling = [sterling] = GBP",
     "yuan = [yuan] = RMB = CNY", "rupee = [rupee] = INR = Rs", "unit = [unit] = _ = units",
-    "ton = 1000 kilogram",
+    "ton = 1000 kilogram", "kmh = kilometer / hour",
 ):  # fmt: skip
     _REGISTRY.define(_definition)
 DEGREE, RADIAN = _REGISTRY.degree, _REGISTRY.radian
@@ -29,6 +29,7 @@ _PLAIN = [
      lambda match: "deg" + match[1].upper()),
     (re.compile(r"\^\\circ(?:\s*degrees?)?"), " degree "),
     (re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?|(?<=[mt])(?=[23]\b)"), r"**\1"),  # cm^{2}, cm2
+    (re.compile(r"\bms(?=\*\*-)"), "m s"),
     (re.compile(r"\\cdot|\\times"), "*"),
     (re.compile(r"\\div"), "/"),
     (re.compile(r"(?<=[A-Za-z])\.(?=\s|$)"), ""),  # sq. ft.
