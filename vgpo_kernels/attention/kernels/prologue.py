@@ -62,7 +62,7 @@ def query_intervals(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    """The starts and ends of queries, int32 from 0 to Lk; the same beyond the last query as before it or 0.
+    """The starts and ends of queries, int32 from 0 to Lk; beyond the last query they say nothing.
 
     first_key, last_key: the edges of the row's key mask.
     """

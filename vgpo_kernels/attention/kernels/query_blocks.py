@@ -17,8 +17,8 @@ from vgpo_kernels.attention.kernels.prologue import (
 )
 
 # Blocks of queries and keys looked at together.
-LISTED, SEARCH, EDGE = 32, 1024, 2048
-WARPS = 4
+LISTED, SEARCH, EDGE = 16, 1024, 2048
+WARPS = 8
 
 
 class QueryBlocks(NamedTuple):
