@@ -388,4 +388,6 @@ def split_tiles(target: str, itemsize: int, head: int, BLOCK_R: int, unit: int) 
         keys, warps, stages = 32, 4 if BLOCK_R == 16 else 8, 2
     elif target == "sm_80" and BLOCK_R == 64:
         keys = 32
-    return {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+    tiles = {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+    # Left alone, the compiler of sm_100 spills rather than take more than 80 registers.
+    return tiles | {"maxnreg": 255} if target == "sm_100" and itemsize == 4 else tiles

@@ -1,11 +1,11 @@
 """Which blocks of queries a block of wanted keys visits, found in one launch together with the mask's intervals."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.intervals import MaskRule
 from vgpo_kernels.attention.kernels.prologue import (
     RULE_NUMBERS,
@@ -17,8 +17,7 @@ from vgpo_kernels.attention.kernels.prologue import (
 )
 
 # Blocks of queries and keys looked at together.
-LISTED, SEARCH, EDGE = 16, 1024, 2048
-WARPS = 8
+TILES = {"LISTED": 16, "SEARCH": 512, "EDGE": 2048, "num_warps": 8}
 
 
 class QueryBlocks(NamedTuple):
@@ -231,13 +230,15 @@ def find_query_blocks(keys: Tensor, rule: MaskRule, BLOCK_M: int, BLOCK_N: int) 
         stride_kb=keys.stride(0),
         BLOCK_M=BLOCK_M,
         BLOCK_N=BLOCK_N,
-        LISTED=LISTED,
-        SEARCH=SEARCH,
-        EDGE=EDGE,
-        num_warps=WARPS,
+        **tiles(target_of(keys)),
         **rule_arguments(rule),
     )
     return blocks
+
+
+def tiles(target: str) -> dict[str, int]:
+    """Returns the tiles of the search. Left alone, NVIDIA's compilers spill rather than take more than 64 registers."""
+    return TILES if target == "gfx942" else TILES | {"maxnreg": 128}
 
 
 def compile_cases() -> list[CompileCase]:
@@ -255,9 +256,7 @@ def _compile_case(name: str, keys: str, block: tuple[int, int], **given: str) ->
     signature, constexprs = rule_case(**given)
     made = ("made_positions_ptr", "made_start_ptr", "made_end_ptr", "entries_ptr", "counts_ptr")
     signature |= dict.fromkeys(made, "*i32") | {"keys_ptr": keys, "n": "i32", "stride_kb": "i32"}
-    tiles: dict[str, Any] = {"BLOCK_M": block[0], "BLOCK_N": block[1], "LISTED": LISTED, "SEARCH": SEARCH, "EDGE": EDGE}
+    blocks = {"BLOCK_M": block[0], "BLOCK_N": block[1]}
     without = {} if "slots_ptr" in given else {"slots_ptr": None}
-    options = {"num_warps": WARPS}
-    return CompileCase(
-        f"attention query blocks of {name}", query_blocks_kernel, signature, constexprs | tiles | without, options
-    )
+    name = f"attention query blocks of {name}"
+    return CompileCase(name, query_blocks_kernel, signature, constexprs | blocks | without, tiles=tiles)
