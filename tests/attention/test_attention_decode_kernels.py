@@ -92,8 +92,20 @@ def test_a_short_cache_in_a_long_buffer(device):
 def test_splits_follow_the_shapes():
     assert decode.splits(1, 64, 64, 132) == 1  # one tile
     assert decode.splits(1, 65536, 64, 132) == 264  # two programs a processor
-    assert decode.splits(32, 65536, 64, 132) == 9
+    assert decode.splits(32, 65536, 64, 132) == 8
     assert decode.splits(4096, 65536, 64, 132) == 1  # rows enough
+
+
+@pytest.mark.parametrize("kv_heads", [4, 8])  # Qwen2.5-VL 7B; 32B and 72B
+@pytest.mark.parametrize("batch", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("Lk", [2048, 8192, 32768])
+def test_all_programs_run_at_once_and_share_evenly(kv_heads, batch, Lk):
+    slots, row_heads, tiles = 2 * 132, batch * kv_heads, Lk // 64
+    splits = decode.splits(row_heads, Lk, 64, 132)
+    assert row_heads * splits <= slots
+    # What the last program to end has walked, in tiles, against what it would be on slots that are all busy.
+    longest = -(-tiles // splits)
+    assert longest <= 1.1 * row_heads * tiles / slots + 1
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "columns apart", "a column off"])

@@ -13,19 +13,16 @@ from torch import Tensor
 
 from vgpo_kernels._operator import as_autocast
 from vgpo_kernels._validate import BOOL, INTEGER, check_choice, check_tensor
-from vgpo_kernels.attention import autograd, ops
-from vgpo_kernels.attention import intervals as masks
+from vgpo_kernels.attention import autograd, ops, prologue
 from vgpo_kernels.attention.arguments import (
-    as_key_mask,
     check_cache_lengths,
     check_count,
+    check_key_mask,
     check_max_seqlen,
     check_qk,
     check_values,
-    check_window,
-    compacted,
-    intervals_of,
-    key_kinds,
+    check_visual_mask,
+    mask_rule,
     within,
 )
 
@@ -113,15 +110,13 @@ def attention_mass(
     """
     q, k = as_autocast(q, k)
     scale = check_qk(q, k, scale, softcap)
-    key_mask = as_key_mask(key_mask, q, k)
+    check_key_mask(key_mask, q, k)
     check_tensor("segment_ids", segment_ids, shape=(q.shape[0], k.shape[2]), dtypes=INTEGER, device=q.device)
     check_count("num_segments", num_segments)
-    mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
-    q, lse, mask = within(q, lse, mask, query_range)
-    segment_ids = segment_ids if key_mask is None else torch.where(key_mask, segment_ids, -1)
-    mass: Tensor = ops.attention_mass(
-        q.detach(), k.detach(), lse.detach(), segment_ids, *mask, num_segments, scale, softcap, impl
-    )
+    rule = mask_rule(q, k, causal, key_mask, cu_seqlens, window, intervals)
+    q, lse, rule = within(q, lse, rule, query_range)
+    mask = prologue.of_segments(rule, segment_ids, q, impl)
+    mass: Tensor = ops.attention_mass(q.detach(), k.detach(), lse.detach(), *mask, num_segments, scale, softcap, impl)
     return mass.mean(1) if reduce_heads else mass
 
 
@@ -173,26 +168,18 @@ def attention_column_sum(
     """
     q, k = as_autocast(q, k)
     scale = check_qk(q, k, scale, softcap)
-    key_mask = as_key_mask(key_mask, q, k)
+    check_key_mask(key_mask, q, k)
     check_choice("reduction", reduction, REDUCTIONS)
-    B, Lk = q.shape[0], k.shape[2]
     if not isinstance(keys, Tensor):
         raise TypeError(f"keys: expected a tensor, got {type(keys).__name__}")
-    as_mask = keys.dtype == torch.bool
-    check_tensor("keys", keys, shape=(B, Lk if as_mask else "n"), dtypes=BOOL + INTEGER, device=q.device)
-    mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
-    q, lse, mask = within(q, lse, mask, query_range)
-    positions = compacted(keys) if as_mask else keys
-    if key_mask is not None:
-        hidden = ~key_mask.gather(1, positions.long().clamp(0, Lk - 1))
-        positions = positions.masked_fill(hidden & (positions >= 0) & (positions < Lk), -1)
+    n = k.shape[2] if keys.dtype == torch.bool else "n"
+    check_tensor("keys", keys, shape=(q.shape[0], n), dtypes=BOOL + INTEGER, device=q.device)
+    rule = mask_rule(q, k, causal, key_mask, cu_seqlens, window, intervals)
+    q, lse, rule = within(q, lse, rule, query_range)
     received: Tensor = ops.attention_column_sum(
-        q.detach(), k.detach(), lse.detach(), positions, *mask, reduction, scale, softcap, impl
-    )
-    if as_mask:
-        places = torch.where(positions < 0, Lk, positions).long()[:, None].expand_as(received)
-        whole = received.new_zeros((*received.shape[:2], Lk + 1))
-        received = whole.scatter(2, places, received)[..., :Lk]
+        q.detach(), k.detach(), lse.detach(), keys, rule.key_start, rule.key_end, reduction, scale, softcap, impl,
+        rule.key_mask, rule.cu_seqlens, rule.causal, rule.window, rule.first_query,
+    )  # fmt: skip
     return received.mean(1) if reduce_heads else received
 
 
@@ -240,12 +227,13 @@ def visual_attention(
     """
     q, k, v = as_autocast(q, k, v)
     scale = check_qk(q, k, scale, softcap)
-    key_mask = as_key_mask(key_mask, q, k)
+    check_key_mask(key_mask, q, k)
     check_values(q, k, v)
     check_max_seqlen(max_seqlen, cu_seqlens)
-    kinds = key_kinds(q, k, visual_mask, key_mask)
-    mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
-    return VisualAttention(*autograd.visual_attention(q, k, v, kinds, *mask, scale, softcap, impl))
+    check_visual_mask(visual_mask, q, k)
+    rule = mask_rule(q, k, causal, key_mask, cu_seqlens, window, intervals)
+    mask = prologue.of_visual_keys(rule, visual_mask, q, impl)
+    return VisualAttention(*autograd.visual_attention(q, k, v, *mask, scale, softcap, impl))
 
 
 def visual_attention_decode(
@@ -288,16 +276,10 @@ def visual_attention_decode(
     """
     q, k_cache, v_cache = as_autocast(q, k_cache, v_cache)
     scale = check_qk(q, k_cache, scale, softcap, k_name="k_cache")
-    key_mask = as_key_mask(key_mask, q, k_cache)
+    check_key_mask(key_mask, q, k_cache)
     check_values(q, k_cache, v_cache, name="v_cache")
     check_cache_lengths(cache_lengths, q, k_cache)
-    kinds = key_kinds(q, k_cache, visual_mask, key_mask)
-    lengths = (q.shape[2], k_cache.shape[2])
-    if intervals is None:
-        check_window(window)
-        mask = masks.of_cache(cache_lengths, lengths, key_mask=key_mask, window=window)
-    else:
-        mask = intervals_of(q, k_cache, False, key_mask, None, window, intervals)
-        filled = cache_lengths[:, None].to(mask.key_end.dtype)
-        mask = mask._replace(key_end=torch.minimum(mask.key_end, filled))
-    return VisualAttention(*autograd.visual_attention(q, k_cache, v_cache, kinds, *mask, scale, softcap, impl))
+    check_visual_mask(visual_mask, q, k_cache)
+    rule = mask_rule(q, k_cache, True, key_mask, None, window, intervals, cache_lengths)
+    mask = prologue.of_visual_keys(rule, visual_mask, q, impl)
+    return VisualAttention(*autograd.visual_attention(q, k_cache, v_cache, *mask, scale, softcap, impl))

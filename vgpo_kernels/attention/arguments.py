@@ -1,4 +1,4 @@
-"""Checks of the room's arguments, and what they become: scales, key kinds, intervals."""
+"""Checks of the room's arguments, and what they become: scales, and the rule of a mask."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from vgpo_kernels._validate import (
     check_tensor,
     forbid,
 )
-from vgpo_kernels.attention import intervals as masks
+from vgpo_kernels.attention.intervals import MaskRule
 
 LSE = (torch.float32, torch.float64)
 HEAD_DIM = 512  # the largest
@@ -52,11 +52,6 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def check_window(window: int | None) -> None:
-    if window is not None:
-        check_count("window", window)
-
-
 def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
     if max_seqlen is None:
         return
@@ -88,22 +83,19 @@ def _reads(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and checks_values(None, x)
 
 
-def as_key_mask(key_mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Returns the mask as (B, Lk) bool; models hand it over as 0 and 1, too."""
-    if key_mask is None:
-        return None
-    check_tensor("key_mask", key_mask, shape=(q.shape[0], k.shape[2]), dtypes=BOOL + INTEGER, device=q.device)
-    if _reads(key_mask):
-        check_mask_values("key_mask", key_mask)
-    return key_mask != 0
+def check_key_mask(key_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
+    """Raises unless the mask is (B, Lk) bool or, as models hand it over, 0 and 1."""
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, shape=(q.shape[0], k.shape[2]), dtypes=BOOL + INTEGER, device=q.device)
+        if _reads(key_mask):
+            check_mask_values("key_mask", key_mask)
 
 
-def key_kinds(q: Tensor, k: Tensor, visual_mask: Tensor, key_mask: Tensor | None) -> Tensor:
+def check_visual_mask(visual_mask: Tensor, q: Tensor, k: Tensor) -> None:
     check_tensor("visual_mask", visual_mask, shape=(q.shape[0], k.shape[2]), dtypes=MASK, device=q.device)
-    return masks.key_kinds(visual_mask.detach() != 0, key_mask)
 
 
-def intervals_of(
+def mask_rule(
     q: Tensor,
     k: Tensor,
     causal: bool,
@@ -111,32 +103,52 @@ def intervals_of(
     cu_seqlens: Tensor | None,
     window: int | None,
     intervals: tuple[Tensor, Tensor] | None,
-) -> masks.Intervals:
+    cache_lengths: Tensor | None = None,
+) -> MaskRule:
+    """Returns the rule that the masks of a public function make; `key_mask` and `cache_lengths` are checked before."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected a bool, got {causal!r}")
-    check_window(window)
-    B, lengths = q.shape[0], (q.shape[2], k.shape[2])
+    if window is not None:
+        check_count("window", window)
+    Lq, Lk = q.shape[2], k.shape[2]
     if cu_seqlens is not None:
         check_tensor("cu_seqlens", cu_seqlens, shape=("n + 1",), dtypes=INTEGER, device=q.device)
-        if B != 1 or lengths[0] != lengths[1] or cu_seqlens.shape[0] < 2:
+        if q.shape[0] != 1 or Lq != Lk or cu_seqlens.shape[0] < 2:
             raise ValueError(
                 f"cu_seqlens: expected at least 2 bounds of one packed row with Lq = Lk, got {cu_seqlens.shape[0]} "
                 f"bounds, q {tuple(q.shape)}, k {tuple(k.shape)}"
             )
-        _check_bounds(cu_seqlens, lengths[1])
-    return masks.build(
-        B, lengths, q.device, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens, window=window,
-        intervals=intervals,
-    )  # fmt: skip
+        _check_bounds(cu_seqlens, Lk)
+    rule = MaskRule((Lq, Lk), Lk - Lq, causal, window, key_mask, cu_seqlens, cache_lengths)
+    if intervals is None:
+        return rule
+    _check_intervals(intervals, (q.shape[0], Lq), q.device, cu_seqlens, window)
+    return rule._replace(causal=False, key_start=intervals[0], key_end=intervals[1])
+
+
+def _check_intervals(
+    intervals: tuple[Tensor, Tensor],
+    shape: tuple[int, int],
+    device: torch.device,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+) -> None:
+    if cu_seqlens is not None or window is not None:
+        name = "window" if cu_seqlens is None else "cu_seqlens"
+        raise ValueError(f"{name}: expected None beside intervals, which say the whole mask")
+    if not isinstance(intervals, tuple | list) or len(intervals) != 2:
+        raise TypeError(f"intervals: expected a pair (key_start, key_end), got {type(intervals).__name__}")
+    for name, bound in zip(("key_start", "key_end"), intervals, strict=True):
+        check_tensor(f"intervals {name}", bound, shape=shape, dtypes=INTEGER, device=device)
 
 
 def within(
-    q: Tensor, lse: Tensor, mask: masks.Intervals, query_range: tuple[int, int] | None
-) -> tuple[Tensor, Tensor, masks.Intervals]:
-    """Returns queries, LSE and intervals of the query range."""
+    q: Tensor, lse: Tensor, rule: MaskRule, query_range: tuple[int, int] | None
+) -> tuple[Tensor, Tensor, MaskRule]:
+    """Returns queries, LSE and rule of the query range."""
     check_tensor("lse", lse, shape=q.shape[:3], dtypes=LSE, device=q.device)
     if query_range is None:
-        return q, lse, mask
+        return q, lse, rule
     if not isinstance(query_range, tuple | list) or len(query_range) != 2:
         raise TypeError(f"query_range: expected a pair (start, stop), got {query_range!r}")
     start, stop = query_range
@@ -144,10 +156,4 @@ def within(
         raise TypeError(f"query_range: expected two ints, got {query_range!r}")
     if not 0 <= start < stop <= q.shape[2]:
         raise ValueError(f"query_range: expected 0 <= start < stop <= {q.shape[2]}, got {(start, stop)}")
-    return q[:, :, start:stop], lse[:, :, start:stop], masks.Intervals(*(x[:, start:stop].contiguous() for x in mask))
-
-
-def compacted(keys: Tensor) -> Tensor:
-    """Returns (B, Lk) int64: the positions where `keys` is True, in order, then -1."""
-    order = keys.byte().argsort(dim=1, descending=True, stable=True)
-    return torch.where(keys.gather(1, order), order, -1)
+    return q[:, :, start:stop], lse[:, :, start:stop], rule.of_queries(start, stop)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels.attention import ops
+from vgpo_kernels.attention import ops, prologue
 
 
 def visual_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,14 +70,23 @@ def _refuse(ctx: Any, *grads: Any) -> Any:  # noqa: ARG001
     raise RuntimeError("visual attention is differentiable once: its gradient has none")
 
 
-def _fold(operator: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
-    """Returns the vmap rule of an operator whose tensors all have the batch in front: the mapped dimension joins it."""
+def _fold(operator: Callable[..., Any], cu_seqlens: int | None = None) -> Callable[..., tuple[Any, Any]]:
+    """Returns the vmap rule of an operator whose tensors all have the batch in front: the mapped dimension joins it.
+
+    Args:
+        operator: what runs on the joined tensors.
+        cu_seqlens: the place of the argument that has no batch: all rows are packed alike.
+    """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
         size = info.batch_size
+        if cu_seqlens is not None and len(arguments) > cu_seqlens and in_dims[cu_seqlens] is not None:
+            raise RuntimeError("attention: packed rows (cu_seqlens) have no batch for torch.func.vmap to join")
         folded = [
-            _mapped(argument, dim, size).flatten(0, 1) if isinstance(argument, Tensor) else argument
-            for argument, dim in zip(arguments, in_dims, strict=True)
+            _mapped(argument, dim, size).flatten(0, 1)
+            if isinstance(argument, Tensor) and place != cu_seqlens
+            else argument
+            for place, (argument, dim) in enumerate(zip(arguments, in_dims, strict=True))
         ]
         results = operator(*folded)
         if isinstance(results, Tensor):
@@ -143,4 +152,6 @@ ops.visual_attention.register_autograd(_backward_of_visual_attention, setup_cont
 ops.attention_with_lse.register_autograd(_backward_of_attention_with_lse, setup_context=_save_attention_with_lse)
 ops.visual_attention_backward.register_autograd(_refuse, setup_context=_save_nothing)
 ops.attention_mass.register_vmap(_fold(ops.attention_mass))
-ops.attention_column_sum.register_vmap(_fold(ops.attention_column_sum))
+ops.attention_column_sum.register_vmap(_fold(ops.attention_column_sum, cu_seqlens=11))
+_prologue = torch.ops.vgpo.attention_prologue
+torch.library.register_vmap(prologue.NAME, _fold(_prologue, cu_seqlens=3), lib=prologue.LIBRARY)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels._validate import INTEGER, check_tensor, forbid
+from vgpo_kernels._validate import forbid
 
 HIDDEN, ORDINARY, VISUAL = 0, 1, 2  # what `key_kinds` (B, Lk) int8 says of a key
 
@@ -22,76 +22,79 @@ class Intervals(NamedTuple):
     key_end: Tensor
 
 
-def build(
-    batch: int,
-    lengths: tuple[int, int],
-    device: torch.device,
-    *,
-    causal: bool,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    window: int | None,
-    intervals: tuple[Tensor, Tensor] | None,
-) -> Intervals:
-    """Returns the intervals that the masks of a public function come to.
+class MaskRule(NamedTuple):
+    """A mask as the arguments of a public function say it.
 
     Args:
-        batch: B.
-        lengths: Lq and Lk; the last query stands at the last key.
-        device: where the intervals live.
+        lengths: Lq and Lk.
+        first_query: the key that the first query stands at, unless `cache_lengths` says it.
         causal: a query sees the keys up to its own position.
-        key_mask: (B, Lk) bool; what is hidden at the edges of a row shortens its intervals.
-        cu_seqlens: (n + 1,) int, where each packed sequence starts, then the end of the last; B is 1.
         window: keys a query sees on each side, its own included.
-        intervals: starts and ends that take the place of the three before.
+        key_mask: (B, Lk) bool or integers; what is hidden at the edges of a row shortens its intervals.
+        cu_seqlens: (n + 1,) integers, where each packed sequence starts, then the end of the last; B is 1.
+        cache_lengths: (B,) integers, the filled entries of each row's cache; the last query stands at the last one.
+        key_start, key_end: (B, Lq) integers that take the place of `causal`, `window` and `cu_seqlens`.
     """
-    Lq, _ = lengths
-    if intervals is not None:
-        start, end = _given(intervals, (batch, Lq), device, cu_seqlens, window)
+
+    lengths: tuple[int, int]
+    first_query: int
+    causal: bool = False
+    window: int | None = None
+    key_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    cache_lengths: Tensor | None = None
+    key_start: Tensor | None = None
+    key_end: Tensor | None = None
+
+    def of_queries(self, start: int, stop: int) -> "MaskRule":
+        """Returns the rule of the queries from `start` to `stop`."""
+        bounds = [None if x is None else x[:, start:stop] for x in (self.key_start, self.key_end)]
+        lengths = (stop - start, self.lengths[1])
+        return self._replace(
+            lengths=lengths, first_query=self.first_query + start, key_start=bounds[0], key_end=bounds[1]
+        )
+
+
+def build(rule: MaskRule, batch: int, device: torch.device) -> Intervals:
+    """Returns the intervals that a rule comes to, not yet cut to the keys there are."""
+    if rule.key_start is None or rule.key_end is None:
+        start, end = (x.expand(batch, -1) for x in _built(rule, device))
     else:
-        start, end = _built(lengths, device, causal, cu_seqlens, window)
-        start, end = start.expand(batch, Lq), end.expand(batch, Lq)
-    if key_mask is not None:
-        first, last = _edges(key_mask)
+        start, end = rule.key_start, rule.key_end
+        if rule.cache_lengths is not None:
+            end = torch.minimum(end, rule.cache_lengths[:, None].to(end.dtype))
+    if rule.key_mask is not None:
+        first, last = _edges(rule.key_mask != 0)
         start, end = torch.maximum(start, first), torch.minimum(end, last)
     return Intervals(start, end)
 
 
-def of_cache(
-    cache_lengths: Tensor,
-    lengths: tuple[int, int],
-    *,
-    key_mask: Tensor | None,
-    window: int | None,
-) -> Intervals:
-    """Returns the causal intervals of the last Lq entries of each row's cache.
+def key_kinds(visual_mask: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Returns (B, Lk) int8: HIDDEN where `key_mask` is 0, else VISUAL or ORDINARY."""
+    kinds = (visual_mask != 0).to(torch.int8) + ORDINARY
+    return kinds if key_mask is None else kinds * (key_mask != 0).to(torch.int8)
+
+
+def segments(segment_ids: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Returns (B, Lk) the segments of keys, -1 where `key_mask` is 0."""
+    return segment_ids if key_mask is None else torch.where(key_mask != 0, segment_ids, -1)
+
+
+def positions(keys: Tensor, key_mask: Tensor | None, Lk: int) -> Tensor:
+    """Returns (B, n) the positions of wanted keys, -1 for those that are hidden.
 
     Args:
-        cache_lengths: (B,) int, entries of the cache that are filled, those of the queries included.
-        lengths: Lq and the cache's length Lk.
-        key_mask: (B, Lk) bool.
-        window: keys a query sees, its own included.
+        keys: (B, Lk) bool, whose positions come in order, then -1; or (B, n) integers, the positions.
+        key_mask: (B, Lk).
+        Lk: keys of a row; positions beyond it stay.
     """
-    Lq, _ = lengths
-    batch, device = cache_lengths.shape[0], cache_lengths.device
-    end = cache_lengths[:, None].long() - Lq + 1 + torch.arange(Lq, device=device)  # [B, Lq]
-    start = torch.zeros_like(end) if window is None else (end - window).clamp(min=0)
-    return build(
-        batch,
-        lengths,
-        device,
-        causal=False,
-        key_mask=key_mask,
-        cu_seqlens=None,
-        window=None,
-        intervals=(start, end),
-    )
-
-
-def key_kinds(visual_mask: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Returns (B, Lk) int8: HIDDEN where `key_mask` is False, else VISUAL or ORDINARY."""
-    kinds = visual_mask.to(torch.int8) + ORDINARY
-    return kinds if key_mask is None else kinds * key_mask.to(torch.int8)
+    if keys.dtype == torch.bool:
+        order = keys.byte().argsort(dim=1, descending=True, stable=True)
+        keys = torch.where(keys.gather(1, order), order, -1)
+    if key_mask is None:
+        return keys
+    hidden = (key_mask == 0).gather(1, keys.long().clamp(0, Lk - 1))
+    return keys.masked_fill(hidden & (keys >= 0) & (keys < Lk), -1)
 
 
 def check_values(key_start: Tensor, key_end: Tensor, Lk: int) -> None:
@@ -101,46 +104,31 @@ def check_values(key_start: Tensor, key_end: Tensor, Lk: int) -> None:
     forbid(seen & (key_end > Lk), "intervals", f"key_end of at most {Lk}", key_end)
 
 
-def _built(
-    lengths: tuple[int, int], device: torch.device, causal: bool, cu_seqlens: Tensor | None, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """Returns the starts and ends (Lq,) of one row."""
-    Lq, Lk = lengths
-    position = torch.arange(Lq, device=device) + (Lk - Lq)  # [Lq]
+def _built(rule: MaskRule, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the starts and ends, (Lq,) of every row or (B, Lq) where caches differ."""
+    Lq, Lk = rule.lengths
+    position = torch.arange(Lq, device=device)  # [Lq]
+    if rule.cache_lengths is None:
+        position = position + rule.first_query
+    else:
+        position = position + (rule.cache_lengths[:, None].long() - Lq)  # [B, Lq]
     start, end = torch.zeros_like(position), torch.full_like(position, Lk)
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.long()
+    if rule.cu_seqlens is not None:
+        bounds = rule.cu_seqlens.long()
         sequence = torch.searchsorted(bounds, position, right=True)  # 1 for the first, len(bounds) after the last
         padded = torch.cat([bounds, bounds[-1:]])
         start, end = bounds[sequence - 1], padded[sequence]
-    if window is not None:
-        start, end = torch.maximum(start, position - window + 1), torch.minimum(end, position + window)
-    if causal:
+    if rule.window is not None:
+        start, end = torch.maximum(start, position - rule.window + 1), torch.minimum(end, position + rule.window)
+    if rule.causal:
         end = torch.minimum(end, position + 1)
     return start, end
 
 
-def _given(
-    intervals: tuple[Tensor, Tensor],
-    shape: tuple[int, int],
-    device: torch.device,
-    cu_seqlens: Tensor | None,
-    window: int | None,
-) -> tuple[Tensor, Tensor]:
-    if cu_seqlens is not None or window is not None:
-        name = "window" if cu_seqlens is None else "cu_seqlens"
-        raise ValueError(f"{name}: expected None beside intervals, which say the whole mask")
-    if not isinstance(intervals, tuple | list) or len(intervals) != 2:
-        raise TypeError(f"intervals: expected a pair (key_start, key_end), got {type(intervals).__name__}")
-    for name, bound in zip(("key_start", "key_end"), intervals, strict=True):
-        check_tensor(f"intervals {name}", bound, shape=shape, dtypes=INTEGER, device=device)
-    return intervals[0], intervals[1]
-
-
-def _edges(key_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (B, 1) the first key that is not hidden and the one after the last; 0 and 0 where all are."""
-    Lk = key_mask.shape[1]
-    position = torch.arange(Lk, device=key_mask.device)
-    first = torch.where(key_mask, position, Lk).amin(1, keepdim=True)
-    last = torch.where(key_mask, position + 1, 0).amax(1, keepdim=True)
+def _edges(shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (B, 1) the first key that is not hidden and the one after the last; Lk and 0 where all are."""
+    Lk = shown.shape[1]
+    position = torch.arange(Lk, device=shown.device)
+    first = torch.where(shown, position, Lk).amin(1, keepdim=True)
+    last = torch.where(shown, position + 1, 0).amax(1, keepdim=True)
     return first, last

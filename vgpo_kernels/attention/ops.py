@@ -1,5 +1,7 @@
 """The operators of the room: their schemas, and the shapes of what they return."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,14 +20,16 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _inside(key_start: Tensor, key_end: Tensor, q: Tensor, k: Tensor, impl: str | None) -> tuple[Tensor, Tensor]:
     """Returns int32 intervals within [0, Lk]: checked where reading is free, cut to it on a GPU."""
-    Lk = k.shape[2]
     if checks_values(impl, q):
-        intervals.check_values(key_start, key_end, Lk)
-    return _cut(key_start, Lk), _cut(key_end, Lk)
+        intervals.check_values(key_start, key_end, k.shape[2])
+    return _cut(key_start, q, k, impl), _cut(key_end, q, k, impl)
 
 
-def _cut(bound: Tensor, Lk: int) -> Tensor:
-    return bound.clamp(min=0, max=Lk).to(torch.int32).contiguous()
+def _cut(bound: Tensor, q: Tensor, k: Tensor, impl: str | None) -> Tensor:
+    if bound.dtype != torch.int32 or checks_values(impl, q):
+        bound = bound.clamp(min=0, max=k.shape[2]).to(torch.int32)
+    # Others in int32 are the prologue's, which has cut them.
+    return bound.contiguous()
 
 
 @torch.library.custom_op("vgpo::attention_mass", mutates_args=())
@@ -79,25 +83,39 @@ def attention_column_sum(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
-    positions: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
+    keys: Tensor,
+    key_start: Tensor | None,
+    key_end: Tensor | None,
     reduction: str,
     scale: float,
     softcap: float | None,
     impl: str | None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = False,
+    window: int | None = None,
+    first_query: int = 0,
 ) -> Tensor:
-    """Sums attention probabilities by key; (B, Hq, n), arguments as in the reference."""
-    Lk = k.shape[2]
-    if checks_values(impl, q):
-        forbid((positions < -1) | (positions >= Lk), "keys", f"positions from 0 to {Lk - 1}, or -1", positions)
-    else:
-        positions = torch.where(positions < Lk, positions, -1)
-    positions = positions.int()
-    key_start, key_end = _inside(key_start, key_end, q, k, impl)
+    """Sums attention probabilities by key; (B, Hq, n) for positions, (B, Hq, Lk) for a mask of keys.
+
+    Takes the mask as its rule says it: kernels find the blocks of queries to visit while they make the intervals.
+    """
+    lengths = (q.shape[2], k.shape[2])
+    rule = intervals.MaskRule(lengths, first_query, causal, window, key_mask, cu_seqlens, None, key_start, key_end)
+    if not checks_values(impl, q):
+        received: Tensor = implementation(ROOM, impl, q).columns(q, k, lse, keys, rule, reduction, scale, softcap)
+        return received
+    Lk = lengths[1]
+    positions = intervals.positions(keys, key_mask, Lk)
+    forbid((positions < -1) | (positions >= Lk), "keys", f"positions from 0 to {Lk - 1}, or -1", positions)
+    bounds = _inside(*intervals.build(rule, q.shape[0], q.device), q, k, impl)
     run = implementation(ROOM, impl, q).attention_column_sum
-    received: Tensor = run(q, k, lse, positions, key_start, key_end, reduction, scale, softcap)
-    return received
+    received = run(q, k, lse, positions.int(), *bounds, reduction, scale, softcap)
+    if keys.dtype != torch.bool:
+        return received
+    places = torch.where(positions < 0, Lk, positions)[:, None].expand_as(received)
+    whole = received.new_zeros((*received.shape[:2], Lk + 1))
+    return whole.scatter(2, places, received)[..., :Lk].contiguous()
 
 
 @attention_column_sum.register_fake
@@ -105,15 +123,10 @@ def _(
     q: Tensor,
     k: Tensor,  # noqa: ARG001
     lse: Tensor,  # noqa: ARG001
-    positions: Tensor,
-    key_start: Tensor,  # noqa: ARG001
-    key_end: Tensor,  # noqa: ARG001
-    reduction: str,  # noqa: ARG001
-    scale: float,  # noqa: ARG001
-    softcap: float | None,  # noqa: ARG001
-    impl: str | None,  # noqa: ARG001
+    keys: Tensor,
+    *options: Any,  # noqa: ARG001
 ) -> Tensor:
-    return q.new_empty((*q.shape[:2], positions.shape[1]), dtype=_wide(q))
+    return q.new_empty((*q.shape[:2], keys.shape[1]), dtype=_wide(q))
 
 
 @torch.library.custom_op("vgpo::visual_attention", mutates_args=())
@@ -172,7 +185,7 @@ def visual_attention_backward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; arguments as in the reference."""
-    key_start, key_end = _cut(key_start, k.shape[2]), _cut(key_end, k.shape[2])
+    key_start, key_end = _cut(key_start, q, k, impl), _cut(key_end, q, k, impl)
     run = implementation(ROOM, impl, q).visual_attention_backward
     grads: tuple[Tensor, Tensor, Tensor] = run(
         grad_out, grad_mass, grad_lse, q, k, v, key_kinds, key_start, key_end, out, mass, lse, scale, softcap

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._operator import as_autocast
-from vgpo_kernels.attention import autograd, stock
-from vgpo_kernels.attention import intervals as masks
-from vgpo_kernels.attention.arguments import as_key_mask, check_max_seqlen, check_qk, check_values, intervals_of
+from vgpo_kernels.attention import autograd, prologue, stock
+from vgpo_kernels.attention.arguments import check_key_mask, check_max_seqlen, check_qk, check_values, mask_rule
 
 
 def attention_with_lse(
@@ -56,7 +55,7 @@ def attention_with_lse(
     """
     q, k, v = as_autocast(q, k, v)
     scale = check_qk(q, k, scale, softcap)
-    key_mask = as_key_mask(key_mask, q, k)
+    check_key_mask(key_mask, q, k)
     check_values(q, k, v)
     check_max_seqlen(max_seqlen, cu_seqlens)
     name, _ = attention_backend(
@@ -64,10 +63,9 @@ def attention_with_lse(
         intervals=intervals, backend=backend,
     )  # fmt: skip
     nothing = torch.zeros((q.shape[0], k.shape[2]), dtype=torch.bool, device=q.device)
-    mask = intervals_of(q, k, causal, key_mask, cu_seqlens, window, intervals)
-    return autograd.attention_with_lse(
-        q, k, v, masks.key_kinds(nothing, key_mask), *mask, cu_seqlens, max_seqlen, causal, window, scale, softcap, name
-    )
+    rule = mask_rule(q, k, causal, key_mask, cu_seqlens, window, intervals)
+    mask = prologue.of_visual_keys(rule, nothing, q, None)
+    return autograd.attention_with_lse(q, k, v, *mask, cu_seqlens, max_seqlen, causal, window, scale, softcap, name)
 
 
 def attention_backend(

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
+from vgpo_kernels.attention.intervals import MaskRule
 from vgpo_kernels.attention.kernels.configs import column_tiles
+from vgpo_kernels.attention.kernels.query_blocks import find_query_blocks
 from vgpo_kernels.attention.kernels.shared import (
     CHUNK,
     VECTOR,
@@ -22,83 +24,13 @@ from vgpo_kernels.attention.kernels.shared import (
     with_loadable_rows,
 )
 
-# Query blocks looked at together by the kernels that make the lists.
-BOUNDS = 32
-LISTED = 256
 # Programs below which the queries are split among several, and the least blocks of queries each gets.
 PROGRAMS = 512
 SPLIT_BLOCKS = 8
+MERGE = {"BLOCK": 1024, "num_warps": 4}  # results of a program that merges
 
 _RUN_TIME = ["heads", "group", "n_positions", "Lq", "splits", "stride_lb", "stride_lh", "stride_ll"]
 _STRIDES = [f"stride_{name}{axis}_units" for name in "qk" for axis in "bhl"]
-
-
-@triton.jit(do_not_specialize=["Lq"])
-def bounds_kernel(start_ptr, end_ptr, bounds_ptr, Lq, BLOCK_M: tl.constexpr, BOUNDS: tl.constexpr):
-    """A program bounds the intervals of BOUNDS query blocks: (B, 4, n) smallest start, largest end, and inner two.
-
-    The first two are those of queries that see a key; a query that sees none, or lies beyond the last, makes the
-    inner two (largest start, smallest end) such that no key is seen by the whole block.
-    """
-    n_blocks = tl.cdiv(Lq, BLOCK_M)
-    n_programs = tl.cdiv(n_blocks, BOUNDS)
-    row = (tl.program_id(0) // n_programs).to(tl.int64)
-    o_b = (tl.program_id(0) % n_programs) * BOUNDS + tl.arange(0, BOUNDS)  # [B]
-    o_m = o_b[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]  # [B, BM]
-    b_start = tl.load(start_ptr + row * Lq + o_m, mask=o_m < Lq, other=0)  # [B, BM]
-    b_end = tl.load(end_ptr + row * Lq + o_m, mask=o_m < Lq, other=0)  # [B, BM]
-    m_seen = b_start < b_end
-    p_bounds = bounds_ptr + row * 4 * n_blocks + o_b
-    m_b = o_b < n_blocks
-    tl.store(p_bounds, tl.min(tl.where(m_seen, b_start, 2147483647), axis=1), mask=m_b)
-    tl.store(p_bounds + n_blocks, tl.max(tl.where(m_seen, b_end, 0), axis=1), mask=m_b)
-    tl.store(p_bounds + 2 * n_blocks, tl.max(b_start, axis=1), mask=m_b)
-    tl.store(p_bounds + 3 * n_blocks, tl.min(tl.where(m_seen, b_end, 0), axis=1), mask=m_b)
-
-
-@triton.jit(do_not_specialize=["n_positions", "n_blocks"])
-def block_list_kernel(
-    positions_ptr,
-    bounds_ptr,
-    entries_ptr,
-    counts_ptr,
-    n_positions,
-    n_blocks,
-    BLOCK_N: tl.constexpr,
-    LISTED: tl.constexpr,
-):
-    """A program lists the query blocks that a block of positions visits: those cut by an interval, and full ones."""
-    n_lists = tl.cdiv(n_positions, BLOCK_N)
-    program = tl.program_id(0).to(tl.int64)
-    row = program // n_lists
-    o_n = (tl.program_id(0) % n_lists) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BN]
-    b_position = tl.load(positions_ptr + row * n_positions + o_n, mask=o_n < n_positions, other=-1)  # [BN]
-    low = tl.min(tl.where(b_position >= 0, b_position, 2147483647), axis=0)
-    high = tl.max(b_position, axis=0)
-    p_bounds = bounds_ptr + row * 4 * n_blocks
-    p_cut = entries_ptr + program * 2 * n_blocks
-    p_full = p_cut + n_blocks
-    n_cut = tl.full([], 0, tl.int32)
-    n_full = tl.full([], 0, tl.int32)
-    # No block is looked at where every slot is empty.
-    for start in range(0, tl.where(high >= 0, n_blocks, 0), LISTED):
-        o_b = start + tl.arange(0, LISTED)  # [L]
-        m_b = o_b < n_blocks
-        # Unseen: no interval of the block reaches from the lowest position to the highest.
-        b_first = tl.load(p_bounds + o_b, mask=m_b, other=2147483647)  # [L]
-        b_last = tl.load(p_bounds + n_blocks + o_b, mask=m_b, other=0)  # [L]
-        b_inner_first = tl.load(p_bounds + 2 * n_blocks + o_b, mask=m_b, other=0)  # [L]
-        b_inner_last = tl.load(p_bounds + 3 * n_blocks + o_b, mask=m_b, other=0)  # [L]
-        m_full = (b_inner_first <= low) & (b_inner_last > high)  # [L]
-        m_cut = (b_first <= high) & (b_last > low) & (m_full == 0)  # [L]
-        b_full = m_full.to(tl.int32)
-        b_cut = m_cut.to(tl.int32)
-        tl.store(p_full + n_full + tl.cumsum(b_full, axis=0) - 1, o_b, mask=m_full)
-        tl.store(p_cut + n_cut + tl.cumsum(b_cut, axis=0) - 1, o_b, mask=m_cut)
-        n_full += tl.sum(b_full, axis=0)
-        n_cut += tl.sum(b_cut, axis=0)
-    tl.store(counts_ptr + program * 2, n_cut)
-    tl.store(counts_ptr + program * 2 + 1, n_full)
 
 
 @triton.jit
@@ -228,6 +160,56 @@ def column_kernel(
     tl.store(p_column + o_slot, tl.where(m_position, b_column, 0.0), mask=o_slot < n_positions)
 
 
+@triton.jit(do_not_specialize=["heads", "n_positions", "n", "Lq", "splits", "stride_lb", "stride_lh", "stride_ll"])
+def merge_kernel(
+    column_ptr,  # (B, Hq, splits, n_positions) fp32
+    slots_ptr,  # (B, n) int32, or None: n is n_positions
+    lse_ptr,
+    start_ptr,  # (B, Lq) int32
+    end_ptr,
+    received_ptr,  # (B, Hq, n) fp32
+    heads,
+    n_positions,
+    n,
+    Lq,
+    splits,
+    stride_lb,
+    stride_lh,
+    stride_ll,
+    MAX: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program reduces the splits of a block of one head's results, in their order, and puts keys in their places."""
+    n_blocks = tl.cdiv(n, BLOCK)
+    of_head = (tl.program_id(0) // n_blocks).to(tl.int64)
+    row = of_head // heads
+    o_n = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)  # [B]
+    m_n = o_n < n
+    b_slot = o_n
+    if slots_ptr is not None:
+        b_slot = tl.load(slots_ptr + row * n + o_n, mask=m_n, other=-1)  # [B]
+    m_slot = m_n & (b_slot >= 0)
+    p_column = column_ptr + of_head * splits * n_positions + b_slot  # [B]
+    b_received = tl.zeros([BLOCK], tl.float32)
+    for _ in range(0, splits):
+        b_part = tl.load(p_column, mask=m_slot, other=0.0)
+        b_received = _nan_maximum(b_received, b_part) if MAX else b_received + b_part
+        p_column += n_positions
+    if MEAN:
+        b_count = tl.zeros([BLOCK], tl.int32)
+        for first in range(0, Lq, BLOCK):
+            o_q = first + tl.arange(0, BLOCK)  # [B]
+            m_q = o_q < Lq
+            b_start = tl.load(start_ptr + row * Lq + o_q, mask=m_q, other=0)
+            b_end = tl.load(end_ptr + row * Lq + o_q, mask=m_q, other=0)
+            p_lse = lse_ptr + row * stride_lb + of_head % heads * stride_lh + o_q.to(tl.int64) * stride_ll
+            b_lse = tl.load(p_lse, mask=m_q, other=float("-inf"))
+            b_count += ((b_start < b_end) & (b_lse != float("-inf"))).to(tl.int32)
+        b_received = b_received / tl.maximum(tl.sum(b_count, axis=0), 1).to(tl.float32)
+    tl.store(received_ptr + of_head * n + o_n, b_received, mask=m_n)
+
+
 def attention_column_sum(
     q: Tensor,
     k: Tensor,
@@ -240,84 +222,76 @@ def attention_column_sum(
     softcap: float | None,
 ) -> Tensor:
     """Returns (B, Hq, n) fp32, what the keys received; arguments as in the reference, q and k not float64."""
+    rule = MaskRule((q.shape[2], k.shape[2]), 0, key_start=key_start, key_end=key_end)
+    return columns(q, k, lse, positions, rule, reduction, scale, softcap)
+
+
+def columns(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    rule: MaskRule,
+    reduction: str,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Returns what `attention_column_sum` does, in three launches.
+
+    Args:
+        q, k, lse, reduction, scale, softcap: as there.
+        keys: (B, n) positions, or (B, Lk) bool: the result is then (B, Hq, Lk), 0 at keys that are not wanted.
+        rule: the mask.
+    """
     B, Hq, Lq, D = q.shape
-    n = positions.shape[1]
+    n = keys.shape[1]
     if B * Hq * n == 0 or Lq == 0:
         return torch.zeros((B, Hq, n), dtype=torch.float32, device=q.device)
-    q, k, lse, positions = with_loadable_rows(q), with_loadable_rows(k), lse.float(), positions.contiguous()
+    q, k, lse = with_loadable_rows(q), with_loadable_rows(k), lse.float()
     strides = strides_in_units(q=q, k=k)
     tiles = column_tiles(
         target_of(q), q.element_size(), padded_head(D), unit=strides["UNIT"], softcap=softcap is not None
     )
-    entries, counts = _block_lists(positions, key_start, key_end, tiles["BLOCK_M"], tiles["BLOCK_N"])
+    found = find_query_blocks(keys, rule, tiles["BLOCK_M"], tiles["BLOCK_N"])
     blocks = B * Hq * triton.cdiv(n, tiles["BLOCK_N"])
     splits = _splits(blocks, triton.cdiv(Lq, tiles["BLOCK_M"]))
-    columns = torch.empty((B, Hq, splits, n), dtype=torch.float32, device=q.device)
+    parts = torch.empty((B, Hq, splits, n), dtype=torch.float32, device=q.device)
+    shared = {
+        "lse_ptr": lse,
+        "start_ptr": found.key_start,
+        "end_ptr": found.key_end,
+        "column_ptr": parts,
+        "heads": Hq,
+        "n_positions": n,
+        "Lq": Lq,
+        "splits": splits,
+        "stride_lb": lse.stride(0),
+        "stride_lh": lse.stride(1),
+        "stride_ll": lse.stride(2),
+        "MAX": reduction == "max",
+    }
     column_kernel[(blocks * splits,)](
         q_ptr=q,
         k_ptr=k,
-        lse_ptr=lse,
-        positions_ptr=positions,
-        start_ptr=key_start,
-        end_ptr=key_end,
-        entries_ptr=entries,
-        counts_ptr=counts,
-        column_ptr=columns,
-        heads=Hq,
+        positions_ptr=found.positions,
+        entries_ptr=found.entries,
+        counts_ptr=found.counts,
         group=Hq // k.shape[1],
-        n_positions=n,
-        Lq=Lq,
-        splits=splits,
-        stride_lb=lse.stride(0),
-        stride_lh=lse.stride(1),
-        stride_ll=lse.stride(2),
         D=D,
         D_PAD=padded_head(D),
         CHUNK=CHUNK,
-        MAX=reduction == "max",
+        **shared,
         **probability_scales(scale, softcap, q.dtype),
         **strides,
         **tiles,
     )
-    received = columns.amax(2) if reduction == "max" else columns.sum(2)
-    if reduction == "mean":
-        see_any_key = (key_start < key_end)[:, None] & ~lse.isneginf()  # [B, Hq, Lq]
-        received /= see_any_key.sum(2).clamp(min=1)[..., None]
+    if splits == 1 and found.slots is None and reduction != "mean":
+        return parts.view(B, Hq, n)
+    received = torch.empty((B, Hq, n), dtype=torch.float32, device=q.device)
+    merge_kernel[(B * Hq * triton.cdiv(n, MERGE["BLOCK"]),)](
+        slots_ptr=found.slots, received_ptr=received, n=n, MEAN=reduction == "mean", **shared, **MERGE
+    )
     return received
-
-
-def _block_lists(
-    positions: Tensor, key_start: Tensor, key_end: Tensor, BLOCK_M: int, BLOCK_N: int
-) -> tuple[Tensor, Tensor]:
-    """Returns, for each block of positions, the query blocks cut and full, and how many of each there are."""
-    B, n = positions.shape
-    Lq = key_start.shape[1]
-    n_blocks, n_lists = triton.cdiv(Lq, BLOCK_M), triton.cdiv(n, BLOCK_N)
-    empty = {"dtype": torch.int32, "device": positions.device}
-    bounds = torch.empty((B, 4, n_blocks), **empty)
-    entries = torch.empty((B * n_lists, 2, n_blocks), **empty)
-    counts = torch.empty((B * n_lists, 2), **empty)
-    bounds_kernel[(B * triton.cdiv(n_blocks, BOUNDS),)](
-        start_ptr=key_start,
-        end_ptr=key_end,
-        bounds_ptr=bounds,
-        Lq=Lq,
-        BLOCK_M=BLOCK_M,
-        BOUNDS=BOUNDS,
-        num_warps=4,
-    )
-    block_list_kernel[(B * n_lists,)](
-        positions_ptr=positions,
-        bounds_ptr=bounds,
-        entries_ptr=entries,
-        counts_ptr=counts,
-        n_positions=n,
-        n_blocks=n_blocks,
-        BLOCK_N=BLOCK_N,
-        LISTED=LISTED,
-        num_warps=4,
-    )
-    return entries, counts
 
 
 def _splits(programs: int, blocks: int) -> int:
@@ -327,13 +301,10 @@ def _splits(programs: int, blocks: int) -> int:
 
 def compile_cases() -> list[CompileCase]:
     """Returns the kernels: the column one at every dtype and kind of head size, reduction, softcap and stride."""
-    bounds = dict.fromkeys(("start_ptr", "end_ptr", "bounds_ptr"), "*i32") | {"Lq": "i32"}
-    lists = dict.fromkeys(("positions_ptr", "bounds_ptr", "entries_ptr", "counts_ptr"), "*i32")
-    lists |= {"n_positions": "i32", "n_blocks": "i32"}
-    options = {"num_warps": 4}
     return [
-        CompileCase("attention column bounds", bounds_kernel, bounds, {"BLOCK_M": 64, "BOUNDS": BOUNDS}, options),
-        CompileCase("attention column lists", block_list_kernel, lists, {"BLOCK_N": 128, "LISTED": LISTED}, options),
+        _compile_merge("sum", slots_ptr="*i32"),
+        _compile_merge("mean"),
+        _compile_merge("max", slots_ptr="*i32"),
         *(_compile_case("bf16", D) for D in (64, 80, 128, 256)),
         _compile_case("bf16", 128, largest=True),
         _compile_case("bf16", 256, softcap=True),
@@ -364,3 +335,13 @@ def _compile_case(
         constexprs,
         tiles=lambda target: column_tiles(target, itemsize, padded_head(D), unit=unit, softcap=softcap),
     )
+
+
+def _compile_merge(reduction: str, **slots: str) -> CompileCase:
+    signature = dict.fromkeys(("column_ptr", "lse_ptr", "received_ptr"), "*fp32") | slots
+    signature |= dict.fromkeys(("start_ptr", "end_ptr"), "*i32")
+    signature |= dict.fromkeys(("heads", "n_positions", "n", "Lq", "splits"), "i32")
+    signature |= dict.fromkeys(("stride_lb", "stride_lh", "stride_ll"), "i32")
+    constexprs = {"MAX": reduction == "max", "MEAN": reduction == "mean"} | ({} if slots else {"slots_ptr": None})
+    name = f"attention column merge {reduction}"
+    return CompileCase(name, merge_kernel, signature, constexprs, tiles=lambda _: MERGE)

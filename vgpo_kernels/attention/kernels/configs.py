@@ -388,4 +388,8 @@ def split_tiles(target: str, itemsize: int, head: int, BLOCK_R: int, unit: int) 
         keys, warps, stages = 32, 4 if BLOCK_R == 16 else 8, 2
     elif target == "sm_80" and BLOCK_R == 64:
         keys = 32
-    return {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+    tiles = {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
+    # Left alone, the compiler of sm_100 spills; within 128 registers two programs share a multiprocessor.
+    if target == "sm_100" and (itemsize == 4 or (keys == 64 and BLOCK_R == 16 and head <= 128)):
+        tiles["maxnreg"] = 255 if itemsize == 4 else 128
+    return tiles

@@ -64,6 +64,7 @@ def split_kernel(
     stride_vl_units,
     inner,
     outer,
+    ONE_QUERY: tl.constexpr,
     SOFTCAP: tl.constexpr,
     HEAD: tl.constexpr,
     UNIT: tl.constexpr,
@@ -111,10 +112,15 @@ def split_kernel(
     for tile in range(0, tiles):
         first = begin + tile * BLOCK_N
         b_kind = tl.load(kinds_ptr + row * Lk + first + o_n, mask=first + o_n < end, other=0)  # [BN]
-        o_key = first + o_n[None, :]  # [1, BN]
-        m_visible = (b_start[:, None] <= o_key) & (o_key < b_end[:, None]) & (b_kind != 0)[None, :]  # [BR, BN]
         # Keys that no query sees may hold anything.
-        m_n = tl.max(m_visible.to(tl.int32), axis=0) != 0  # [BN]
+        if ONE_QUERY:
+            # A share lies in the one interval there is: no row has to be asked.
+            m_n = b_kind != 0  # [BN]
+            m_visible = m_n[None, :]  # [1, BN]
+        else:
+            o_key = first + o_n[None, :]  # [1, BN]
+            m_visible = (b_start[:, None] <= o_key) & (o_key < b_end[:, None]) & (b_kind != 0)[None, :]  # [BR, BN]
+            m_n = tl.max(m_visible.to(tl.int32), axis=0) != 0  # [BN]
         b_k = load_tile(p_k + first.to(tl.int64) * stride_kl + o_k, m_n, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
         b_v = load_tile(p_v + first.to(tl.int64) * stride_vl + o_v, m_n, m_d, True, HEAD < BLOCK_D)  # [BN, BD]
         p_keys = p_k + (first + o_n).to(tl.int64) * stride_kl  # [BN]
@@ -232,6 +238,7 @@ def split_attention(
         Lq=Lq,
         Lk=Lk,
         n_splits=n_splits,
+        ONE_QUERY=Lq == 1,
         HEAD=D,
         BLOCK_R=block,
         BLOCK_D=head,
@@ -256,8 +263,8 @@ def split_attention(
 
 
 def splits(row_heads: int, Lk: int, block: int, processors: int) -> int:
-    """Returns the shares of the keys: two programs a processor, of at least a tile each."""
-    return max(1, min(triton.cdiv(2 * processors, max(1, row_heads)), triton.cdiv(Lk, block)))
+    """Returns the shares of the keys, of at least a tile each: all programs run at once, two a processor."""
+    return max(1, min(2 * processors // max(1, row_heads), triton.cdiv(Lk, block)))
 
 
 @functools.cache
@@ -271,27 +278,30 @@ def compile_cases() -> list[CompileCase]:
     return [
         _compile_split("bf16", 64, 4),
         _compile_split("bf16", 128, 7),
-        _compile_split("bf16", 128, 64),
+        _compile_split("bf16", 128, 64, queries=8),
         _compile_split("bf16", 256, 8, softcap=True),
-        _compile_split("fp16", 80, 32, unit=1),
+        _compile_split("fp16", 80, 32, queries=4, unit=1),
         _compile_split("fp32", 128, 4),
         _compile_split("bf16", 512, 8),
-        _compile_split("bf16", 320, 32, softcap=True),
-        _compile_split("fp32", 256, 64),
-        _compile_split("fp32", 512, 32),
+        _compile_split("bf16", 320, 32, queries=4, softcap=True),
+        _compile_split("fp32", 256, 64, queries=8),
+        _compile_split("fp32", 512, 32, queries=4),
         _compile_merge("bf16", 128),
         _compile_merge("fp32", 256),
         _compile_merge("bf16", 320),
     ]
 
 
-def _compile_split(dtype: str, D: int, rows: int, softcap: bool = False, unit: int = 8) -> CompileCase:
+def _compile_split(
+    dtype: str, D: int, rows: int, queries: int = 1, softcap: bool = False, unit: int = 8
+) -> CompileCase:
     head, block, itemsize = padded_head(D), padded_rows(rows), 4 if dtype == "fp32" else 2
     signature = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), f"*{dtype}") | {"kinds_ptr": "*i8"}
     signature |= dict.fromkeys(("start_ptr", "end_ptr"), "*i32") | dict.fromkeys(("acc_ptr", "stats_ptr"), "*fp32")
     signature |= dict.fromkeys(("Hkv", "group", "Lq", "Lk", "n_splits", *STRIDES), "i32")
     signature |= {"inner": "fp32", "outer": "fp32"}
     constexprs: dict[str, Any] = {"SOFTCAP": softcap, "HEAD": D, "UNIT": unit, "BLOCK_R": block, "BLOCK_D": head}
+    constexprs["ONE_QUERY"] = queries == 1
     variant = f"{dtype} D {D} rows {rows}{' softcap' * softcap}{' any strides' * (unit == 1)}"
     return CompileCase(
         f"attention split {variant}",

@@ -53,4 +53,7 @@ def queries_tiles(target: str, itemsize: int) -> Tiles:
 def split_tiles(target: str, itemsize: int, BLOCK_R: int) -> Tiles:
     """Returns the tiles of at most 32 rows of queries: two tiles of keys and values in flight where they fit."""
     small = itemsize == 4 or BLOCK_R > 16 or target == "gfx942"
-    return {"BLOCK_N": 16 if small else 32, "num_warps": 8, "num_stages": 1 if small else 2}
+    if small:
+        return {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    # Left alone, the compiler of Triton 3.8 spills rather than take more than 128 registers.
+    return {"BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 255}
