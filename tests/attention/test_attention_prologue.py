@@ -4,6 +4,7 @@ import pytest
 import torch
 from dense_attention import inputs
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import vgpo_kernels as vgpo
 from vgpo_kernels.attention import arguments
@@ -113,6 +114,26 @@ def test_the_operator_is_well_formed(device: str) -> None:
     keys, bounds = torch.ones(B, Lk, dtype=torch.int64, device=device), torch.tensor([0, 9, 37], device=device)
     arguments = (keys, True, PADDED.to(device), bounds, None, None, None, Lq, 0, True, 5)
     torch.library.opcheck(torch.ops.vgpo.attention_prologue.default, arguments)
+
+
+def test_one_graph_serves_every_length_and_the_kernel_is_in_it(device: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def calls(q: Tensor, k: Tensor, ids: Tensor, key_mask: Tensor, lengths: Tensor) -> list[Tensor]:
+        options = {"key_mask": key_mask, "window": 7, "impl": "triton"}
+        decoded = vgpo.visual_attention_decode(q[:, :, -1:], k, k, ids, lengths, **options)
+        lse = vgpo.visual_attention(q, k, k, ids, **options).lse
+        mass = vgpo.attention_mass(q, k, lse, ids, 2, query_range=(1, q.shape[2]), **options)
+        return [*decoded, lse, mass, vgpo.attention_column_sum(q, k, lse, ids == 1, reduction="mean", **options)]
+
+    compiled = torch.compile(calls, fullgraph=True, dynamic=True, backend=counter)
+    for Lk in (40, 50):
+        q, k, _ = (x.to(device) for x in inputs(B, (4, 2), (Lk - 10, Lk), 16))
+        ids = torch.arange(Lk, device=device).expand(B, -1) % 2
+        arguments = (q, k, ids, PADDED[:, :Lk].to(device).contiguous(), torch.tensor([Lk, 20], device=device))
+        torch.testing.assert_close(compiled(*arguments), calls(*arguments))
+    assert counter.frame_count == 1
+    assert sum(str(node.target).startswith("vgpo.attention_prologue") for node in counter.graphs[0].graph.nodes) == 3
 
 
 def test_rows_that_vmap_joins_are_packed_alike(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
