@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/dev/performance.md: each stands between two comments, the first of which names its file.
+"""The tables of README.md and docs/dev/performance.md, each between two comments, the first of which names its file.
 
 <!-- of NAME.json -->        (or "of NAME.json, wide": with the floor's share and memory)
 <!-- end of NAME.json -->
