@@ -67,22 +67,22 @@ class Call:
 
     Args:
         out: where files are left.
-        earlier: the OUT of an earlier call, or None.
+        earlier: the OUT of earlier calls.
         parts: a folder for what the steps leave.
         trial: there is no GPU; the smallest sizes try the script itself.
         tested: the tests run in this call, and the benchmarks take their record.
     """
 
     out: Path
-    earlier: Path | None
+    earlier: tuple[Path, ...]
     parts: Path
     trial: bool
     tested: bool = False
 
     def find(self, name: str) -> Path:
-        """Returns a file of this call's folder, or of the earlier one if only that has it."""
-        here = self.out / name
-        return here if self.earlier is None or self.tested or here.exists() else self.earlier / name
+        """Returns a file of this call's folder, or of the first of the earlier ones that has it."""
+        found = (folder / name for folder in (self.out, *self.earlier) if self.tested or (folder / name).exists())
+        return next(found, self.out / name)
 
 
 def gpu_test_files(folder: str) -> list[str]:
@@ -180,7 +180,7 @@ def tiles(call: Call) -> list[Step]:
 
 def worst(call: Call) -> list[Step]:
     """A look into the kernel that is farthest from the machine's ceiling."""
-    folders = [str(folder) for folder in (call.out, call.earlier) if folder is not None]
+    folders = map(str, (call.out, *call.earlier))
     return [Step("worst/kernel", [sys.executable, "benchmarks/worst.py", *folders], 240)]
 
 
@@ -193,19 +193,22 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the stages asked for; returns 1 if a step failed or did not begin, 2 if nothing can run."""
     deadline = time.monotonic() + float(os.environ.get("BUDGET_SECONDS", "540"))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and its children would, too
-    out, asked = Path(arguments[0]), arguments[1:] or list(STAGES)
-    earlier = os.environ.get("EARLIER")
+    out, asked = Path(arguments[0]).resolve(), arguments[1:] or list(STAGES)
+    earlier = tuple(Path(folder).resolve() for folder in os.environ.get("EARLIER", "").split(os.pathsep) if folder)
+    os.chdir(ROOT)
     tested = any(name.split("/")[0] == "tests" for name in asked)
-    found = probe()
+    try:
+        found = probe()
+    except ValueError as error:
+        print(f"gpu_bench: {error}", file=sys.stderr)
+        return 2
     trial = found["device"] is None and os.environ.get("GPU_BENCH_CPU") == "1"
     with tempfile.TemporaryDirectory() as parts:
-        call = Call(out, Path(earlier) if earlier else None, Path(parts), trial, tested)
+        call = Call(out, earlier, Path(parts), trial, tested)
         try:
             steps = chosen(call, asked)
             if found["device"] is None and not trial:
-                raise ValueError(
-                    found["why"] or "no GPU is found with torch; GPU_BENCH_CPU=1 tries the script on the CPU"
-                )
+                raise ValueError("no GPU is found with torch; GPU_BENCH_CPU=1 tries the script on the CPU")
         except ValueError as error:
             print(f"gpu_bench: {error}", file=sys.stderr)
             return 2
@@ -216,16 +219,20 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def probe() -> dict[str, Any]:
-    """Returns versions of torch and Triton and the GPU's name, None if there is no GPU, asked of another process."""
+    """Returns versions of torch and Triton and the GPU's name, None if there is no GPU, asked of another process.
+
+    Raises:
+        ValueError: they do not load.
+    """
     code = (
         "import json, torch, importlib.metadata as m\n"
         "name = torch.cuda.get_device_name() if torch.cuda.is_available() else None\n"
-        "print(json.dumps({'device': name, 'torch': torch.__version__, 'triton': m.version('triton'), 'why': ''}))"
+        "print(json.dumps({'device': name, 'torch': torch.__version__, 'triton': m.version('triton')}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
-        why = f"{sys.executable} does not load torch and Triton; PYTHON names another: "
-        return {"device": None, "why": why + (done.stderr.strip().splitlines() or ["no word"])[-1]}
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise ValueError(f"{sys.executable} does not load torch and Triton; PYTHON names another: {last}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -259,16 +266,18 @@ def set_environment() -> None:
 
 def describe(found: Mapping[str, Any]) -> str:
     """Returns the first line of the summary."""
-    commit = os.environ.get("VGPO_COMMIT")
-    named = {None: "of git", "unknown": "unknown: there is no .git, and VGPO_COMMIT names none"}.get(commit, commit)
+    named = "of git" if (ROOT / ".git").exists() else os.environ["VGPO_COMMIT"]
+    if named == "unknown":
+        named = "unknown: there is no .git, and VGPO_COMMIT names none"
     device = found["device"] or "no GPU: the script itself is tried"
     return f"{device}; torch {found['torch']}, Triton {found['triton']}; commit {named}"
 
 
 def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> int:
     """Runs steps until the deadline, one that fails or is late among them; returns 1 unless all did well."""
-    summary, bad = out / "summary.txt", []
-    log = out / "log.txt"
+    summary, log = out / "summary.txt", out / "log.txt"
+    failed: list[tuple[Step, Outcome]] = []
+    missed = 0
     with summary.open("a", encoding="utf-8") as file, Clocks(out / "clocks.csv") as clocks:
 
         def say(text: str) -> None:
@@ -284,20 +293,18 @@ def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> in
             if step.left_out:
                 outcome = Outcome(True, f"left out: {step.left_out}")
             elif limit < 1:
-                outcome = Outcome(False, "not begun: no time left")
+                outcome, missed = Outcome(False, "not begun: no time left"), missed + 1
             else:
                 outcome = run(step, limit, log)
-            if not outcome.well:
-                bad.append((step, outcome))
+                failed += [] if outcome.well else [(step, outcome)]
             say(f"{step.name:28} {time.monotonic() - start:8.0f} {max(0, limit):8}  {outcome.result}")
             if step.part is not None:
                 merge(step.part, out / f"{step.stage}.json")
-        say(f"{len(bad)} of {len(steps)} steps failed or did not begin")
-        for step, outcome in bad:
-            if outcome.lines:
-                say("\n".join(["", *outcome.lines[:-1], f"{step.name}: {outcome.result}"]))
+        say(f"of {len(steps)} steps {len(failed)} failed, {missed} did not begin")
+        for step, outcome in failed:  # the reason last: of some runs only the end is seen
+            say("\n".join(["", *outcome.lines[:-1], f"{step.name}: {outcome.result}"]))
     bundle(out)
-    return int(bool(bad))
+    return int(bool(failed or missed))
 
 
 def merge(part: Path, whole: Path) -> None:

@@ -121,7 +121,7 @@ def test_steps_that_fail_or_do_not_end_stop_nothing(tmp_path: Path, capsys: pyte
         "small/absent": "left out: there is no such tool",
         "small/last": "well",
     }
-    assert "2 of 5 steps failed or did not begin" in text
+    assert "of 5 steps 2 failed, 0 did not begin\n\nsmall/late: out of time: half of it\n" in text
     assert text.splitlines()[-1] == "small/red: failed (3): why it failed"
     assert json.loads((out / "small.json").read_text()) == {"benchmarks": [1, 2], "changed_meanwhile": True}
     assert "==> small/last:" in (out / "log.txt").read_text()
@@ -182,7 +182,7 @@ def test_stages_hold_every_task_and_every_kernel_with_tiles() -> None:
 
 @pytest.fixture
 def call(tmp_path: Path) -> gpu_bench.Call:
-    return gpu_bench.Call(tmp_path / "out", tmp_path / "earlier", tmp_path, trial=True)
+    return gpu_bench.Call(tmp_path / "out", (tmp_path / "first", tmp_path / "second"), tmp_path, trial=True)
 
 
 def test_a_step_is_named_by_its_stage(call: gpu_bench.Call) -> None:
@@ -195,15 +195,12 @@ def test_a_step_is_named_by_its_stage(call: gpu_bench.Call) -> None:
 
 
 def test_what_an_earlier_call_left_is_found(call: gpu_bench.Call) -> None:
-    for folder in (call.out, call.earlier):
+    for folder in (call.earlier[1], call.out):
         folder.mkdir()
-    (call.earlier / "tests.json").write_text("{}")
-    (one,) = gpu_bench.chosen(call, ["small/mass"])
-    assert one.environment["VGPO_TESTS_RECORD"] == str(call.earlier / "tests.json")
-    (call.out / "tests.json").write_text("{}")
-    (one,) = gpu_bench.chosen(call, ["small/mass"])
-    assert one.environment["VGPO_TESTS_RECORD"] == str(call.out / "tests.json")
-    assert gpu_bench.worst(call)[0].command[-2:] == [str(call.out), str(call.earlier)]
+        (folder / "tests.json").write_text("{}")
+        (one,) = gpu_bench.chosen(call, ["small/mass"])
+        assert one.environment["VGPO_TESTS_RECORD"] == str(folder / "tests.json")
+    assert gpu_bench.worst(call)[0].command[-3:] == [str(call.out), *map(str, call.earlier)]
 
 
 def test_compute_sanitizer_is_looked_for_beside_cuda(
