@@ -288,10 +288,10 @@ def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> in
         for index, step in enumerate(steps):
             clocks.step, start = step.name, time.monotonic()
             left = deadline - start
-            rest = sum(other.seconds for other in steps[index:])
-            limit = int(min(left, max(step.seconds, left * step.seconds / rest)))
+            rest = sum(other.seconds for other in steps[index:] if not other.left_out)
+            limit = int(min(left, max(step.seconds, left * step.seconds / rest))) if rest else 0
             if step.left_out:
-                outcome = Outcome(True, f"left out: {step.left_out}")
+                outcome, limit = Outcome(True, f"left out: {step.left_out}"), 0
             elif limit < 1:
                 outcome, missed = Outcome(False, "not begun: no time left"), missed + 1
             else:

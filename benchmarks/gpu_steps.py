@@ -63,26 +63,33 @@ def run(step: Step, limit: float, log: Path) -> Outcome:
         process = subprocess.Popen(
             step.command, stdout=file, stderr=file, env=os.environ | step.environment, start_new_session=True
         )
-        late = False
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
-            late = True
+            lines = _lines(log, start)  # of before the interrupt, whose own words say nothing
             _end(process)
+            return Outcome(False, f"out of time{_last(lines)}", lines[-TAIL:])
         finally:
             _signal(process, signal.SIGKILL)  # also what the step has left behind
-    with log.open("rb") as file:
-        file.seek(start)
-        text = file.read().decode(errors="replace")
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    last = f": {lines[-1]}" if lines else ", without a word"
-    if late:
-        return Outcome(False, f"out of time{last}", lines[-TAIL:])
+    lines = _lines(log, start)
+    last = _last(lines)
     if process.returncode < 0:
         return Outcome(False, f"killed by {signal.Signals(-process.returncode).name}{last}", lines[-TAIL:])
     if process.returncode:
         return Outcome(False, f"failed ({process.returncode}){last}", lines[-TAIL:])
     return Outcome(True, "well")
+
+
+def _lines(log: Path, start: int) -> list[str]:
+    """Returns the lines that are not blank from a place of the log on."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def _last(lines: Sequence[str]) -> str:
+    return f": {lines[-1]}" if lines else ", without a word"
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-# Both are read when modules of kernels and of cases are imported.
-os.environ["VGPO_BENCH_IMPL"] = "triton"
+# Triton reads it when modules of kernels are imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -52,7 +51,7 @@ class LeftOut(Exception):
 
 def of_room(room: Room, dtype: torch.dtype) -> Compared:
     """Compares the call that a task of the benchmarks times."""
-    rooms.STATES[DEVICE.type] = dtype
+    rooms.STATES[DEVICE.type], rooms.IMPL = dtype, "triton"
     inputs = room.inputs(sized(room), DEVICE)
     found, plain = (results_of(room.providers[name].run, inputs) for name in (OURS, PLAIN))
     exact = results_of(room.providers[PLAIN].run, promoted(inputs))
