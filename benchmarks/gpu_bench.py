@@ -124,7 +124,7 @@ def tests(call: Call) -> list[Step]:
     """The GPU's tests, a process a folder, on workers if pytest-xdist is installed."""
     cores = len(os.sched_getaffinity(0))
     workers = min(8, cores // 2)
-    options = ["-q", "--continue-on-collection-errors"]
+    options = ["-v", "--continue-on-collection-errors"]  # the last line of a killed process names the test
     if workers > 1 and importlib.util.find_spec("xdist"):
         options += ["-n", str(workers)]
     if importlib.util.find_spec("pytest_timeout"):
@@ -146,7 +146,7 @@ def benchmarks(call: Call, stage: str, cases: str, chosen: str, tasks: Iterable[
         node, seconds = TASKS[task]
         part = call.parts / f"{stage}-{task}.json"
         options = ("--benchmark-only", "--cases", "tiny" if call.trial else cases, "--benchmark-json", str(part))
-        command = pytest(f"benchmarks/{node}", "-q", *options, "-k", chosen)
+        command = pytest(f"benchmarks/{node}", "-v", *options, "-k", chosen)
         steps.append(Step(f"{stage}/{task}", command, int(seconds * times), record, part))
     return steps
 

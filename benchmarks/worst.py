@@ -81,7 +81,7 @@ def profile(entry: Entry, report: Path) -> int:
         print("ncu is not on the PATH: no profile")
         return 0
     this = [sys.executable, __file__, str(report.parent), "--call", entry.room, entry.case]
-    # ncu would lock the clocks, which belong to whoever shares the machine.
+    # By default ncu locks the clocks, which a shared GPU forbids.
     options = ["--set", "full", "--clock-control", "none", "--profile-from-start", "off"]
     options += ["--force-overwrite", "--export", str(report)]
     status = subprocess.run([ncu, *options, *this]).returncode
