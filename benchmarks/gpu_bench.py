@@ -101,7 +101,7 @@ def smoke(_: Call) -> list[Step]:
     # Without torch's cache each tensor is an allocation whose bounds the tool knows.
     checked = blocking | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for tool, seconds, names in (("memcheck", 170, ()), ("racecheck", 120, ("weights", "policy loss of logits"))):
-        command = [sanitizer or "", "--tool", tool, "--error-exitcode", "9", *script, "--dtype", "bfloat16", *names]
+        command = [sanitizer or "", "--tool", tool, "--error-exitcode", "9", *script, *names, "--dtype", "bfloat16"]
         steps.append(Step(f"smoke/{tool}", command, seconds, checked, left_out=missing))
     return steps
 

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import cuda_faults
+import gpu_bench
 import pytest
 import smoke
 import torch
@@ -132,6 +134,23 @@ def test_smoke_goes_on_in_another_process_once_the_context_is_lost(
     assert smoke.run(checks, ["raising", "right", "absent"], ["float16"]) == 1
     assert started == [["right", "absent", "--dtype", "float16"]]
     assert "raising" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_script_asks_for_checks_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setitem(smoke.DTYPES, "bfloat16", torch.bfloat16)
+    monkeypatch.setattr(smoke, "run", lambda known, names, dtypes: asked.append((len(known), names, dtypes)) or 0)
+    call = gpu_bench.Call(Path(), (), Path(), trial=False)
+    for step in gpu_bench.smoke(call):
+        arguments = step.command[step.command.index("benchmarks/smoke.py") + 1 :]
+        assert smoke.main(arguments) == 0
+    count = len(smoke.checks())
+    everything, racing = list(smoke.checks()), ["weights", "policy loss of logits"]
+    assert asked == [
+        (count, everything, list(smoke.DTYPES)),
+        (count, everything, ["bfloat16"]),
+        (count, racing, ["bfloat16"]),
+    ]
 
 
 def test_every_task_of_the_benchmarks_has_a_smoke_check() -> None:
