@@ -82,6 +82,20 @@ def test_what_fails_and_what_is_not_reached_is_kept(tmp_path: Path):
     assert results["changed_meanwhile"] is False
 
 
+def test_a_run_that_measures_nothing_says_why(tmp_path: Path):
+    breaking = "import torch\n\n\ndef broken(*_, **__):\n    raise RuntimeError('no inputs')\n\n\ntorch.rand = broken\n"
+    (tmp_path / "breaking.py").write_text(breaking)
+    file = tmp_path / "results.json"
+    run = run_benchmarks(
+        *("benchmarks/test_bench_weights.py", "-p", "breaking", "--benchmark-only", f"--benchmark-json={file}"),
+        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}",
+    )
+    assert run.returncode == 1, run.stdout + run.stderr
+    results = json.loads(file.read_text())
+    assert (results["benchmarks"], results["not_reached"]) == ([], [])
+    assert {one["reason"] for one in results["failed"]} == {"does not run: RuntimeError: no inputs"}
+
+
 @pytest.mark.timeout(900)
 def test_the_kernels_of_gpus_agree_with_every_peer():
     """Triton kernels, interpreted, in all rooms that have them; nothing is timed."""
