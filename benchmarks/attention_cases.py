@@ -59,7 +59,8 @@ def attention_inputs(case: Case, device: torch.device, *, whole: bool = False, g
         masks["key_mask"] = place >= torch.arange(B, device=device)[:, None] * P // 8
         sequences = sequences.masked_fill(~masks["key_mask"], -1)
     segment_ids = segment_ids.masked_fill((segment_ids >= images) | (sequences < 0), -1).int()
-    lse = None if whole else vgpo_kernels.attention_with_lse(q, k, k, **masks)[1]
+    # By our own kernel: inputs must not depend on what other backends there are.
+    lse = None if whole else vgpo_kernels.attention_with_lse(q, k, k, **masks, backend="vgpo")[1]
     starts = [row * P // 8 for row in range(B)] if "key_mask" in masks else [0]
     places = [[(max(start, i * V // images), (i + 1) * V // images) for i in range(images)] for start in starts]
     grads = (None, None)

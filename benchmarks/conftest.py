@@ -1,6 +1,7 @@
 """`pytest benchmarks --benchmark-only`: which cases run, and how what was measured reaches pytest-benchmark."""
 
 import json
+import os
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ from timing import give_memory_back, keep_memory
 from working_tree import ROOT
 
 CHOICES = {level: (level,) for level in LEVELS} | {"all": ("small", "paper")}
-TESTS_RECORD = ROOT / ".tests.json"
+# A run that leaves the checkout alone names another place for the tests' record.
+TESTS_RECORD = Path(os.environ.get("VGPO_TESTS_RECORD", ROOT / ".tests.json"))
+pytest_plugins = ["cuda_faults"]
+
 OUTCOMES, SESSION = pytest.StashKey[dict](), pytest.StashKey[pytest.Session]()
 SKIPPED, FAILED = pytest.StashKey[list](), pytest.StashKey[list]()
 
@@ -159,12 +163,26 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output
     for one in output_json["benchmarks"]:
         one["stats"].pop("data", None)
         one.pop("param", None)
+    output_json |= unmeasured(config, [one["extra_info"] for one in output_json["benchmarks"]])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Writes the same of a session that has measured nothing, of which pytest-benchmark writes no file."""
+    file = session.config.getoption("benchmark_json", None)
+    if file is not None and not session.config._benchmarksession.benchmarks and hasattr(session, "items"):
+        content = {"benchmarks": []} | unmeasured(session.config, [])
+        path = file if isinstance(file, Path) else Path(file.name)  # older ones of pytest-benchmark open it
+        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def unmeasured(config: pytest.Config, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns what could not run, was wrong or was not reached, whether files changed, and the record of the tests."""
     skipped, failed = config.stash[SKIPPED], config.stash[FAILED]
     names = ("room", "case", "provider")
-    measured = [one["extra_info"] for one in output_json["benchmarks"]]
     known = {tuple(one.get(name) for name in names) for one in (*measured, *skipped, *failed)}
     asked = [named(item) for item in config.stash[SESSION].items if item.get_closest_marker("room")]
-    output_json |= {
+    return {
         "skipped": skipped,
         "failed": failed,
         "not_reached": [one for one in asked if tuple(one.values()) not in known],

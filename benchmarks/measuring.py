@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -94,9 +95,11 @@ def _timed(
     # Sweeps are for their exponents, unusual rows for their ratios, tiny cases for the tests of these benchmarks.
     seconds, least = (room.seconds, room.least) if case.providers is None else (room.seconds / 4, 2)
     seconds = 0.01 if "tiny" in case.levels else seconds
-    outcomes = {}
-    for name, samples in interleaved(calls, device, seconds, least).items():
-        info = infos[name] | _achieved(infos[name], median(samples))
+    outcomes, begun = {}, time.time()
+    samples_by_name = interleaved(calls, device, seconds, least)
+    when = {"when": [begun, time.time()]}  # beside which a GPU's clocks may have been noted
+    for name, samples in samples_by_name.items():
+        info = infos[name] | when | _achieved(infos[name], median(samples))
         try:
             if device.type == "cuda":
                 info |= {

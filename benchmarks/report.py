@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpu_bench import TEST_FOLDERS, gpu_test_files
 from headlines import fill_pages
 from report_text import report_text
 from result_file import HEADLINE, Results, read_results
 from working_tree import RESULTS, ROOT, read_working_tree
 
-# The tests that say of every kernel measured that its results are right.
-NEEDED = ("tests/attention", "tests/focus", "tests/weights", "tests/policy_loss")
+# The tests that say of every kernel measured that its results are right; on a GPU the files of them that run it.
+NEEDED = tuple(f"tests/{folder}" for folder in TEST_FOLDERS)
 COUNTS = ("passed", "failed", "errors", "skipped", "deselected")
 NAMED = 8  # changed files that a refusal lists
 RECORDED = ("commit", "dirty", "green", "paths", "device", *COUNTS)
@@ -75,13 +76,16 @@ def _objections_to_tests(results: Results) -> list[str]:
     if not tests["green"]:
         counts = ", ".join(f"{tests[name]} {name}" for name in COUNTS)
         found.append(f"tests were not green: {counts}")
-    if missing := [folder for folder in NEEDED if not _covered(folder, tests["paths"])]:
+    needed = (
+        NEEDED if results.machine["kind"] == "cpu" else [x for folder in TEST_FOLDERS for x in gpu_test_files(folder)]
+    )
+    if missing := [path for path in needed if not _covered(path, tests["paths"])]:
         found.append(f"tests did not cover {', '.join(missing)}")
     return found
 
 
-def _covered(folder: str, paths: Sequence[str]) -> bool:
-    return any(path == "." or folder == path or folder.startswith(f"{path}/") for path in paths)
+def _covered(needed: str, paths: Sequence[str]) -> bool:
+    return any(path == "." or needed == path or needed.startswith(f"{path}/") for path in paths)
 
 
 def objections_to_tree(root: Path = ROOT) -> list[str]:

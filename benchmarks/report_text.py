@@ -76,15 +76,17 @@ def report_text(
         parts += [
             f"## {results.machine['device']}\n",
             _origin(results, folder),
-            *_failed(results),
+            *failures(results),
             *_ahead(results),
-            *_worst_first(results),
-            *_rooms(results),
-            *_left_out(results),
-            *_scaling(results),
+            *sections(results),
             *_figures(results, figures[results.path], folder),
         ]
     return "\n".join(parts)
+
+
+def sections(results: Results) -> list[str]:
+    """Returns the parts on ratios, cases, what was left out and growth, a heading each."""
+    return [*_worst_first(results), *_rooms(results), *_left_out(results), *_scaling(results)]
 
 
 def caption(results: Results) -> str:
@@ -204,7 +206,7 @@ def _phase(phase: Mapping[str, float] | None) -> str:
     return seconds_text(phase["seconds"]) + ("" if memory is None else f", {bytes_text(memory)}")
 
 
-def _failed(results: Results) -> list[str]:
+def failures(results: Results) -> list[str]:
     """What came to another result or to an error, and what an interrupted run did not come to."""
     parts = []
     if results.failed:

@@ -100,7 +100,7 @@ class Results:
     """One file: what was measured on one machine at one commit.
 
     Args:
-        commit: None where it is unknown or not the same for all.
+        commit: None if it is unknown, as in a copy without .git, or not the same for all.
         dirty: False only where all entries, and the run at its end, say that the tree was clean.
         known_to_git: whether git said so; a copy without git's files is taken for clean.
         commits: those that entries name, and the run at its end.
@@ -135,7 +135,7 @@ class Results:
 
 
 # What pytest-benchmark calls a commit where git knows of none; a copy's may be named otherwise.
-UNVERSIONED = {None, "unknown", "unversioned"}
+UNVERSIONED = frozenset({None, "unknown", "unversioned"})
 
 
 def read_results(path: Path) -> Results:
@@ -155,7 +155,7 @@ def read_results(path: Path) -> Results:
     commits = frozenset(entry.facts["commit"] for entry in entries) | {at_end}.difference(UNVERSIONED)
     return Results(
         path=path,
-        commit=next(iter(commits)) if len(commits) == 1 else None,
+        commit=next(iter(commits)) if len(commits) == 1 and not commits & UNVERSIONED else None,
         dirty=bool(content.get("changed_meanwhile")) or any(entry.facts["dirty"] is not False for entry in entries),
         known_to_git=all(entry.facts.get("commit_from") == "git" for entry in entries),
         commits=commits,

@@ -18,6 +18,8 @@ OURS, PLAIN = "vgpo_kernels", "vgpo_kernels, plain torch"
 ROLES = ("ours", "ours, plain", "peer", "bound")
 # A case that belongs to both is in each of them and once in "all"; "tiny" is for the tests of these benchmarks.
 LEVELS = ("tiny", "small", "paper")
+# Of states, by the kind of device: what the paper's cases have on a GPU, and what CPUs compute in.
+STATES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 # How much of memory a call of known size may take; the rest is for what it does not know of.
 SHARE = 0.8
 
@@ -172,8 +174,8 @@ def ours_of(run: Callable[[Any, str | None], Any]) -> dict[str, Provider]:
 
 
 def half_on_gpu(device: torch.device) -> torch.dtype:
-    """Returns the dtype of the paper's cases on a GPU, and the one that CPUs compute in."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Returns the dtype of states: half precision on a GPU, float32 on a CPU."""
+    return STATES[device.type]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -78,12 +78,12 @@ def objections(kernel: str, room: Room, case: Case, tiles: Mapping[str, Tiles], 
         device: where.
     """
     inputs = room.inputs(case, device)
-    exact = _results(room.providers[PLAIN].run, _promoted(inputs))
+    exact = results_of(room.providers[PLAIN].run, promoted(inputs))
     present: list[Tensor] = []
     wrong = {}
     for name, values in tiles.items():
         try:
-            found = _results(_with_tiles(kernel, values, room.providers[OURS].run), inputs)
+            found = results_of(_with_tiles(kernel, values, room.providers[OURS].run), inputs)
             present = present or found
             for number, results in enumerate(zip(found, present, exact, strict=True)):
                 assert_error_budget(f"result {number}", results[0], results[1], results[2].double())
@@ -121,12 +121,12 @@ def _with_tiles(kernel: str, tiles: Tiles, run: Callable[..., Any]) -> Callable[
     return call
 
 
-def _results(run: Callable[[Any], Any], inputs: Any) -> list[Tensor]:
+def results_of(run: Callable[[Any], Any], inputs: Any) -> list[Tensor]:
     found = (x.detach() for x in memory.tensors_of(run(inputs)))
     return [x if x.is_floating_point() else x.float() for x in found]
 
 
-def _promoted(inputs: Any) -> Any:
+def promoted(inputs: Any) -> Any:
     """Returns a NamedTuple of inputs with float64 in place of other floating dtypes."""
     return type(inputs)(*map(_double, inputs))
 

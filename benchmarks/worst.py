@@ -1,7 +1,7 @@
-"""Looks into the kernel that is farthest from the machine's ceiling: `python benchmarks/worst.py FOLDER`.
+"""Looks into the kernel that is farthest from the machine's ceiling: `python benchmarks/worst.py FOLDER ...`.
 
-FOLDER holds `small.json` or `paper.json` of a run of the benchmarks. With ncu on the PATH its call is profiled there;
-registers and shared memory of its kernels are printed in any case.
+The folders hold `small.json` or `paper.json` of a run of the benchmarks; the first that has a file gives it. With ncu
+on the PATH the kernel's call is profiled into the first folder; registers and shared memory are printed in any case.
 """
 
 import argparse
@@ -24,26 +24,30 @@ FILES = ("small.json", "paper.json")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what is worst and what its kernels take; returns 1 where a part of that fails, 2 without results."""
     parser = argparse.ArgumentParser(prog="worst.py", description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--call", nargs=2, metavar=("ROOM", "CASE"), help="only make that call, for a profiler")
     options = parser.parse_args(arguments)
     if options.call:
         call(*options.call)
         return 0
-    entry = worst(entries(options.folder))
+    entry = worst(entries(options.folders))
     if entry is None:
-        print(f"{options.folder}: expected entries of ours in {' or '.join(FILES)}, found none", file=sys.stderr)
+        named = ", ".join(map(str, options.folders))
+        print(f"{named}: expected entries of ours in {' or '.join(FILES)}, found none", file=sys.stderr)
         return 2
     print(f"{entry.room} | {entry.case}: {entry.of_ceiling:.1%} of the machine's ceiling")
     compiled = resources(entry.room)
-    profiled = profile(entry, options.folder / "worst.ncu-rep") if torch.cuda.is_available() else 0
+    profiled = profile(entry, options.folders[0] / "worst.ncu-rep") if torch.cuda.is_available() else 0
     return int(bool(compiled or profiled))
 
 
-def entries(folder: Path) -> list[Entry]:
-    """Returns the entries of the files that there are; one without any says so and is left out."""
+def entries(folders: Sequence[Path]) -> list[Entry]:
+    """Returns the entries of the files that there are; one that cannot be read says so and is left out."""
     found = []
-    for path in (folder / name for name in FILES):
+    for name in FILES:
+        path = next((folder / name for folder in folders if (folder / name).exists()), None)
+        if path is None:
+            continue
         try:
             found += read_results(path).entries
         except ValueError as error:
@@ -77,7 +81,9 @@ def profile(entry: Entry, report: Path) -> int:
         print("ncu is not on the PATH: no profile")
         return 0
     this = [sys.executable, __file__, str(report.parent), "--call", entry.room, entry.case]
-    options = ["--set", "full", "--profile-from-start", "off", "--force-overwrite", "--export", str(report)]
+    # By default ncu locks the clocks, which a shared GPU forbids.
+    options = ["--set", "full", "--clock-control", "none", "--profile-from-start", "off"]
+    options += ["--force-overwrite", "--export", str(report)]
     status = subprocess.run([ncu, *options, *this]).returncode
     return status or subprocess.run([ncu, "--import", str(report), "--page", "details"]).returncode
 

@@ -1,6 +1,5 @@
 """Every test sees poisoned uninitialised memory; kernels run on the GPU if there is one, else interpreted."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -16,10 +15,12 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import conformance
 import pytest
+import without_hypothesis
 
 from vgpo_kernels import _native
 
-pytest_plugins = ["record"]
+pytest_plugins = ["record", "cuda_faults"]
+HAS_HYPOTHESIS = not without_hypothesis.install()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,7 +34,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 def pytest_configure() -> None:
     """Draws the same random cases in every run: a red run then says something about the change under test."""
-    if importlib.util.find_spec("hypothesis"):
+    if HAS_HYPOTHESIS:
         from hypothesis import settings
 
         settings.register_profile("repeatable", derandomize=True)

@@ -64,6 +64,8 @@ def test_the_fastest_that_can_is_taken(change: dict, expected: str) -> None:
         ({"head_dim": 84}, "vgpo"),
         ({"lengths": (3, 64)}, "vgpo"),
         ({"lengths": (3, 64), "causal": False}, "torch_cudnn"),
+        ({"lengths": (1, 77), "causal": False}, "torch_cudnn"),
+        ({"lengths": (3, 1), "causal": False}, "torch_flash"),
         ({"window": 5}, "vgpo"),
         ({"packed": True}, "vgpo"),
     ],

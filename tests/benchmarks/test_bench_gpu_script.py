@@ -2,49 +2,49 @@
 
 import json
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
+import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import gpu_bench
 import pytest
 import torch
+from gpu_steps import CLOCKS_HEAD, Clocks, Step
 from result_file import Entry
 
 pytest.importorskip("triton")
 pytest.importorskip("psutil")
 
+import tune_timing
 import worst
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = ["tests", "small", "paper", "tune", "worst"]
-# Stands in for Python: no GPU and no pytest-xdist, tests that fail, benchmarks that do not end.
-STAND_IN = """#!/bin/sh
-case "$*" in
-    -c*) exit 1 ;;
-    *tests/weights*) echo "1 failed"; exit 1 ;;
-    *--cases*) exec sleep 60 ;;
-    *) echo "called with $*" ;;
-esac
-"""
+# As much of the tree as the steps below need, without .git.
+COPIED = ("benchmarks/*.py", "scripts/gpu_bench.sh", "tests/*.py", "pyproject.toml")
+KILLS_ITSELF = "import os, signal\n\n\ndef test_kills():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
 
 
-def gpu_bench(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def script(root: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the script with no GPU in sight."""
     return subprocess.run(
-        [ROOT / "scripts" / "gpu_bench.sh", *map(str, arguments)],
+        [root / "scripts" / "gpu_bench.sh", *map(str, arguments)],
         env=os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=560,
     )
 
 
 def results(summary: str) -> dict[str, str]:
     """Returns what a summary says of each step."""
-    lines = [line.split(None, 3) for line in summary.splitlines()[1:-1]]
-    return {name: result for name, _seconds, _limit, result in lines}
+    lines = [re.match(r"(\w+/\S+(?: \S+)*) +\d+ +\d+  (.*)", line) for line in summary.splitlines()]
+    return {line[1]: line[2] for line in lines if line}
 
 
 def executable(path: Path, text: str) -> Path:
@@ -53,60 +53,169 @@ def executable(path: Path, text: str) -> Path:
     return path
 
 
+def step(name: str, code: str, **rest: object) -> Step:
+    return Step(name, ["sh", "-c", code], 1, **rest)
+
+
 def test_a_folder_must_be_named() -> None:
-    done = gpu_bench()
-    assert (done.returncode, done.stderr) == (2, "usage: scripts/gpu_bench.sh OUTDIR\n")
+    done = script(ROOT)
+    assert (done.returncode, done.stderr) == (2, "usage: scripts/gpu_bench.sh OUT [STAGE...]\n")
 
 
 def test_without_a_gpu_it_refuses(tmp_path: Path) -> None:
-    done = gpu_bench(tmp_path)
+    done = script(ROOT, tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.endswith("finds no GPU with torch; GPU_BENCH_CPU=1 tries the script on the CPU\n")
+    assert done.stderr == "gpu_bench: no GPU is found with torch; GPU_BENCH_CPU=1 tries the script on the CPU\n"
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interpreter_without_torch_is_told_from_one_without_a_gpu(tmp_path: Path) -> None:
-    done = gpu_bench(tmp_path, PYTHON=str(executable(tmp_path / "python", "#!/bin/sh\nexit 3\n")))
-    assert done.returncode == 2
-    assert "has no torch; PYTHON names another" in done.stderr
-
-
-def test_steps_that_fail_or_do_not_end_stop_nothing(tmp_path: Path) -> None:
-    python, out = executable(tmp_path / "python", STAND_IN), tmp_path / "out"
-    done = gpu_bench(out, PYTHON=str(python), GPU_BENCH_CPU="1", BUDGET_SECONDS="8")
-    assert done.returncode == 1
+def test_a_copy_without_git_with_a_test_that_kills_its_process(tmp_path: Path) -> None:
+    root, out = tmp_path / "copy", tmp_path / "out"
+    for pattern in COPIED:
+        for path in ROOT.glob(pattern):
+            copy = root / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+    (root / "vgpo_kernels").symlink_to(ROOT / "vgpo_kernels")
+    for folder, text in (("weights", KILLS_ITSELF), ("focus", "def test_passes():\n    pass\n")):
+        (root / "tests" / folder).mkdir()
+        (root / "tests" / folder / "test_one.py").write_text(text)
+    environment = {"GPU_BENCH_CPU": "1", "BUDGET_SECONDS": "500", "OMP_NUM_THREADS": "1"}
+    done = script(root, out, "tests/weights", "tests/focus", "small/weights", **environment)
+    assert done.returncode == 1, done.stdout + done.stderr
     assert (out / "summary.txt").read_text() == done.stdout
-    late = "out of time"
-    assert results(done.stdout) == dict(zip(STEPS, ["failed (1): 1 failed", late, late, "well", "well"], strict=True))
-    assert done.stdout.splitlines()[-1] == "3 of 5 steps failed"
-    log = (out / "log.txt").read_text()
-    assert [line.split()[1] for line in log.splitlines() if line.startswith("==>")] == [f"{name}:" for name in STEPS]
-    assert f"called with benchmarks/worst.py {out}" in log
+    killed = "killed by SIGKILL" if "xdist" not in (out / "log.txt").read_text() else "failed (1)"
+    found = results(done.stdout)
+    assert found.pop("tests/weights").startswith(killed), done.stdout
+    assert found == {"tests/focus": "well", "small/weights": "well"}, (out / "log.txt").read_text()
+    assert "commit unknown: there is no .git, and VGPO_COMMIT names none" in done.stdout
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(f"tests/weights: {killed}")
+    assert killed == "failed (1)" or last.endswith("tests/weights/test_one.py::test_kills")
+    record = json.loads((out / "tests.json").read_text())
+    assert (record["passed"], record["commit"], record["paths"][-1]) == (1, "unknown", "tests/focus/test_one.py")
+    measured = json.loads((out / "small.json").read_text())
+    assert {one["extra_info"]["provider"] for one in measured["benchmarks"]} >= {"vgpo_kernels", "token loop"}
+    assert measured["tests"]["passed"] == 1
 
 
-def test_without_time_nothing_begins(tmp_path: Path) -> None:
-    python = executable(tmp_path / "python", STAND_IN)
-    done = gpu_bench(tmp_path / "out", PYTHON=str(python), GPU_BENCH_CPU="1", BUDGET_SECONDS="0")
-    assert done.returncode == 1
-    assert results(done.stdout) == dict.fromkeys(STEPS, "not begun: no time left")
-    assert done.stdout.splitlines()[-1] == "5 of 5 steps failed"
+def test_steps_that_fail_or_do_not_end_stop_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, first, second = tmp_path / "out", tmp_path / "first.json", tmp_path / "second.json"
+    out.mkdir()
+    first.write_text('{"benchmarks": [1], "changed_meanwhile": false}')
+    (tmp_path / "late").write_text('{"benchmarks": [2], "changed_meanwhile": true}')
+    steps = [
+        step("small/whole", "echo", part=first),
+        # As pytest does, it writes what it has when it is interrupted.
+        step("small/late", f"trap 'mv {tmp_path}/late {second}; exit 2' INT; echo half of it; sleep 60", part=second),
+        step("small/red", "echo 'why it failed\n\n'; exit 3", part=tmp_path / "absent.json"),
+        step("small/absent", "", left_out="there is no such tool"),
+        step("small/last", "echo $TOLD", environment={"TOLD": "what it was told"}),
+    ]
+    assert gpu_bench.run_all(steps, out, time.monotonic() + 20, "a title") == 1
+    text = capsys.readouterr().out
+    assert text == (out / "summary.txt").read_text()
+    assert text.startswith("a title\n")
+    assert results(text) == {
+        "small/whole": "well",
+        "small/late": "out of time: half of it",
+        "small/red": "failed (3): why it failed",
+        "small/absent": "left out: there is no such tool",
+        "small/last": "well",
+    }
+    assert "of 5 steps 2 failed, 0 did not begin\n\nsmall/late: out of time: half of it\n" in text
+    assert text.splitlines()[-1] == "small/red: failed (3): why it failed"
+    assert json.loads((out / "small.json").read_text()) == {"benchmarks": [1, 2], "changed_meanwhile": True}
+    assert "==> small/last:" in (out / "log.txt").read_text()
+    assert "what it was told" in (out / "log.txt").read_text()
 
 
-def test_all_of_it_on_the_smallest_sizes(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = gpu_bench(out, GPU_BENCH_CPU="1", BUDGET_SECONDS="240", TRITON_CACHE_DIR=str(tmp_path / "cache"))
-    log = (out / "log.txt").read_text()
-    assert done.returncode == 0, done.stdout + log
-    assert results(done.stdout) == dict.fromkeys(STEPS, "well")
-    files = {path.name for path in out.iterdir()}
-    assert files == {"log.txt", "summary.txt", *(f"{name}.json" for name in STEPS[:-1])}
-    for name in ("small", "paper"):
-        rooms = {one["extra_info"]["room"] for one in json.loads((out / f"{name}.json").read_text())["benchmarks"]}
-        assert rooms == {"weights"}
-    assert json.loads((out / "tests.json").read_text())["failed"] == 0
-    assert json.loads((out / "tune.json").read_text())["results"]
-    assert "weights | tiny: " in log
-    assert "weights_token[balanced]" in log
+def test_without_time_nothing_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_bench.run_all([step("tests/one", "")], tmp_path, time.monotonic(), "") == 1
+    assert results(capsys.readouterr().out) == {"tests/one": "not begun: no time left"}
+
+
+def test_records_of_several_folders_are_one() -> None:
+    old = {"green": True, "dirty": False, "passed": 3, "paths": ["a"], "commit": "c", "seconds": 1.5}
+    new = {"green": False, "dirty": True, "passed": 4, "paths": ["b"], "commit": "c", "seconds": 2.0}
+    expected = {"green": False, "dirty": True, "passed": 7, "paths": ["a", "b"], "commit": "c", "seconds": 3.5}
+    assert gpu_bench.merged(old, new) == expected
+
+
+def test_clocks_are_noted_with_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executable(
+        tmp_path / "nvidia-smi", '#!/bin/sh\nwhile :; do echo "1500, 2619, 300.5, 700, 50, 99"; sleep 0.1; done\n'
+    )
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with Clocks(tmp_path / "clocks.csv") as clocks:
+        clocks.step = "small/mass"
+        deadline = time.monotonic() + 30
+        while "small/mass" not in (tmp_path / "clocks.csv").read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    head, *rows = (line.split(",") for line in (tmp_path / "clocks.csv").read_text().splitlines())
+    assert tuple(head) == CLOCKS_HEAD
+    assert rows[-1][1:] == ["small/mass", "1500", "2619", "300.5", "700", "50", "99"]
+
+
+def test_out_holds_no_more_files_than_can_be_taken(tmp_path: Path) -> None:
+    names = [*gpu_bench.FILES, "log.txt", "worst.ncu-rep"]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    gpu_bench.bundle(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*gpu_bench.FILES, "rest.tar"}
+    with tarfile.open(tmp_path / "rest.tar") as archive:
+        assert archive.getnames() == ["log.txt", "worst.ncu-rep"]
+    (tmp_path / "log.txt").write_text("a later call's")
+    gpu_bench.bundle(tmp_path)
+    assert len(list(tmp_path.iterdir())) == gpu_bench.MOST_FILES
+
+
+def test_stages_hold_every_task_and_every_kernel_with_tiles() -> None:
+    text = {path.name: path.read_text() for path in (ROOT / "benchmarks").glob("test_bench_*.py")}
+    entries = {
+        f"{name}::{one}" for name, code in text.items() for one in re.findall(r"^def (test_\w+)\(entry\)", code, re.M)
+    }
+    assert entries == {node for node, _ in gpu_bench.TASKS.values()}
+    assert set(gpu_bench.TILES) == set(tune_timing.ROOMS)
+    files = [path for folder in gpu_bench.TEST_FOLDERS for path in gpu_bench.gpu_test_files(folder)]
+    assert {"tests/attention/test_attention_mass_kernels.py", "tests/weights/test_weights_kernels.py"} < set(files)
+    assert not [path for path in files if "native" in path or "reference" in path or "errors" in path]
+
+
+@pytest.fixture
+def call(tmp_path: Path) -> gpu_bench.Call:
+    return gpu_bench.Call(tmp_path / "out", (tmp_path / "first", tmp_path / "second"), tmp_path, trial=True)
+
+
+def test_a_step_is_named_by_its_stage(call: gpu_bench.Call) -> None:
+    found = gpu_bench.chosen(call, ["small/mass", "tiles/attention forward", "worst"])
+    assert [one.name for one in found] == ["small/mass", "tiles/attention forward", "worst/kernel"]
+    with pytest.raises(ValueError, match=r"STAGE: expected of smoke, tests, .*, got 'all'"):
+        gpu_bench.chosen(call, ["all"])
+    with pytest.raises(ValueError, match=r"STAGE: expected small or one of small/mass, .*, got 'small/none'"):
+        gpu_bench.chosen(call, ["small/none"])
+
+
+def test_what_an_earlier_call_left_is_found(call: gpu_bench.Call) -> None:
+    for folder in (call.earlier[1], call.out):
+        folder.mkdir()
+        (folder / "tests.json").write_text("{}")
+        (one,) = gpu_bench.chosen(call, ["small/mass"])
+        assert one.environment["VGPO_TESTS_RECORD"] == str(folder / "tests.json")
+    assert gpu_bench.worst(call)[0].command[-3:] == [str(call.out), *map(str, call.earlier)]
+
+
+def test_compute_sanitizer_is_looked_for_beside_cuda(
+    call: gpu_bench.Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert "compute-sanitizer is not on the PATH" in gpu_bench.smoke(call)[1].left_out
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    tool = executable(tmp_path / "cuda" / "bin" / "compute-sanitizer", "")
+    memcheck = gpu_bench.smoke(call)[1]
+    assert memcheck.left_out is None
+    assert memcheck.command[:3] == [str(tool), "--tool", "memcheck"]
 
 
 @pytest.fixture
@@ -139,10 +248,13 @@ def test_a_folder_without_results_says_so(tmp_path: Path, capsys: pytest.Capture
 def test_ncu_profiles_the_call(
     tmp_path: Path, entry: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    executable(tmp_path / "ncu", '#!/bin/sh\nfor last; do :; done\necho "ncu $1, last $last"\n')
+    executable(tmp_path / "ncu", '#!/bin/sh\nfor last; do :; done\necho "ncu $1 $3 $4, last $last"\n')
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert worst.profile(entry("focus", 0.3), tmp_path / "worst.ncu-rep") == 0
-    assert capfd.readouterr().out == "ncu --set, last tiny\nncu --import, last details\n"
+    assert (
+        capfd.readouterr().out
+        == "ncu --set --clock-control none, last tiny\nncu --import --page details, last details\n"
+    )
     executable(tmp_path / "ncu", "#!/bin/sh\nexit 9\n")
     assert worst.profile(entry("focus", 0.3), tmp_path / "worst.ncu-rep") == 9
 

@@ -9,6 +9,7 @@ import goals
 import pytest
 import report
 import scaling
+from gpu_bench import TEST_FOLDERS, gpu_test_files
 from matplotlib.image import imread
 from report_text import report_text
 from result_factory import COMMIT, MACHINE, entry, green_tests, write_results
@@ -270,6 +271,11 @@ REFUSED = {
     ),
     "perhaps dirty": ({"dirty": None}, {}, "measured on a tree with uncommitted changes"),
     "no commit": ({"commit": None}, {"commit_info": {"id": "unknown"}}, "no commit: expected a run inside a git"),
+    "a copy of no commit": (
+        {"commit": "unknown", "commit_from": "VGPO_COMMIT"},
+        {"commit_info": {"id": "unversioned"}},
+        "no commit: expected a run inside a git",
+    ),
     "other commit at the end": ({}, {"commit_info": {"id": "beef"}}, f"entries of several commits: beef, {COMMIT}"),
     "changed on the way": ({}, {"changed_meanwhile": True}, "measured on a tree with uncommitted changes"),
     "ours was wrong": (
@@ -295,6 +301,15 @@ REFUSED = {
         "tests did not cover tests/focus, tests/policy_loss",
     ),
 }
+
+
+def test_on_a_gpu_the_tests_of_its_kernels_are_wanted(tmp_path: Path) -> None:
+    machine = MACHINE | {"device": "NVIDIA H200", "kind": "cuda"}
+    paths = [path for folder in TEST_FOLDERS for path in gpu_test_files(folder)]
+    for tested, found in ((paths, []), (["tests"], []), (paths[1:], [f"tests did not cover {paths[0]}"])):
+        record = green_tests(device="NVIDIA H200", paths=tested)
+        results = _read(tmp_path, _mass_entries(machine=machine), tests=record)
+        assert report.objections(results) == [f"{results.path}: {one}" for one in found]
 
 
 @pytest.mark.parametrize(("facts", "changes", "reason"), REFUSED.values(), ids=REFUSED)

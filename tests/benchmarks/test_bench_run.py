@@ -61,25 +61,37 @@ def test_what_could_not_run_is_listed(results: dict):
     assert skipped[("policy loss of logits", "Liger")] == "needs a GPU"
 
 
-def test_what_fails_and_what_is_not_reached_is_kept(tmp_path: Path):
-    """A peer that breaks, and a run that stops at it."""
-    breaking = (
-        "import peers\n\n\ndef broken(*_):\n    raise RuntimeError('a broken peer')\n\n\npeers.dense_focus = broken\n"
+def run_broken(folder: Path, broken: str, *arguments: str) -> dict:
+    """Returns what a run leaves that fails because a function raises an error."""
+    module, _, name = broken.rpartition(".")
+    text = (
+        f"import {module}\n\n\ndef broken(*_, **__):\n    raise RuntimeError('broken {name}')\n\n\n{broken} = broken\n"
     )
-    (tmp_path / "breaking.py").write_text(breaking)
-    file = tmp_path / "results.json"
+    (folder / "breaking.py").write_text(text)
+    file = folder / "results.json"
     run = run_benchmarks(
-        *("benchmarks/test_bench_focus.py", "-k", "not compile", "-p", "breaking", "-x"),
-        *("--benchmark-only", f"--benchmark-json={file}"),
-        PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT / 'benchmarks'}",
+        *(*arguments, "-p", "breaking", "--benchmark-only", f"--benchmark-json={file}"),
+        PYTHONPATH=os.pathsep.join(map(str, (folder, ROOT, ROOT / "benchmarks"))),
     )
     assert run.returncode == 1, run.stdout + run.stderr
-    results = json.loads(file.read_text())
+    return json.loads(file.read_text())
+
+
+def test_what_fails_and_what_is_not_reached_is_kept(tmp_path: Path):
+    """A peer that breaks, and a run that stops at it."""
+    broken = "peers.dense_focus"
+    results = run_broken(tmp_path, broken, "benchmarks/test_bench_focus.py", "-k", "not compile", "-x")
     (failed,) = results["failed"]
-    assert (failed["provider"], failed["reason"]) == ("dense torch", "does not run: RuntimeError: a broken peer")
+    assert (failed["provider"], failed["reason"]) == ("dense torch", "does not run: RuntimeError: broken dense_focus")
     assert {one["extra_info"]["provider"] for one in results["benchmarks"]} >= {"vgpo_kernels"}
     assert {one["provider"] for one in results["not_reached"]} == {"token loop"}
     assert results["changed_meanwhile"] is False
+
+
+def test_a_run_that_measures_nothing_says_why(tmp_path: Path):
+    results = run_broken(tmp_path, "torch.rand", "benchmarks/test_bench_weights.py")
+    assert (results["benchmarks"], results["not_reached"]) == ([], [])
+    assert {one["reason"] for one in results["failed"]} == {"does not run: RuntimeError: broken rand"}
 
 
 @pytest.mark.timeout(900)

@@ -147,7 +147,13 @@ def _torch_obstacle(request: Request, *, min_capability: int) -> str | None:
 
 
 def _cudnn_obstacle(request: Request) -> str | None:
+    """Returns what keeps cuDNN from a request: torch's own checks before it calls cuDNN, which a direct call passes by.
+
+    They take one query and odd lengths (cuDNN 9 on), but not one key.
+    """
     obstacle = _torch_obstacle(request, min_capability=9)
+    if obstacle is None and request.lengths[1] == 1:
+        return "one key"
     return "a head size above 128" if obstacle is None and request.head_dim > 128 else obstacle
 
 

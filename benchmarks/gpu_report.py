@@ -1,0 +1,266 @@
+"""`python benchmarks/gpu_report.py FOLDER ...`: what `scripts/gpu_bench.sh` left, beside predictions and goals.
+
+Made from these files alone. It names card, clocks, power, versions and commit, and refuses nothing: red tests, changed
+files and an unknown commit are said in its first lines. Figures for other pages come from `report.py`, which refuses.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from goals import DEVICE as DEVICE_OF_GOALS
+from goals import GOALS
+from predictions import DEVICE, PEAKS, PREDICTIONS, Prediction
+from report_text import ABSENT, failures, percent_text, rate_text, seconds_text, sections, table
+from result_file import Entry, Results, read_results
+
+UNJUDGED = "not judged"
+
+
+@dataclass
+class Found:
+    """What the folders hold, each kind in the order of the arguments.
+
+    Args:
+        results: files of the benchmarks.
+        tests: records of tests.
+        tiles: results of `tune.py`.
+        clocks: seconds of the epoch, MHz of the multiprocessors, watts.
+        summaries: what the script said of its steps.
+        unreadable: files that are none of these, and why.
+    """
+
+    results: list[Results] = field(default_factory=list)
+    tests: list[Mapping[str, Any]] = field(default_factory=list)
+    tiles: list[Mapping[str, Any]] = field(default_factory=list)
+    clocks: list[tuple[float, float, float]] = field(default_factory=list)
+    summaries: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+
+
+def find(paths: Iterable[Path]) -> Found:
+    """Reads files and the files of folders, each by its content."""
+    found = Found()
+    files = (one for path in paths for one in (sorted(path.iterdir()) if path.is_dir() else [path]))
+    for path in files:
+        try:
+            if path.suffix == ".json":
+                _sort(path, found)
+            elif path.name == "clocks.csv":
+                found.clocks += clocks_of(path.read_text(encoding="utf-8"))
+            elif path.name == "summary.txt":
+                found.summaries.append(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            found.unreadable.append(str(error))
+    return found
+
+
+def _sort(path: Path, found: Found) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if "green" in content:
+        found.tests.append(content)
+    elif "timed" in content:
+        found.tiles.append(content)
+    else:
+        found.results.append(read_results(path))
+
+
+def clocks_of(text: str) -> list[tuple[float, float, float]]:
+    """Returns time, clock and power of each line that has them; nvidia-smi may say that it does not know one."""
+    rows = []
+    for row in csv.DictReader(text.splitlines()):
+        try:
+            rows.append((float(row["epoch_seconds"]), float(row["sm_mhz"]), float(row["power_w"])))
+        except (KeyError, TypeError, ValueError):
+            continue
+    return rows
+
+
+def during(clocks: Sequence[tuple[float, float, float]], entry: Entry) -> tuple[str, str]:
+    """Returns the median clock, with its range, and the median power while an entry's case was timed."""
+    begun, ended = entry.facts.get("when", (0, 0))
+    rows = [row for row in clocks if begun <= row[0] <= ended]
+    if not rows:
+        return ABSENT, ABSENT
+    sm, watts = ([row[column] for row in rows] for column in (1, 2))
+    return f"{statistics.median(sm):.0f} MHz ({min(sm):.0f} to {max(sm):.0f})", f"{statistics.median(watts):.0f} W"
+
+
+def text(found: Found) -> str:
+    """Returns the report."""
+    parts = ["# On a GPU\n", *origin(found)]
+    if found.results:
+        parts += ["## Beside predictions\n", READING, table(PREDICTION_HEAD, prediction_rows(found))]
+        parts += ["## Beside goals\n", _reading_of_goals(found), table(GOAL_HEAD, goal_rows(found))]
+    parts += tiles_text(found.tiles)
+    if found.summaries:
+        parts += ["## Steps\n", *(f"```text\n{summary.strip()}\n```\n" for summary in found.summaries)]
+    for results in found.results:
+        parts += [f"## {results.path.name}\n", *failures(results), *sections(results)]
+    return "\n".join(parts)
+
+
+def origin(found: Found) -> list[str]:
+    """Says on which machine and of which commit, and everything that is wrong with that."""
+    lines = [f"- not read: {why}" for why in found.unreadable]
+    for results in found.results:
+        machine = results.machine
+        versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+        commit = results.commit or f"**unknown** ({', '.join(map(str, results.commits))})"
+        state = "**with uncommitted changes**" if results.dirty else "clean" if results.known_to_git else "not of git"
+        lines.append(
+            f"- {results.path.name}: {machine['device']}, driver {machine.get('driver') or 'unknown'}, "
+            f"CUDA {machine.get('cuda') or 'unknown'}, {machine['cpu']}, {machine['threads']} threads; {versions}; "
+            f"commit {commit}, {state}"
+        )
+    if found.clocks:
+        sm, watts = ([row[column] for row in found.clocks] for column in (1, 2))
+        lines.append(f"- clocks: {min(sm):.0f} to {max(sm):.0f} MHz, {min(watts):.0f} to {max(watts):.0f} W")
+    else:
+        lines.append("- clocks: **not noted**")
+    for record in found.tests:
+        counts = ", ".join(f"{record[name]} {name}" for name in ("passed", "failed", "errors", "skipped"))
+        where = f"on {record['device']}, commit {record['commit']}"
+        lines.append(f"- tests: {'green' if record['green'] else '**red**'}, {counts}, {where}")
+    return ["\n".join(lines or ["- **no results**"]) + "\n"]
+
+
+READING = (
+    f"The peak is that of an {DEVICE}: {PEAKS['flops'] / 1e12:.0f} TFLOP/s of bf16 products, {PEAKS['bytes'] / 1e12} "
+    "TB/s. The ceiling is what a large product or a large copy reached in the same process. Predictions are made from "
+    f"compiled code; a figure is held to them on an {DEVICE} alone.\n"
+)
+PREDICTION_HEAD = (
+    *("kernel", "case", "file", "time", "rate", "of the peak", "predicted", "of the ceiling", "predicted", "is"),
+    *("clock", "power", "note"),
+)
+GOAL_HEAD = ("kernel", "goal", "case", "file", "measured", "met")
+
+
+def prediction_rows(found: Found) -> list[list[str]]:
+    """Returns a row for each prediction and each case that shows it, or one that says that none does."""
+    rows = []
+    for prediction in PREDICTIONS:
+        measured = [
+            (results, entry)
+            for results in found.results
+            if prediction.by_call
+            for group in results.groups
+            if group.room == prediction.room and not group.in_sweep
+            for entry in group.entries
+            if entry.provider == prediction.provider
+        ]
+        rows += [_prediction_row(prediction, *one, found.clocks) for one in measured]
+        if not measured:
+            why = "not measured" if prediction.by_call else "a profiler shows it"
+            row = dict.fromkeys(range(len(PREDICTION_HEAD)), ABSENT)
+            row |= {0: prediction.room, 6: _range(prediction, 1), 9: why, 12: prediction.note}
+            rows.append(list(row.values()))
+    return rows
+
+
+def _prediction_row(
+    prediction: Prediction, results: Results, entry: Entry, clocks: Sequence[tuple[float, float, float]]
+) -> list[str]:
+    facts, peak = entry.facts, PEAKS[prediction.bound]
+    name, unit = {"flops": ("tflops", 1e12), "bytes": ("gbs", 1e9)}[prediction.bound]
+    rate, ceiling = facts["achieved"][name] * unit, facts["ceilings"][name] * unit
+    share = rate / peak
+    verdict = "below" if share < prediction.low else "above" if share > prediction.high else "as predicted"
+    return [
+        *(entry.room, entry.case, results.path.name, seconds_text(entry.median), rate_text(entry)),
+        *(percent_text(share), _range(prediction, 1)),
+        *(percent_text(rate / ceiling), _range(prediction, peak / ceiling)),
+        verdict if DEVICE in results.machine["device"] else UNJUDGED,
+        *during(clocks, entry),
+        prediction.note,
+    ]
+
+
+def _range(prediction: Prediction, times: float) -> str:
+    return f"{100 * times * prediction.low:.0f} to {100 * times * prediction.high:.0f}%"
+
+
+def _reading_of_goals(found: Found) -> str:
+    judged = all(DEVICE_OF_GOALS in results.machine["device"] for results in found.results)
+    return "" if judged else f"The goals are stated for an {DEVICE_OF_GOALS}; here they are shown and not judged.\n"
+
+
+def goal_rows(found: Found) -> list[list[str]]:
+    """Returns a row for each goal and each case that says something to it, or one that says that none does."""
+    rows = []
+    for goal in GOALS:
+        shown = [
+            (results, group, value)
+            for results in found.results
+            for group in results.groups
+            if group.room == goal.room and not group.in_sweep
+            if (value := goal.measure(group)) is not None
+        ]
+        rows += [
+            [goal.room, goal.text, group.case, results.path.name, f"{value:.3g}{goal.unit}", _met(goal, results, value)]
+            for results, group, value in shown
+        ]
+        if not shown:
+            rows.append([goal.room, goal.text, ABSENT, ABSENT, "not measured", ABSENT])
+    return rows
+
+
+def _met(goal: Any, results: Results, value: float) -> str:
+    if goal.limit is None or DEVICE_OF_GOALS not in results.machine["device"]:
+        return UNJUDGED
+    return "yes" if goal.margin(value) >= 1 else "**no**"
+
+
+def tiles_text(files: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Says of each kernel whose tiles were timed how the best compare with the present choice."""
+    rows = []
+    for file in files:
+        kernels = dict.fromkeys(result["kernel"] for result in file["results"])
+        for kernel in kernels:
+            tried = [result for result in file["results"] if result["kernel"] == kernel]
+            wrong = sum(result["error"] is not None for result in tried)
+            timed = [result for result in tried if result["ratios"]]
+            if not timed:
+                rows.append([kernel, ABSENT, ABSENT, ABSENT, f"none of {len(tried)} timed, {wrong} refused"])
+                continue
+            best = min(timed, key=lambda result: statistics.geometric_mean(result["ratios"].values()))
+            present = next((result["tiles"] for result in timed if result["present"]), {})
+            ratios = ", ".join(f"{case.split(':')[0]}: {ratio:.3f}" for case, ratio in best["ratios"].items())
+            rows.append(
+                [kernel, _tiles(present), _tiles(best["tiles"]), ratios, f"{len(timed)} timed, {wrong} refused"]
+            )
+    head = ("kernel", "present tiles", "best tiles", "best's time over the present's, by case", "candidates")
+    return ["## Tiles\n", table(head, rows)] if rows else []
+
+
+def _tiles(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items()) or ABSENT
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints the report, or writes it; returns 2 if there is nothing to report."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/gpu_report.py", description=__doc__.splitlines()[0])
+    parser.add_argument("paths", nargs="+", type=Path, metavar="FOLDER", help="that gpu_bench.sh wrote to, or files")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
+    options = parser.parse_args(arguments)
+    found = find(options.paths)
+    if not (found.results or found.tests or found.tiles or found.summaries):
+        named = ", ".join(map(str, options.paths))
+        print(f"{named}: expected files of scripts/gpu_bench.sh, found none", *found.unreadable, file=sys.stderr)
+        return 2
+    if options.output is None:
+        print(text(found))
+    else:
+        options.output.write_text(text(found) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""How `gpu_bench` runs a step: a process of its own, until its limit, with the GPU's clocks noted beside it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+GRACE = 15  # seconds that a step has to write what it has, from the interrupt to the end
+TAIL = 8  # lines of a failed step that the end of the summary shows
+CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "utilization.gpu")
+CLOCKS_HEAD = ("epoch_seconds", "step", "sm_mhz", "memory_mhz", "power_w", "power_limit_w", "celsius", "utilization")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process.
+
+    Args:
+        name: STAGE/STEP.
+        command: what it runs.
+        seconds: about how long it takes at most on the GPU that the stages were planned for; its share of a call.
+        environment: variables on top of those of the call.
+        part: the JSON that it leaves, one of the parts of its stage's file.
+        left_out: why it is not run, or None.
+    """
+
+    name: str
+    command: Sequence[str]
+    seconds: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    part: Path | None = None
+    left_out: str | None = None
+
+    @property
+    def stage(self) -> str:
+        return self.name.split("/")[0]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a step: whether it did well, the word for it, and the last lines of what it printed."""
+
+    well: bool
+    result: str
+    lines: Sequence[str] = ()
+
+
+def run(step: Step, limit: float, log: Path) -> Outcome:
+    """Runs a step in a process group of its own and adds what it prints to the log.
+
+    After `limit` seconds the group is interrupted, so that pytest writes what it has, and `GRACE` seconds later killed.
+    """
+    with log.open("ab") as file:
+        file.write(f"\n==> {step.name}: {' '.join(step.command)}\n".encode())
+        file.flush()
+        start = file.tell()
+        process = subprocess.Popen(
+            step.command, stdout=file, stderr=file, env=os.environ | step.environment, start_new_session=True
+        )
+        try:
+            process.wait(limit)
+        except subprocess.TimeoutExpired:
+            lines = _lines(log, start)  # of before the interrupt, whose own words say nothing
+            _end(process)
+            return Outcome(False, f"out of time{_last(lines)}", lines[-TAIL:])
+        finally:
+            _signal(process, signal.SIGKILL)  # also what the step has left behind
+    lines = _lines(log, start)
+    last = _last(lines)
+    if process.returncode < 0:
+        return Outcome(False, f"killed by {signal.Signals(-process.returncode).name}{last}", lines[-TAIL:])
+    if process.returncode:
+        return Outcome(False, f"failed ({process.returncode}){last}", lines[-TAIL:])
+    return Outcome(True, "well")
+
+
+def _lines(log: Path, start: int) -> list[str]:
+    """Returns the lines that are not blank from a place of the log on."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def _last(lines: Sequence[str]) -> str:
+    return f": {lines[-1]}" if lines else ", without a word"
+
+
+def _end(process: subprocess.Popen) -> None:
+    _signal(process, signal.SIGINT)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        _signal(process, signal.SIGKILL)
+        process.wait()
+
+
+def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:
+        return
+
+
+class Clocks:
+    """Notes the GPU's clocks and power twice a second, by nvidia-smi, which reads them and changes nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.step = ""
+        self._path = path
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> "Clocks":
+        smi = shutil.which("nvidia-smi")
+        if smi is None:
+            return self
+        command = [smi, f"--query-gpu={','.join(CLOCKS)}", "--format=csv,noheader,nounits", "--id=0", "-lms", "500"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        new = not self._path.exists()
+        file = self._path.open("a", encoding="utf-8")
+        if new:
+            print(*CLOCKS_HEAD, sep=",", file=file, flush=True)
+        self._thread = threading.Thread(target=self._note, args=(self._process.stdout, file), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._thread.join()
+
+    def _note(self, lines: IO[str], file: IO[str]) -> None:
+        with file:
+            for line in lines:
+                values = [value.strip() for value in line.split(",")]
+                print(f"{time.time():.2f}", self.step, *values, sep=",", file=file, flush=True)

@@ -1,0 +1,52 @@
+"""What an H100 is predicted to reach, kernel by kernel, from compiled code and the rates of its units; not measured.
+
+Read with Triton 3.6 at head size 128: instructions of the main loops, and per multiprocessor and clock 4096 bf16
+operations, 16 exp2, 4 instructions of a warp, 15 bytes of memory.
+"""
+
+from dataclasses import dataclass
+
+from goals import BACKWARD, COLUMN, FOCUS, FORWARD, LOGITS, LOGPROBS, MASS
+from result_file import HEADLINE
+
+DEVICE = "H100"
+# Of the data sheet: operations a second of dense bf16 products, bytes a second of memory.
+PEAKS = {"flops": 990e12, "bytes": 3.35e12}
+DECODE = "attention of one token to a cache"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One prediction.
+
+    Args:
+        room: the task of the benchmarks whose call launches the kernel.
+        bound: what is counted, "flops" or "bytes".
+        low, high: the share of the peak that is expected.
+        note: what it holds for.
+        by_call: whether the task's time shows it; a kernel that is a part of the call is seen by a profiler alone.
+        provider: whose entry it is.
+    """
+
+    room: str
+    bound: str
+    low: float
+    high: float
+    note: str = ""
+    by_call: bool = True
+    provider: str = HEADLINE
+
+
+PREDICTIONS = (
+    Prediction(MASS, "flops", 0.40, 0.50),
+    Prediction(COLUMN, "flops", 0.35, 0.45),
+    Prediction(FORWARD, "flops", 0.35, 0.43, "products overlap; 28 to 35% where wgmma is serialised"),
+    Prediction(BACKWARD, "flops", 0.22, 0.28, "counted as 5 products, 7 are made"),
+    Prediction(BACKWARD, "flops", 0.30, 0.35, "the kernel of dK and dV, of its 4 products", by_call=False),
+    Prediction(BACKWARD, "flops", 0.28, 0.33, "the kernel of dQ, of its 3 products", by_call=False),
+    Prediction(DECODE, "bytes", 0.30, 0.40, "the whole call, case 1"),
+    Prediction(DECODE, "bytes", 0.65, 0.75, "the kernel alone", by_call=False),
+    Prediction(FOCUS, "bytes", 0.60, 0.70),
+    Prediction(LOGITS, "bytes", 0.60, 0.70, "one read and one write of the logits"),
+    Prediction(LOGPROBS, "flops", 0.48, 0.56),
+)
