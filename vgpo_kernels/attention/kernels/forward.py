@@ -63,7 +63,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Walks the tiles of keys that every query sees whole, or the others."""
+    """Walks the tiles of keys that every query sees whole, or (CUT) the others."""
     o_n = tl.arange(0, BLOCK_N)  # [BN]
     o_d = tl.arange(0, BLOCK_D)  # [BD]
     m_d = o_d < HEAD
@@ -185,7 +185,8 @@ def forward_kernel(
     b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_mass = tl.zeros([BLOCK_M], tl.float32)
-    for CUT in tl.static_range(2):
+    # Cut tiles first: with Triton 3.6, whole ones first would serialise the matrix products of sm_90 (ptxas C7515).
+    for WHOLE in tl.static_range(2):
         b_acc, b_max, b_sum, b_mass = _attend(
             b_acc,
             b_max,
@@ -208,11 +209,11 @@ def forward_kernel(
             end,
             inner,
             outer,
-            CUT == 1,
+            WHOLE == 0,
             SOFTCAP,
             WITH_MASS,
             HEAD,
-            CUT_N if CUT == 1 else BLOCK_N,
+            BLOCK_N if WHOLE == 1 else CUT_N,
             BLOCK_D,
         )
 
