@@ -46,6 +46,19 @@ def case(mask: str, kind: str, heads: tuple[int, int], lengths: tuple[int, int],
     return {"q": q, "k": k, "v": v, "key_kinds": key_kinds, "key_start": key_start, "key_end": key_end}
 
 
+def without_finite_scores(Lk: int, dtype: torch.dtype) -> tuple[dict, Tensor]:
+    """Returns a case of 35 queries that see the first 128 keys and 35 that see the rest, and the rows (every fifth
+    of the former) whose scores are all -inf.
+    """
+    tensors = case("full", "image", (1, 1), (70, Lk), 16, dtype)
+    rows = torch.arange(0, 35, 5)
+    tensors["key_end"][:, :35] = 128
+    tensors["key_start"][:, 35:] = 128
+    tensors["k"][..., 0] = tensors["k"][..., 0].abs() + 1
+    tensors["q"][:, :, rows, 0] = -torch.inf
+    return tensors, rows
+
+
 def on(device: str, tensors: dict) -> dict:
     """Returns the tensors on the device, with their strides."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}

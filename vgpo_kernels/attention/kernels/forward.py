@@ -92,13 +92,11 @@ def _attend(
                 m_visible = (b_start[:, None] <= o_key) & (o_key < b_end[:, None]) & m_n[None, :]
                 b_s = tl.where(m_visible, b_s, -float("inf"))
             b_larger = tl.maximum(b_max, tl.max(b_s, axis=1))  # [BM]
-            # Queries that have seen no key yet subtract 0: two infinities would make NaN.
-            b_shift = tl.where(b_larger == -float("inf"), 0.0, b_larger)
-            b_p = tl.exp2(b_s - b_shift[:, None])  # [BM, BN]
         else:
             b_larger = tl.maximum(b_max, tl.max(b_s, axis=1) * inner)  # [BM]
-            b_shift = b_larger
-            b_p = tl.exp2(b_s * inner - b_shift[:, None])  # [BM, BN]
+        # Queries without a finite score yet subtract 0: two infinities would make NaN.
+        b_shift = tl.where(b_larger == -float("inf"), 0.0, b_larger)
+        b_p = tl.exp2((b_s if CUT or SOFTCAP else b_s * inner) - b_shift[:, None])  # [BM, BN]
         b_rescale = tl.exp2(b_max - b_shift)  # [BM]
         b_max = b_larger
         b_part = tl.sum(b_p, axis=1)  # [BM]
