@@ -149,9 +149,9 @@ def test_runs_are_bit_identical(device):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("Lk", [256, 250])
-def test_scores_of_minus_infinity(device, Lk):
-    tensors, rows = without_finite_scores(Lk, torch.float16)
+@pytest.mark.parametrize("seen", [128, 140])
+def test_scores_of_minus_infinity(device, seen):
+    tensors, rows = without_finite_scores(seen, torch.float16)
     given = gradients_given(tensors, ("out", "mass", "lse"))
     actual = kernel_gradients(device, tensors, given, 0.25)
     known = dict(
@@ -162,5 +162,5 @@ def test_scores_of_minus_infinity(device, Lk):
     for gradient, known_gradient in zip(actual, expected, strict=True):
         numbers = ~known_gradient.isnan()
         # Its dK is a sum over all queries, with 0 times their infinities in the first column.
-        assert numbers[:, :, -10:, 1:].all()
+        assert numbers[:, :, -6:, 1:].all()
         torch.testing.assert_close(gradient.cpu()[numbers], known_gradient[numbers], rtol=5e-3, atol=5e-3)
