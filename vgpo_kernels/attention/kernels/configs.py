@@ -202,8 +202,8 @@ def forward_tiles(target: str, itemsize: int, head: int) -> Tiles:
         return wide_heads.forward_tiles(target, itemsize)
     if itemsize == 4:
         tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 128 else 8, "num_stages": 1}
-        # Left alone, the compiler of sm_120 spills rather than take more than 128 registers.
-        return tiles | {"maxnreg": 255} if target == "sm_120" else tiles
+        # Left alone, their compiler spills rather than take more than 128 registers.
+        return tiles | {"maxnreg": 255} if target in ("sm_100", "sm_120") else tiles
     queries, keys, cut, warps = 128, 128, 64, 8
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         queries, keys, cut = {64: (128, 64, 16), 128: (128, 32, 16)}.get(max(head, 64), (64, 16, 16))
