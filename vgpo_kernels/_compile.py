@@ -1,11 +1,14 @@
 """`python -m vgpo_kernels compile`: every kernel compiled for every target, without a GPU.
 
-A kernel fails where it does not compile, spills registers, or wants more shared memory than the target has.
+A kernel fails where it does not compile, spills registers, wants more shared memory than the target has, or has matrix
+products of warp groups (wgmma of sm_90) that the assembler makes wait for one another.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -74,7 +77,8 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "compile",
         help="compile every kernel ahead of time and print registers, stack and shared memory",
-        description="Fails where a kernel does not compile, spills, or takes more shared memory than there is.",
+        description="Fails where a kernel does not compile, spills, takes more shared memory than there is, or has "
+        "asynchronous matrix products that the assembler serialises.",
     )
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="default: all of them")
     parser.add_argument("--kernel", metavar="NAME", help="only kernels with NAME in their name")
@@ -213,6 +217,8 @@ def _last_line(error: Exception) -> str:
 def _judged(row: Row) -> Row:
     """Returns the row with the reason why it fails, if it does."""
     limit = TARGETS[row.target].shared
+    if row.error:
+        return row
     if row.stack or row.spilled:
         return replace(row, error="spills registers")
     if (row.shared or 0) > limit:
@@ -234,22 +240,45 @@ def _compiled_row(case: "CompileCase", name: str) -> Row:
     constexprs, launch = case.on(name)
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned_pointers)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
-    compiled = triton.compile(source, target=gpu, options=launch)
-    usage = _nvidia_usage if target.backend == "cuda" else _amd_usage
-    registers, stack, spilled = usage(compiled.asm)
-    return Row(case.name, name, registers, stack, spilled, compiled.metadata.shared)
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        triton.knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=gpu, options=launch)
+    if target.backend == "hip":
+        return Row(case.name, name, *_amd_usage(compiled.asm), shared=compiled.metadata.shared)
+    listing = _disassembly(compiled.asm)
+    registers, stack = _largest(r"REG:(\d+)", listing), _largest(r"STACK:(\d+)", listing)
+    error = serialisation(log.getvalue(), compiled.asm["ptx"], listing)
+    return Row(case.name, name, registers, stack, shared=compiled.metadata.shared, error=error)
 
 
-def _nvidia_usage(asm: dict[str, Any]) -> tuple[int, int, None]:
-    """Returns registers and stack as the disassembler that Triton ships reads them from the binary."""
+def _disassembly(asm: dict[str, Any]) -> str:
+    """Returns the resources of the binary and, if it has matrix products of warp groups, its instructions."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    options = ["-res-usage", "-sass"] if "wgmma" in asm["ptx"] else ["-res-usage"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
-        listing = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return _largest(r"REG:(\d+)", listing), _largest(r"STACK:(\d+)", listing), None
+        return subprocess.run([tool, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def serialisation(log: str, ptx: str, sass: str) -> str | None:
+    """Returns why the matrix products of warp groups wait for one another, or None where they do not.
+
+    Args:
+        log: of `ptxas -v`; empty if the binary comes from Triton's cache.
+        ptx: what was assembled.
+        sass: the instructions of the binary.
+    """
+    reason = re.search(r"\(C751\d\) .*(serialized due to .*?)(?: in the function|$)", log, re.MULTILINE)
+    if reason:
+        return f"matrix products are {reason[1]}"
+    products, waits = sass.count("HGMMA"), sass.count("WARPGROUP.DEPBAR")
+    asked = ptx.count("wgmma.wait_group") < ptx.count("wgmma.mma_async")
+    if asked and 0 < products <= waits:
+        return f"matrix products are serialised: {waits} waits for {products} of them"
+    return None
 
 
 def _amd_usage(asm: dict[str, Any]) -> tuple[int, int, int]:

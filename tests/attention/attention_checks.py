@@ -46,6 +46,19 @@ def case(mask: str, kind: str, heads: tuple[int, int], lengths: tuple[int, int],
     return {"q": q, "k": k, "v": v, "key_kinds": key_kinds, "key_start": key_start, "key_end": key_end}
 
 
+def without_finite_scores(seen: int, dtype: torch.dtype) -> tuple[dict, Tensor]:
+    """Returns a case of 64 queries that see the first `seen` keys and 6 that see the rest of 256, and the rows (every
+    fifth of the former) whose scores are all -inf.
+    """
+    tensors = case("full", "image", (1, 1), (70, 256), 16, dtype)
+    rows = torch.arange(0, 64, 5)
+    tensors["key_end"][:, :64] = seen
+    tensors["key_start"][:, 64:] = seen
+    tensors["k"][..., 0] = tensors["k"][..., 0].abs() + 1
+    tensors["q"][:, :, rows, 0] = -torch.inf
+    return tensors, rows
+
+
 def on(device: str, tensors: dict) -> dict:
     """Returns the tensors on the device, with their strides."""
     return {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from attention_checks import DTYPES, MASKS, case, dense, on
+from attention_checks import DTYPES, MASKS, case, dense, on, without_finite_scores
 
+from vgpo_kernels.attention import reference
 from vgpo_kernels.attention.kernels import visual_attention, visual_attention_backward
 from vgpo_kernels.testing import assert_error_budget
 
@@ -146,3 +147,20 @@ def test_runs_are_bit_identical(device):
     first = kernel_gradients(device, tensors, given, 0.25)
     for a, b in zip(kernel_gradients(device, tensors, given, 0.25), first, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("seen", [128, 140])
+def test_scores_of_minus_infinity(device, seen):
+    tensors, rows = without_finite_scores(seen, torch.float16)
+    given = gradients_given(tensors, ("out", "mass", "lse"))
+    actual = kernel_gradients(device, tensors, given, 0.25)
+    known = dict(
+        zip(("out", "mass", "lse"), reference.visual_attention(**tensors, scale=0.25, softcap=None), strict=True)
+    )
+    expected = reference.visual_attention_backward(*given, **tensors, **known, scale=0.25, softcap=None)
+    assert (actual[0][:, :, rows] == 0).all()
+    for gradient, known_gradient in zip(actual, expected, strict=True):
+        numbers = ~known_gradient.isnan()
+        # Its dK is a sum over all queries, with 0 times their infinities in the first column.
+        assert numbers[:, :, -6:, 1:].all()
+        torch.testing.assert_close(gradient.cpu()[numbers], known_gradient[numbers], rtol=5e-3, atol=5e-3)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from attention_checks import DTYPES, MASKS, case, check_forward, on
+from attention_checks import DTYPES, MASKS, case, check_forward, on, without_finite_scores
 
+from vgpo_kernels.attention import reference
 from vgpo_kernels.attention.kernels import forward
 from vgpo_kernels.attention.kernels.keys import find_keys
 
@@ -126,6 +127,28 @@ def test_garbage_values_of_the_keys_change_nothing(device):
     poisoned = attend(device, tensors)
     clean = attend(device, tensors | {name: tensors[name].nan_to_num(7.0) for name in "qkv"})
     assert all(torch.equal(a, b) for a, b in zip(poisoned, clean, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seen", [128, 140])
+def test_scores_of_minus_infinity(device, seen, dtype):
+    # In whole tiles, alone and after cut ones.
+    tensors, rows = without_finite_scores(seen, dtype)
+    results = attend(device, tensors)
+    expected = reference.visual_attention(**tensors, scale=0.25, softcap=None)
+    for actual, known, nothing in zip(results, expected, (0.0, 0.0, -torch.inf), strict=True):
+        torch.testing.assert_close(actual.cpu(), known, rtol=2e-3, atol=2e-3)
+        assert (actual[:, :, rows] == nothing).all()
+
+
+def test_a_tile_of_minus_infinity_before_others(device):
+    tensors = case("full", "image", (1, 1), (70, 256), 16, torch.float16)
+    tensors["q"][..., 0] = -1.0
+    tensors["k"][:, :, :128, 0] = torch.inf
+    results = attend(device, tensors)
+    expected = reference.visual_attention(**tensors, scale=0.25, softcap=None)
+    for actual, known in zip(results, expected, strict=True):
+        torch.testing.assert_close(actual.cpu(), known, rtol=2e-3, atol=2e-3)
 
 
 def test_what_a_block_of_keys_holds(device):

@@ -30,6 +30,18 @@ def broken(x_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.arange(0, BLOCK), tl.load(x_ptr + tl.arange(0, 2 * BLOCK)))
 
 
+@triton.jit
+def printing(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    o_x = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    b_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for step in range(0, 4):
+        b_x = tl.load(x_ptr + o_x).to(tl.float16)
+        b_sum = tl.dot(b_x, b_x, b_sum)
+        # The call waits for the products before it.
+        tl.device_print("step", step)
+    tl.store(out_ptr + o_x, b_sum)
+
+
 def fitting_tiles(target: str) -> dict[str, int]:
     """Returns the tile of `transposing` that a target has room for, and warps to match."""
     return {"BLOCK": 64, "num_warps": 8} if target == "gfx942" else {"BLOCK": 128, "num_warps": 32}
@@ -45,6 +57,7 @@ def case(name: str) -> CompileCase:
         # 256 KiB pass through shared memory, more than any target has.
         "greedy": (transposing, 256, 32),
         "broken": (broken, 128, 4),
+        "serialised": (printing, 64, 4),
     }[name]
     return CompileCase(name, kernel, signature, {"BLOCK": block}, {"num_warps": warps})
 

@@ -69,6 +69,33 @@ def test_what_does_not_compile_fails(tmp_path):
     assert cells[4].startswith("FAILS:does not compile: CompilationError")
 
 
+def test_serialised_matrix_products_fail(tmp_path):
+    # ptxas gives the reason; of a binary from the cache, its instructions are counted.
+    for reason in ("serialized due to wgmma pipeline crossing function boundary", "serialised: 4 waits for 4 of them"):
+        done = python(FAILING, "serialised", "sm_90", TRITON_CACHE_DIR=str(tmp_path))
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert f"FAILS: matrix products are {reason}" in done.stdout
+
+
+def test_what_serialises_matrix_products():
+    from vgpo_kernels._compile import serialisation
+
+    ptx = "wgmma.mma_async wgmma.mma_async wgmma.wait_group"
+    quiet = "ptxas info    : Used 240 registers, used 1 barriers"
+    # As ptxas 12.8 wrote it.
+    said = (
+        f"{quiet}\nptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due "
+        "to non wgmma instructions defining accumulator registers of a wgmma between start and end of the pipeline "
+        "stage in the function 'forward_kernel'\n"
+    )
+    asynchronous, serial = "HGMMA HGMMA WARPGROUP.DEPBAR", "HGMMA WARPGROUP.DEPBAR HGMMA WARPGROUP.DEPBAR"
+    assert serialisation(quiet, ptx, asynchronous) is None
+    assert serialisation(quiet, "wgmma.mma_async wgmma.wait_group", "HGMMA WARPGROUP.DEPBAR") is None
+    assert serialisation(quiet, "mma.sync", "HMMA") is None
+    assert "non wgmma instructions defining accumulator registers" in (serialisation(said, ptx, asynchronous) or "")
+    assert serialisation("", ptx, serial) == "matrix products are serialised: 2 waits for 2 of them"
+
+
 def test_a_modest_kernel_passes(tmp_path):
     done = python(FAILING, "modest", "sm_90", TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

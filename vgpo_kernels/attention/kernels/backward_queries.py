@@ -39,7 +39,7 @@ def _queries_gradient(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Walks the tiles of keys that every query sees whole, or the others."""
+    """Walks the tiles of keys that every query sees whole, or (CUT) the others."""
     o_n = tl.arange(0, BLOCK_N)  # [BN]
     o_d = tl.arange(0, BLOCK_D)  # [BD]
     m_d = o_d < HEAD
@@ -149,7 +149,8 @@ def queries_gradient_kernel(
     p_kind = kind_ptr + row * tl.cdiv(Lk, KEYS_BLOCK)
     begin, whole_begin, whole_end, end = key_ranges(b_start, b_end, p_kind, KEYS_BLOCK, BLOCK_N, CUT_N)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for CUT in tl.static_range(2):
+    # Cut tiles first: with Triton 3.6, whole ones first would serialise the matrix products of sm_90 (ptxas C7515).
+    for WHOLE in tl.static_range(2):
         b_dq = _queries_gradient(
             b_dq,
             b_q,
@@ -173,11 +174,11 @@ def queries_gradient_kernel(
             end,
             inner,
             outer,
-            CUT == 1,
+            WHOLE == 0,
             WITH_MASS,
             SOFTCAP,
             HEAD,
-            CUT_N if CUT == 1 else BLOCK_N,
+            BLOCK_N if WHOLE == 1 else CUT_N,
             BLOCK_D,
         )
     b_dq = tl.where(m_seen[:, None], b_dq * scale, 0.0).to(dq_ptr.dtype.element_ty)

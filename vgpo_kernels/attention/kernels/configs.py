@@ -28,7 +28,7 @@ _SPLIT = "BLOCK_N num_warps num_stages"
         ),
         "sm_90": listed(
             _MASS,
-            (128, 64, 8, 4, None),
+            (128, 64, 8, 3, None),
             (128, 64, 4, 3, None),
             (128, 128, 8, 2, None),
             (64, 64, 4, 3, None),
@@ -68,11 +68,14 @@ def mass_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: boo
     elif unit == 1:  # an address an element
         tiles = {"BLOCK_M": 32 if amd else 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     else:
-        # On sm_90 these leave room for two programs on a multiprocessor: one's exp hides behind the other's product.
         small = softcap or (head > 128 and target != "sm_90")
         keys = 32 if amd and softcap and head > 128 else 64
         stages = 2 if amd else 3
         tiles = {"BLOCK_M": 64 if small else 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
+        if target == "sm_90" and head <= 128 and not small:
+            # Room for two programs on a multiprocessor: one's exp hides behind the other's product. Left alone, the
+            # compiler of Triton 3.9 takes 140 registers; held to 128 with three stages, it spills.
+            tiles |= {"num_stages": 4, "maxnreg": 128}
     # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
     return tiles | {"maxnreg": 255} if target == "sm_100" else tiles
 
@@ -157,10 +160,10 @@ def column_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: b
         ),
         "sm_90": listed(
             _FORWARD,
+            (128, 128, 64, 8, 2, None),
             (128, 128, 32, 8, 2, None),
-            (128, 64, 32, 8, 3, None),
             (128, 64, 64, 8, 2, None),
-            (64, 64, 64, 4, 2, None),
+            (64, 64, 32, 4, 2, None),
             (64, 64, 32, 4, 3, None),
             (128, 128, 64, 8, 3, None),
         ),
@@ -191,24 +194,27 @@ def forward_tiles(target: str, itemsize: int, head: int) -> Tiles:
     """Returns the tiles for heads padded to `head`.
 
     Two warp groups of 64 queries each, as many keys as registers hold beside the accumulator and shared memory twice;
-    tiles that an interval cuts are narrower, since their masks take registers, too. Single precision has no tensor
-    cores: a product is unrolled, so its tiles are small.
+    tiles that an interval cuts are narrower, since their masks take registers, too. On sm_90, each warp group is a
+    program of its own, so that one's softmax hides behind the other's products. Single precision has no tensor cores:
+    a product is unrolled, so its tiles are small.
     """
     if head > WIDE:
         return wide_heads.forward_tiles(target, itemsize)
     if itemsize == 4:
         tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 128 else 8, "num_stages": 1}
-        # Left alone, the compiler of sm_120 spills rather than take more than 128 registers.
-        return tiles | {"maxnreg": 255} if target == "sm_120" else tiles
-    queries, keys, cut = 128, 128, 64
+        # Left alone, their compiler spills rather than take more than 128 registers.
+        return tiles | {"maxnreg": 255} if target in ("sm_100", "sm_120") else tiles
+    queries, keys, cut, warps = 128, 128, 64, 8
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         queries, keys, cut = {64: (128, 64, 16), 128: (128, 32, 16)}.get(max(head, 64), (64, 16, 16))
+    elif target == "sm_90" and head <= 128:
+        queries, keys, warps = 64, 128 if head <= 64 else 64, 4
     elif head > 128:
         queries, keys, cut = {"sm_90": (128, 64, 32), "sm_120": (64, 32, 32)}.get(target, (64, 64, 32))
     elif target in ("sm_80", "sm_120") or (target == "sm_100" and head == 128):
         keys, cut = 64, 32
     stages = 1 if target == "gfx942" else 2
-    return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": warps, "num_stages": stages}
 
 
 @tunable(
@@ -290,10 +296,10 @@ def keys_tiles(target: str, itemsize: int, head: int) -> Tiles:
         ),
         "sm_90": listed(
             _FORWARD,
+            (128, 64, 32, 8, 2, None),
             (128, 64, 64, 8, 2, None),
             (128, 64, 32, 8, 3, None),
             (128, 32, 32, 8, 3, None),
-            (64, 64, 32, 4, 2, None),
             (64, 64, 32, 4, 3, None),
         ),
         "sm_100": listed(
@@ -332,15 +338,16 @@ def queries_tiles(target: str, itemsize: int, head: int) -> Tiles:
         # Left alone, the compiler of sm_90 spills rather than take more than 128 registers.
         return tiles | {"maxnreg": 255} if few and target == "sm_90" else tiles
     queries, keys, cut, stages = (128, 64, 32, 2) if head <= 128 else (64, 32, 32, 2)
+    warps = 8
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         queries, keys, cut, stages = 64, 32 if head <= 64 else 16, 16, 1
     elif target == "sm_120":
         queries, keys = (64, 32) if head <= 128 else (32, 32)
-    elif target == "sm_90" and head > 128:
-        queries = 128
+    elif target == "sm_90":
+        queries, warps = (64, 4) if head <= 128 else (128, 8)
     elif target == "sm_80" and 64 < head <= 128:  # a wider tile of keys takes every register there is
         keys = 32
-    return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": 8, "num_stages": stages}
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "CUT_N": cut, "num_warps": warps, "num_stages": stages}
 
 
 @tunable(

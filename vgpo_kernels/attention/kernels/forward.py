@@ -63,7 +63,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Walks the tiles of keys that every query sees whole, or the others."""
+    """Walks the tiles of keys that every query sees whole, or (CUT) the others."""
     o_n = tl.arange(0, BLOCK_N)  # [BN]
     o_d = tl.arange(0, BLOCK_D)  # [BD]
     m_d = o_d < HEAD
@@ -92,13 +92,11 @@ def _attend(
                 m_visible = (b_start[:, None] <= o_key) & (o_key < b_end[:, None]) & m_n[None, :]
                 b_s = tl.where(m_visible, b_s, -float("inf"))
             b_larger = tl.maximum(b_max, tl.max(b_s, axis=1))  # [BM]
-            # Queries that have seen no key yet subtract 0: two infinities would make NaN.
-            b_shift = tl.where(b_larger == -float("inf"), 0.0, b_larger)
-            b_p = tl.exp2(b_s - b_shift[:, None])  # [BM, BN]
         else:
             b_larger = tl.maximum(b_max, tl.max(b_s, axis=1) * inner)  # [BM]
-            b_shift = b_larger
-            b_p = tl.exp2(b_s * inner - b_shift[:, None])  # [BM, BN]
+        # Queries without a finite score yet subtract 0: two infinities would make NaN.
+        b_shift = tl.where(b_larger == -float("inf"), 0.0, b_larger)
+        b_p = tl.exp2((b_s if CUT or SOFTCAP else b_s * inner) - b_shift[:, None])  # [BM, BN]
         b_rescale = tl.exp2(b_max - b_shift)  # [BM]
         b_max = b_larger
         b_part = tl.sum(b_p, axis=1)  # [BM]
@@ -185,7 +183,8 @@ def forward_kernel(
     b_max = tl.full([BLOCK_M], -float("inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_mass = tl.zeros([BLOCK_M], tl.float32)
-    for CUT in tl.static_range(2):
+    # Cut tiles first: with Triton 3.6, whole ones first would serialise the matrix products of sm_90 (ptxas C7515).
+    for WHOLE in tl.static_range(2):
         b_acc, b_max, b_sum, b_mass = _attend(
             b_acc,
             b_max,
@@ -208,11 +207,11 @@ def forward_kernel(
             end,
             inner,
             outer,
-            CUT == 1,
+            WHOLE == 0,
             SOFTCAP,
             WITH_MASS,
             HEAD,
-            CUT_N if CUT == 1 else BLOCK_N,
+            BLOCK_N if WHOLE == 1 else CUT_N,
             BLOCK_D,
         )
 
