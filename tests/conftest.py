@@ -19,7 +19,7 @@ import pytest
 
 from vgpo_kernels import _native
 
-pytest_plugins = ["record"]
+pytest_plugins = ["record", "gpu_arithmetic"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

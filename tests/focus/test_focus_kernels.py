@@ -45,6 +45,27 @@ def test_images_longer_than_a_tile(device, kind):
     check(kind, device, *inputs(2, 330, 264, kind=kind))
 
 
+@pytest.mark.usefixtures("gpu_arithmetic")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 8])
+def test_roots_and_divisions_of_a_gpu(kind, size):
+    for dtype in DTYPES:
+        check(kind, "cpu", *inputs(2, 20, size, dtype, kind=kind))
+
+
+@pytest.mark.usefixtures("gpu_arithmetic")
+@pytest.mark.parametrize("size", [1e-19, 1e-20])
+def test_a_state_whose_square_is_subnormal_has_a_direction(size):
+    """And the one whose square is 0 has none, as in the reference."""
+    states = torch.tensor([3.0, 4.0, 0.0]) * torch.tensor([[1.0], [size], [-size], [1e-30]])
+    states[1, 2] = 5 * size
+    visual = torch.tensor([[True, False, False, False]])
+    scores = visual_focus_score(states[None], visual, ~visual, impl="triton")
+    torch.testing.assert_close(scores, torch.tensor([[0.0, 0.5**0.5, -1.0, 0.0]]), atol=0, rtol=1e-4)
+    expected = visual_focus_score(states[None], visual, ~visual, impl="reference")
+    torch.testing.assert_close(scores, expected, atol=0, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_last_hidden_state_of_a_7b_model(device, dtype):
     check("D 3584", device, *inputs(2, 48, 3584, dtype))

@@ -90,7 +90,7 @@ def prototype_kernel(
         b_count += b_wanted.to(tl.int32)
         b_wanted = b_next
     count = tl.sum(b_count, axis=0)
-    b_mean = tl.sum(b_sum, axis=0) / tl.maximum(count, 1).to(tl.float32)  # [BD]
+    b_mean = tl.div_rn(tl.sum(b_sum, axis=0), tl.maximum(count, 1).to(tl.float32))  # [BD]
     tl.store(mean_ptr + prototype * D + o_d, b_mean, mask=m_d)
     tl.store(count_ptr + prototype, count, mask=tl.program_id(0) % n_blocks == 0)
 
@@ -99,23 +99,27 @@ def prototype_kernel(
 def _cosine(p_h, p_mean, m_t, D, stride_d, UNIT: tl.constexpr, BLOCK_D: tl.constexpr):
     """Cosines [BT] of the states at `p_h` [BT, 1] to the prototype at `p_mean`; only rows in `m_t` are read."""
     BLOCK_T: tl.constexpr = m_t.shape[0]
+    # Read for every token of whole units, so that the mean has their layout: another one costs barriers in the loop.
+    ROWS: tl.constexpr = 1 if UNIT == 1 else BLOCK_T
+    o_rows = tl.zeros([ROWS, 1], tl.int32)  # [ROWS, 1]
     b_inner = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)  # [BT, BD]
     b_state = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)  # [BT, BD]
-    b_prototype = tl.zeros([BLOCK_D], tl.float32)  # [BD]
+    b_prototype = tl.zeros([ROWS, BLOCK_D], tl.float32)  # [ROWS, BD]
     # No column is walked where no row is wanted.
     D = tl.where(tl.max(m_t.to(tl.int32), axis=0) > 0, D, 0)
     for start in range(0, D, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)  # [BD]
+        o_d = start + tl.arange(0, BLOCK_D)[None, :]  # [1, BD]
         m_d = o_d < D
-        p_t = p_h + _columns(o_d, stride_d, UNIT)[None, :]  # [BT, BD]
-        b_h = tl.load(p_t, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)  # [BT, BD]
-        b_mean = tl.load(p_mean + o_d, mask=m_d, other=0.0)  # [BD]
-        b_inner += b_h * b_mean[None, :]
+        p_t = p_h + _columns(o_d, stride_d, UNIT)  # [BT, BD]
+        b_h = tl.load(p_t, mask=m_t[:, None] & m_d, other=0.0).to(tl.float32)  # [BT, BD]
+        b_mean = tl.load(p_mean + (o_rows + o_d), mask=m_d, other=0.0)  # [ROWS, BD]
+        b_inner += b_h * b_mean
         b_state += b_h * b_h
         b_prototype += b_mean * b_mean
-    norms = tl.sqrt(tl.sum(b_state, axis=1)) * tl.sqrt(tl.sum(b_prototype, axis=0))  # [BT]
-    # Divided by 1 where a norm is zero, so that NaN stays NaN and a zero state scores 0.
-    cosine = tl.sum(b_inner, axis=1) / tl.where(norms == 0, 1.0, norms)  # [BT]
+    # Rounded exactly: a fast root is 0 below the least normal number, where a state is small but has a direction.
+    norms = tl.sqrt_rn(tl.sum(b_state, axis=1)) * tl.sqrt_rn(tl.sum(b_prototype, axis=1))  # [BT]
+    # Of the inner product and the norms, NaN is in both: it stays.
+    cosine = tl.where(norms == 0, 0.0, tl.div_rn(tl.sum(b_inner, axis=1), norms))  # [BT]
     return tl.clamp(cosine, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
