@@ -18,7 +18,7 @@ LEAST_NORMAL = float(np.finfo(np.float32).tiny)
 _imitated = False
 
 
-def allowance(approximations: int) -> float:
+def allowance(approximations: float) -> float:
     """Returns the ulp that so many approximations, one upon another, may add to a result; 0 where none is one."""
     return ULPS * approximations if torch.cuda.is_available() or _imitated else 0.0
 
