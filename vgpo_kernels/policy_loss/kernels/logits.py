@@ -114,7 +114,7 @@ def logits_kernel(
             logps = tl.where(in_range, (target_u - center) * scale - log_total, float("nan"))
             _store(logps_ptr, row, logps)
             _store(lse_ptr, row, center * scale + log_total)
-            _store(entropy_ptr, row, log_total - tl.div_rn(dot, total) * 0.6931471805599453)
+            _store(entropy_ptr, row, log_total - dot / total * 0.6931471805599453)
         else:
             outer = scale
             scale2 = 1.4426950408889634

@@ -36,7 +36,7 @@ def _take(b_max, b_sum, b_dot, b_u, m_r, scale2, ENTROPY: tl.constexpr):
 def _log_of_sum(units, rest):
     """log(units + rest), to the last digits where that is 1 and a little."""
     # As 2 artanh(rest / (2 + rest)), whose series ends here in fp32 for rest <= 0.25.
-    s = tl.div_rn(rest, 2.0 + rest)
+    s = rest / (2.0 + rest)
     square = s * s
     series = 1.0 + square * (0.33333333 + square * (0.2 + square * (0.14285714 + square * 0.11111111)))
     return tl.where((units == 1.0) & (rest <= 0.25), 2.0 * s * series, tl.log(units + rest))
