@@ -3,6 +3,7 @@
 import pytest
 import torch
 from focus_cases import KINDS, inputs
+from gpu_arithmetic import allowance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(name, device, states, visual, completion, ids):
-    """Compares the kernels on `device` with the reference on the CPU, and returns the kernels' scores."""
+    """Compares the kernels on `device` with the reference on the CPU, and returns the kernels' scores.
+
+    A GPU adds 2 ulp for each of two roots and for their quotient; the prototype's mean is divided exactly.
+    """
     moved = {key: value.to(device) for key, value in ids.items()}
     scores = visual_focus_score(
         states.to(device), visual.to(device), completion.to(device), impl="triton", **moved
@@ -21,7 +25,7 @@ def check(name, device, states, visual, completion, ids):
     same_dtype = visual_focus_score(states, visual, completion, impl="reference", **ids)
     exact = visual_focus_score(states.double(), visual, completion, impl="reference", **ids)
     assert scores.dtype == torch.float32
-    assert_error_budget(name, scores, same_dtype, exact)
+    assert_error_budget(name, scores, same_dtype, exact, ulps=2.0 + allowance(3))
     return scores
 
 

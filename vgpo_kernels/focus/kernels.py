@@ -96,6 +96,13 @@ def prototype_kernel(
 
 
 @triton.jit
+def _root(x):
+    """The square root, of a subnormal number, too: a GPU's takes it for 0. An exact one would spill, sm_120."""
+    is_small = x < 1.1754943508222875e-38
+    return tl.sqrt(tl.where(is_small, x * 18446744073709551616.0, x)) * tl.where(is_small, 2.3283064365386963e-10, 1.0)
+
+
+@triton.jit
 def _cosine(p_h, p_mean, m_t, D, stride_d, UNIT: tl.constexpr, BLOCK_D: tl.constexpr):
     """Cosines [BT] of the states at `p_h` [BT, 1] to the prototype at `p_mean`; only rows in `m_t` are read."""
     BLOCK_T: tl.constexpr = m_t.shape[0]
@@ -116,10 +123,9 @@ def _cosine(p_h, p_mean, m_t, D, stride_d, UNIT: tl.constexpr, BLOCK_D: tl.const
         b_inner += b_h * b_mean
         b_state += b_h * b_h
         b_prototype += b_mean * b_mean
-    # Rounded exactly: a fast root is 0 below the least normal number, where a state is small but has a direction.
-    norms = tl.sqrt_rn(tl.sum(b_state, axis=1)) * tl.sqrt_rn(tl.sum(b_prototype, axis=1))  # [BT]
+    norms = _root(tl.sum(b_state, axis=1)) * _root(tl.sum(b_prototype, axis=1))  # [BT]
     # Of the inner product and the norms, NaN is in both: it stays.
-    cosine = tl.where(norms == 0, 0.0, tl.div_rn(tl.sum(b_inner, axis=1), norms))  # [BT]
+    cosine = tl.where(norms == 0, 0.0, tl.sum(b_inner, axis=1) / norms)  # [BT]
     return tl.clamp(cosine, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
