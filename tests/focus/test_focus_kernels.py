@@ -80,7 +80,8 @@ def test_more_tokens_than_a_grid_axis_holds(device, monkeypatch):
     length = 600_000
     if device == "cpu":  # interpreted, a program takes milliseconds: fewer tokens, and more of them in each
         length = 65_600
-        monkeypatch.setattr(kernels, "cosine_tiles", lambda _: {"BLOCK_T": 1024, "BLOCK_D": 16, "num_warps": 4})
+        tiles = {"BLOCK_T": 1024, "BLOCK_D": 16, "SPREAD": 1, "num_warps": 4}
+        monkeypatch.setattr(kernels, "cosine_tiles", lambda *_: tiles)
     states = torch.randn(1, length, 8).half()
     visual = torch.zeros(1, length, dtype=torch.bool)
     completion = torch.zeros_like(visual)
