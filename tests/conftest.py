@@ -19,7 +19,7 @@ import without_hypothesis
 
 from vgpo_kernels import _native
 
-pytest_plugins = ["record", "cuda_faults"]
+pytest_plugins = ["record", "cuda_faults", "gpu_arithmetic"]
 HAS_HYPOTHESIS = not without_hypothesis.install()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from focus_cases import KINDS, inputs
+from gpu_arithmetic import allowance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check(name, device, states, visual, completion, ids):
-    """Compares the kernels on `device` with the reference on the CPU, and returns the kernels' scores."""
+    """Compares the kernels on `device` with the reference on the CPU, and returns the kernels' scores.
+
+    A GPU adds 2 ulp for each of two roots and for their quotient; the prototype's mean is divided exactly.
+    """
     moved = {key: value.to(device) for key, value in ids.items()}
     scores = visual_focus_score(
         states.to(device), visual.to(device), completion.to(device), impl="triton", **moved
@@ -21,7 +25,7 @@ def check(name, device, states, visual, completion, ids):
     same_dtype = visual_focus_score(states, visual, completion, impl="reference", **ids)
     exact = visual_focus_score(states.double(), visual, completion, impl="reference", **ids)
     assert scores.dtype == torch.float32
-    assert_error_budget(name, scores, same_dtype, exact)
+    assert_error_budget(name, scores, same_dtype, exact, ulps=2.0 + allowance(3))
     return scores
 
 
@@ -45,6 +49,27 @@ def test_images_longer_than_a_tile(device, kind):
     check(kind, device, *inputs(2, 330, 264, kind=kind))
 
 
+@pytest.mark.usefixtures("gpu_arithmetic")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1, 8])
+def test_roots_and_divisions_of_a_gpu(kind, size):
+    for dtype in DTYPES:
+        check(kind, "cpu", *inputs(2, 20, size, dtype, kind=kind))
+
+
+@pytest.mark.usefixtures("gpu_arithmetic")
+@pytest.mark.parametrize("size", [1e-19, 1e-20])
+def test_a_state_whose_square_is_subnormal_has_a_direction(size):
+    """And the one whose square is 0 has none, as in the reference."""
+    states = torch.tensor([3.0, 4.0, 0.0]) * torch.tensor([[1.0], [size], [-size], [1e-30]])
+    states[1, 2] = 5 * size
+    visual = torch.tensor([[True, False, False, False]])
+    scores = visual_focus_score(states[None], visual, ~visual, impl="triton")
+    torch.testing.assert_close(scores, torch.tensor([[0.0, 0.5**0.5, -1.0, 0.0]]), atol=0, rtol=1e-4)
+    expected = visual_focus_score(states[None], visual, ~visual, impl="reference")
+    torch.testing.assert_close(scores, expected, atol=0, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_last_hidden_state_of_a_7b_model(device, dtype):
     check("D 3584", device, *inputs(2, 48, 3584, dtype))
@@ -55,7 +80,8 @@ def test_more_tokens_than_a_grid_axis_holds(device, monkeypatch):
     length = 600_000
     if device == "cpu":  # interpreted, a program takes milliseconds: fewer tokens, and more of them in each
         length = 65_600
-        monkeypatch.setattr(kernels, "cosine_tiles", lambda _: {"BLOCK_T": 1024, "BLOCK_D": 16, "num_warps": 4})
+        tiles = {"BLOCK_T": 1024, "BLOCK_D": 16, "SPREAD": 1, "num_warps": 4}
+        monkeypatch.setattr(kernels, "cosine_tiles", lambda *_: tiles)
     states = torch.randn(1, length, 8).half()
     visual = torch.zeros(1, length, dtype=torch.bool)
     completion = torch.zeros_like(visual)

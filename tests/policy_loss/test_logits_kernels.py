@@ -24,7 +24,7 @@ from vocabulary_cases import PLAIN, Scaling
 
 from vgpo_kernels.policy_loss import PolicyLossConfig, reference
 from vgpo_kernels.policy_loss import kernels as room
-from vgpo_kernels.policy_loss.kernels import logits
+from vgpo_kernels.policy_loss.kernels import logits, scale
 from vgpo_kernels.testing import assert_error_budget, ragged_mask
 
 ON_GPU = torch.cuda.is_available()
@@ -337,6 +337,30 @@ def test_same_bits_from_run_to_run(device):
     assert torch.equal(first, second)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+def test_scaling_in_place_by_fewer_programs_than_pieces(device, monkeypatch):
+    monkeypatch.setattr(scale, "MULTIPROCESSORS", dict.fromkeys(scale.MULTIPROCESSORS, 1))
+    wide = torch.randn(2, 5, 9001, device=device).half()
+    for factor in (3.0, 1.0):
+        scaled = wide.clone()
+        scale.scale_(scaled[:, 1:], torch.tensor(factor, device=device))
+        assert torch.equal(scaled[:, 1:], wide[:, 1:] * factor)
+        assert torch.equal(scaled[:, :1], wide[:, :1])
+
+
+def test_a_factor_of_1_costs_one_wave_of_programs(monkeypatch):
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda **_: None
+
+    monkeypatch.setattr(scale, "scale_kernel", Recorded())
+    scale.scale_(torch.empty(8, 2560, 152_064, dtype=torch.bfloat16, device="meta"), torch.ones(()))
+    scale.scale_(torch.empty(1, 2, 9000, device="meta"), torch.ones(()))
+    assert grids == [(3 * 132,), (4,)]
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 5)])

@@ -65,6 +65,13 @@ def test_every_option_matches_the_reference(recipe, fields, options, device):
     assert_kernels_match(focus.abs(), mask, group_ids, config, has_visual=sees, advantages=advantages, **options)
 
 
+@pytest.mark.usefixtures("gpu_arithmetic")
+@pytest.mark.parametrize("schedule", ["linear", "exponential"])
+def test_powers_and_divisions_of_a_gpu(schedule):
+    focus, mask, group_ids = (x[:, :90] if x.dim() == 2 else x for x in batch("cpu"))
+    assert_kernels_match(focus, mask, group_ids, VGPOConfig.from_recipe("paper", schedule=schedule))
+
+
 def test_projected_weights_of_a_long_row_have_mean_one(device):
     # 1100 columns: three tiles. Most scores near the top, so that the lower bound cuts.
     focus = torch.rand(2, 1100, device=device) ** 0.05

@@ -37,14 +37,23 @@ def prototype_tiles(unit: int, itemsize: int) -> Tiles:
     return {"BLOCK_SEARCH": 2048, "BLOCK_L": length, "BLOCK_D": 64, "num_warps": 4}
 
 
+def cosine_spread(unit: int, target: str) -> int:
+    """Returns 1 where the mean is read for every token: not where that spills (sm_120) or takes a load a column."""
+    return int(unit == VECTOR and target != "sm_120")
+
+
+def _cosine_candidates(target: str) -> tuple[Tiles, ...]:
+    spread = cosine_spread(VECTOR, target)
+    rows = ((4, 256, 4), (4, 512, 4), (16, 256, 8), (8, 512, 8), (4, 256, 2))
+    return tuple({**tiles, "SPREAD": spread} for tiles in listed("BLOCK_T BLOCK_D num_warps", *rows))
+
+
 @tunable(
     "focus cosine",
     case="focus cosine bf16",
-    candidates=dict.fromkeys(
-        _TARGETS,
-        listed("BLOCK_T BLOCK_D num_warps", (4, 256, 4), (4, 512, 4), (16, 256, 8), (8, 512, 8), (4, 256, 2)),
-    ),
+    candidates={target: _cosine_candidates(target) for target in _TARGETS},
 )
-def cosine_tiles(grouped: bool) -> Tiles:
+def cosine_tiles(grouped: bool, unit: int, target: str) -> Tiles:
     """Returns the second kernel's tiles: 256 divides the usual D; more tokens with the loop over prototypes spill."""
-    return {"BLOCK_T": 4 if grouped else 8, "BLOCK_D": 256, "num_warps": 4}
+    block = 4 if grouped else 8
+    return {"BLOCK_T": block, "BLOCK_D": 256, "SPREAD": cosine_spread(unit, target), "num_warps": 4}

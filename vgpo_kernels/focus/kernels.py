@@ -7,7 +7,7 @@ prototype, and nothing of shape (B, L, D) is written.
 import torch
 from torch import Tensor
 
-from vgpo_kernels._triton import CompileCase, tl, triton
+from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.focus.configs import VECTOR, cosine_tiles, prototype_tiles
 from vgpo_kernels.focus.prototypes import index_prototypes
 
@@ -90,18 +90,27 @@ def prototype_kernel(
         b_count += b_wanted.to(tl.int32)
         b_wanted = b_next
     count = tl.sum(b_count, axis=0)
-    b_mean = tl.sum(b_sum, axis=0) / tl.maximum(count, 1).to(tl.float32)  # [BD]
+    b_mean = tl.div_rn(tl.sum(b_sum, axis=0), tl.maximum(count, 1).to(tl.float32))  # [BD]
     tl.store(mean_ptr + prototype * D + o_d, b_mean, mask=m_d)
     tl.store(count_ptr + prototype, count, mask=tl.program_id(0) % n_blocks == 0)
 
 
 @triton.jit
-def _cosine(p_h, p_mean, m_t, D, stride_d, UNIT: tl.constexpr, BLOCK_D: tl.constexpr):
+def _root(x):
+    """The square root, of a subnormal number, too: a GPU's takes it for 0. An exact one would spill, sm_120."""
+    is_small = x < 1.1754943508222875e-38
+    return tl.sqrt(tl.where(is_small, x * 18446744073709551616.0, x)) * tl.where(is_small, 2.3283064365386963e-10, 1.0)
+
+
+@triton.jit
+def _cosine(p_h, p_mean, m_t, D, stride_d, UNIT: tl.constexpr, SPREAD: tl.constexpr, BLOCK_D: tl.constexpr):
     """Cosines [BT] of the states at `p_h` [BT, 1] to the prototype at `p_mean`; only rows in `m_t` are read."""
     BLOCK_T: tl.constexpr = m_t.shape[0]
     b_inner = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)  # [BT, BD]
     b_state = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)  # [BT, BD]
-    b_prototype = tl.zeros([BLOCK_D], tl.float32)  # [BD]
+    # Read for every token, the mean has the states' layout: to change it costs barriers in the loop.
+    b_prototype = tl.zeros([BLOCK_T, BLOCK_D] if SPREAD else [BLOCK_D], tl.float32)  # [BT, BD] or [BD]
+    o_rows = tl.zeros([BLOCK_T, 1], tl.int32)  # [BT, 1]
     # No column is walked where no row is wanted.
     D = tl.where(tl.max(m_t.to(tl.int32), axis=0) > 0, D, 0)
     for start in range(0, D, BLOCK_D):
@@ -109,13 +118,17 @@ def _cosine(p_h, p_mean, m_t, D, stride_d, UNIT: tl.constexpr, BLOCK_D: tl.const
         m_d = o_d < D
         p_t = p_h + _columns(o_d, stride_d, UNIT)[None, :]  # [BT, BD]
         b_h = tl.load(p_t, mask=m_t[:, None] & m_d[None, :], other=0.0).to(tl.float32)  # [BT, BD]
-        b_mean = tl.load(p_mean + o_d, mask=m_d, other=0.0)  # [BD]
-        b_inner += b_h * b_mean[None, :]
+        if SPREAD:
+            b_mean = tl.load(p_mean + (o_rows + o_d[None, :]), mask=m_d[None, :], other=0.0)  # [BT, BD]
+            b_inner += b_h * b_mean
+        else:
+            b_mean = tl.load(p_mean + o_d, mask=m_d, other=0.0)  # [BD]
+            b_inner += b_h * b_mean[None, :]
         b_state += b_h * b_h
         b_prototype += b_mean * b_mean
-    norms = tl.sqrt(tl.sum(b_state, axis=1)) * tl.sqrt(tl.sum(b_prototype, axis=0))  # [BT]
-    # Divided by 1 where a norm is zero, so that NaN stays NaN and a zero state scores 0.
-    cosine = tl.sum(b_inner, axis=1) / tl.where(norms == 0, 1.0, norms)  # [BT]
+    norms = _root(tl.sum(b_state, axis=1)) * _root(tl.sum(b_prototype, axis=1 if SPREAD else 0))  # [BT]
+    # Of the inner product and the norms, NaN is in both: it stays.
+    cosine = tl.where(norms == 0, 0.0, tl.sum(b_inner, axis=1) / norms)  # [BT]
     return tl.clamp(cosine, -1.0, 1.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -135,6 +148,7 @@ def cosine_kernel(
     stride_d,
     GROUPED: tl.constexpr,
     UNIT: tl.constexpr,
+    SPREAD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -157,12 +171,12 @@ def cosine_kernel(
         for prototype in range(first, last):
             m_p = (b_begin <= prototype) & (prototype < b_end)  # [BT]
             p_mean = mean_ptr + D.to(tl.int64) * prototype
-            b_cosine = _cosine(p_h, p_mean, m_p, D, stride_d, UNIT, BLOCK_D)  # [BT]
+            b_cosine = _cosine(p_h, p_mean, m_p, D, stride_d, UNIT, SPREAD, BLOCK_D)  # [BT]
             b_larger = tl.maximum(b_focus, b_cosine, propagate_nan=tl.PropagateNan.ALL)
             b_focus = tl.where(m_p, b_larger, b_focus)
     else:
         m_t = m_t & (o_t < tl.minimum(tl.load(count_ptr + row), 1) * L)
-        b_focus = _cosine(p_h, mean_ptr + row * D, m_t, D, stride_d, UNIT, BLOCK_D)  # [BT]
+        b_focus = _cosine(p_h, mean_ptr + row * D, m_t, D, stride_d, UNIT, SPREAD, BLOCK_D)  # [BT]
     tl.store(focus_ptr + row * L + o_t, tl.where(m_t, b_focus, 0.0), mask=m_l)
 
 
@@ -208,7 +222,7 @@ def visual_focus_score(
         **shared,
         **tiles,
     )
-    tiles = cosine_tiles(group is not None)
+    tiles = cosine_tiles(group is not None, unit, target_of(hidden_states))
     cosine_kernel[(B * triton.cdiv(L, tiles["BLOCK_T"]),)](
         completion_ptr=completion,
         begin_ptr=group and group.begin,
@@ -259,6 +273,6 @@ def _compile_pair(dtype: str, grouped: bool, unit: int) -> list[CompileCase]:
             cosine_kernel,
             shared | {"completion_ptr": "*i1", "focus_ptr": "*fp32"} | (cosine if grouped else {}),
             flags | ({} if grouped else dict.fromkeys(cosine)),
-            tiles=lambda _: cosine_tiles(grouped),
+            tiles=lambda target: cosine_tiles(grouped, unit, target),
         ),
     ]

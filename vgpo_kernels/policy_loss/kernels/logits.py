@@ -149,7 +149,7 @@ def logits_kernel(
                 outer,
                 center,
                 scale2,
-                factor * slope / total,
+                tl.div_rn(factor * slope, total),
                 entropy_factor,
                 coefficient * slope,
                 inverse_cap,

@@ -115,7 +115,7 @@ def policy_loss_kernel(
                 b_logps = _load(p_logps, logps_stride_t, o_t, m_valid)
                 b_old = b_logps if p_old is None else _load(p_old, old_stride_t, o_t, m_valid)
                 acc_log_ratio += b_logps - b_old
-        row_inverse = 1.0 / tl.maximum(tl.sum(acc_count), 1.0)
+        row_inverse = tl.div_rn(1.0, tl.maximum(tl.sum(acc_count), 1.0))
         if ROW_MEAN:
             row_weight = row_inverse
         if SEQUENCE:
