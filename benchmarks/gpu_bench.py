@@ -192,7 +192,6 @@ STAGES: dict[str, Callable[[Call], list[Step]]] = {
 def main(arguments: Sequence[str]) -> int:
     """Runs the stages asked for; returns 1 if a step failed or did not begin, 2 if nothing can run."""
     deadline = time.monotonic() + float(os.environ.get("BUDGET_SECONDS", "540"))
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and its children would, too
     out, asked = Path(arguments[0]).resolve(), arguments[1:] or list(STAGES)
     earlier = tuple(Path(folder).resolve() for folder in os.environ.get("EARLIER", "").split(os.pathsep) if folder)
     os.chdir(ROOT)
@@ -275,6 +274,7 @@ def describe(found: Mapping[str, Any]) -> str:
 
 def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> int:
     """Runs steps until the deadline, one that fails or is late among them; returns 1 unless all did well."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and its children would, too
     summary, log = out / "summary.txt", out / "log.txt"
     failed: list[tuple[Step, Outcome]] = []
     missed = 0
