@@ -53,7 +53,10 @@ def deepspeed_options(config: TrainConfig) -> dict[str, Any]:
     try:
         options = json.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise ConfigError(f"deepspeed: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(
+            f"deepspeed: cannot read {path}: {error.strerror}; copy vgpo_train/configs/zero3.json there, or name "
+            "another file of DeepSpeed's options"
+        ) from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"deepspeed: {path} is no JSON: {error}") from error
     if not isinstance(options, dict):

@@ -18,7 +18,7 @@ from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable
 from vgpo_train.config import ConfigError, TrainConfig, save_config
 from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
 from vgpo_train.data_check import open_datasets, usable
-from vgpo_train.engine import build_policy, build_reference
+from vgpo_train.engine import build_policy, build_reference, deepspeed_options
 from vgpo_train.experience import group_advantages, kept_rows
 from vgpo_train.export import check_weights, export
 from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
@@ -57,6 +57,7 @@ class Trainer:
         # What forbids a run shows before minutes of loading.
         self.store = CheckpointStore(self.output_dir, config.keep_checkpoints)
         self.saved = self._saved_state()
+        distributed.together(lambda: deepspeed_options(config))
         self.algorithm = build_algorithm(config)
         self.collator, self.companion, opened = distributed.together(self._open_data)
         self.processor = self.collator.processor

@@ -292,7 +292,7 @@ def test_a_wrong_deepspeed_file_is_named(smallest: Path, tmp_path: Path, content
 def test_a_missing_deepspeed_file_is_named(smallest: Path) -> None:
     from vgpo_train.engine import deepspeed_options
 
-    with pytest.raises(ConfigError, match=r"deepspeed: cannot read .*zero3.json: No such file"):
+    with pytest.raises(ConfigError, match=r"deepspeed: cannot read .*zero3.json: No such file.*; copy vgpo_train/"):
         deepspeed_options(load_config(smallest, []))
 
 

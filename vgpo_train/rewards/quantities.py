@@ -16,6 +16,9 @@ _DIGITS = 6  # in which a decimal number must be right
 _TINY = 1e-4  # numbers below are all 0 to math-verify, which rounds after the point
 _POINTS = re.compile(r"((?:\\[a-z]+\s*)?)\{?([A-Z]{2,4})\}?")  # a segment, an angle: named from either end
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
+_DATE = re.compile(r"(\d{4})([-/])(\d{1,2})\2(\d{1,2})")
+# Words, not a number, before what pint takes for a unit: the circle, a red circle; `a cm` is a in centimetres.
+_NO_NUMBER = re.compile(r"(?:[A-Za-z]+\s+)*[A-Za-z]{2,}")
 _HALF_DAY = re.compile(r"(?<=\d:\d\d)\s*[ap]m$", re.IGNORECASE)
 _DECADE = re.compile(r"(?:the\s)?\d{3}0s")
 _NO_FACTOR = re.compile(r"!\s*\d+(?![\d!])")  # 3!1, to math-verify 3! times 1
@@ -46,6 +49,9 @@ def same_value(gold: str, answer: str) -> bool:
         kind, ends = named[0][1].strip(), named[1][2]
         return kind == named[1][1].strip() and named[0][2] in ((ends,) if kind == r"\vec" else (ends, ends[::-1]))
     ranges = [match for match in (_RANGE.fullmatch(gold), _RANGE.fullmatch(answer)) if match]
+    dates = [match and (int(match[1]), int(match[3]), int(match[4])) for match in map(_DATE.fullmatch, (gold, answer))]
+    if any(dates):
+        return dates[0] == dates[1]
     if len(ranges) == 2 or any(int(match[1]) < int(match[2]) for match in ranges):
         return False  # years or pages, not differences
     if bool(_HALF_DAY.search(gold)) != bool(_HALF_DAY.search(answer)):
@@ -70,6 +76,9 @@ def same_value(gold: str, answer: str) -> bool:
         return _same_amount(one, other)
     if same_expression(one.number, other.number):
         return True
+    percent = [number.endswith(r"\%") for number in (one.number, other.number)]
+    if any(percent) and not all(percent):  # a sign that is left out
+        return same_expression(*(number.removesuffix(r"\%").strip() for number in (one.number, other.number)))
     is_angle = {one.unit, other.unit} == {DEGREE, None} and r"\pi" in one.number + other.number
     return is_angle and _same_amount(one, other)
 
@@ -135,6 +144,8 @@ def _quantity(text: str) -> _Quantity | None:
     text = _CURRENCY.sub(r"\1\3 \2", text)  # $5
     for match in _BEFORE_UNIT.finditer(text):
         number, space, rest = text[: match.start()], match.group(), text[match.end() :]
+        if _NO_NUMBER.fullmatch(number) or (number in ("a", "A") and re.match("[A-Za-z]{3}", rest)):
+            continue
         if number[-1].isalpha() and not number.endswith(r"\pi") and not (space and may_touch(rest)):
             continue
         unit = parse_unit(rest)

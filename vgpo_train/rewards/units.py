@@ -5,7 +5,7 @@ import re
 import pint
 from pint import Unit
 
-_REGISTRY = pint.UnitRegistry()
+_REGISTRY = pint.UnitRegistry(on_redefinition="ignore")
 for _definition in (
     "dollar = [dollar] = USD = usd", "cent = 0.01 dollar", "euro = [euro] = EUR", "sterling = [sterling] = GBP",
     "yuan = [yuan] = RMB = CNY", "rupee = [rupee] = INR = Rs", "unit = [unit] = _ = units",
