@@ -75,7 +75,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives each entry a clock of its own, which tells pytest-benchmark the times that were measured in turns.
 
-    Main cases come before unusual rows, and these before sweeps: whoever runs out of time has the most of it.
+    Main cases come before unusual rows, and these before sweeps: a run that is cut has the most of it.
     """
     items.sort(key=_importance)
     for item in items:

@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def checkout() -> dict[str, Any]:
-    """Returns the checkout's commit, whether files differ from it (results aside), and who says so; None: nobody."""
+    """Returns the checkout's commit, whether files differ from it (results aside), and the source of both or None."""
     try:
         tree = read_working_tree()
     except ValueError:

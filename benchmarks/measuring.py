@@ -123,7 +123,7 @@ def _compared(
 ) -> tuple[list[str], dict[str, Objection]]:
     """Returns who comes to our result, and why some of the providers cannot be timed.
 
-    They do not run, they come to another result than ours, or, of ours, there is nobody to hold it to.
+    They do not run, they come to another result than ours, or, of ours, no other result is at hand to compare with.
     """
     half = room.dtype(device) != torch.float32
     expected = _result(room, OURS, inputs)
@@ -152,7 +152,7 @@ def _compared(
             )
         elif not agreeing:
             others = "; ".join(f"{name}: {objection.why}" for name, objection in objections.items())
-            objections[OURS] = Objection("skipped", f"nobody to hold it to{others and f' ({others})'}")
+            objections[OURS] = Objection("skipped", f"nothing to compare with{others and f' ({others})'}")
     if alone:
         objections.pop(PLAIN, None)
     return agreeing, objections
@@ -172,7 +172,7 @@ def _difference(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: fl
 
 
 def _objection_to(error: Exception) -> Objection:
-    """Returns what an error says of whoever raised it: what is not there, memory or a package, is nobody's mistake."""
+    """Returns what an error says of its provider: one that lacks memory or a package is skipped, not failed."""
     if isinstance(error, torch.OutOfMemoryError):
         return Objection("skipped", f"out of memory: {str(error).splitlines()[0]}")
     if isinstance(error, ImportError | Unavailable):

@@ -2,7 +2,7 @@
 
 The tables that README.md and docs/dev/performance.md show of these files are made anew, too.
 
-Nothing is written of figures that nobody could reproduce: those of a tree with changes, or of a commit whose tests were
+Nothing is written of figures that cannot be reproduced: those of a tree with changes, or of a commit whose tests were
 not green.
 """
 

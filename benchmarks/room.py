@@ -53,7 +53,7 @@ class Case:
 
 
 class Work(NamedTuple):
-    """The least that a task needs, whoever does it: floating-point operations of products, and bytes moved."""
+    """The least that a task needs, by any implementation: floating-point operations of products, and bytes moved."""
 
     flops: float
     bytes: float

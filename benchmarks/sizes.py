@@ -50,7 +50,7 @@ def paper_cases() -> list[Case]:
         name = f"{number}: {model}, B {B}, P {P} ({V} visual), R {R}"
         levels = ("small", "paper") if number == 1 else ("paper",)
         cases.append(Case(name, levels, sizes(model, B, P, V, R), kind="cuda"))
-    # Two cores can be asked for them, too, if somebody has the hours.
+    # Two cores can be asked for them, too; they take hours.
     return cases + [Case(case.name, ("paper",), case.sizes, kind="cpu") for case in cases]
 
 

@@ -149,7 +149,7 @@ def test_ours_is_not_timed_where_nobody_is_there_to_hold_it_to(make_room, error)
         **{OURS: False, PLAIN: False, "bound": True}
     }
     outcome = measuring.measure(made, CASE, [OURS], CPU, __name__)[OURS]
-    assert outcome.skipped.startswith(f"nobody to hold it to ({PLAIN}: ")
+    assert outcome.skipped.startswith(f"nothing to compare with ({PLAIN}: ")
     assert str(error) in outcome.skipped
 
 

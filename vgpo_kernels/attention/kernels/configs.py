@@ -193,10 +193,8 @@ def column_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: b
 def forward_tiles(target: str, itemsize: int, head: int) -> Tiles:
     """Returns the tiles for heads padded to `head`.
 
-    Two warp groups of 64 queries each, as many keys as registers hold beside the accumulator and shared memory twice;
-    tiles that an interval cuts are narrower, since their masks take registers, too. On sm_90, each warp group is a
-    program of its own, so that one's softmax hides behind the other's products. Single precision has no tensor cores:
-    a product is unrolled, so its tiles are small.
+    Two warp groups of 64 queries each (on sm_90 a program each, so that one's softmax hides behind the other's
+    products); fewer keys where an interval cuts: masks take registers. Products in fp32 are unrolled: tiles are small.
     """
     if head > WIDE:
         return wide_heads.forward_tiles(target, itemsize)
