@@ -15,9 +15,9 @@ from vgpo_kernels import VGPOConfig, vgpo_weights
 ROOT = Path(__file__).parents[2]
 FAMILY = "gemma3"  # a fixed number of tokens a picture, and pixels that can be cut by picture
 PAGES = {
-    "hidden states": ("README.md", "new_states[:, P - 1 : -1]"),
+    "tensors": ("README.md", "predicting = states[:, P - 1 : -1]"),
     "attention": ("README.md", "with vgpo.record_visual_attention(model, layers="),
-    "fused": ("README.md", "with vgpo.fused_logprobs(model) as fused:"),
+    "hidden states": ("docs/policy_loss.md", "new_states[:, P - 1 : -1]"),
     "own loop": ("docs/training.md", "with fused_logprobs(model) as fused:"),
     "recording": ("docs/attention.md", "from_pretrained(folder"),
 }
@@ -96,15 +96,25 @@ def test_the_loop_of_hidden_states(given):
     assert gradients(model)
 
 
-def test_the_loop_of_a_transformers_model(given):
-    model = given["model"]
-    model.set_attn_implementation("eager")
-    given |= {"config": VGPOConfig.balanced()}
-    names = run("attention", given)
+def test_the_functions_of_tensors(given):
+    model, batch = given["model"], given["batch"]
+    states = model.model(**batch).last_hidden_state
+    completion_ids = batch["input_ids"][:, given["P"] :]
+    logps = torch.log_softmax(model(**batch).logits[:, given["P"] - 1 : -1].detach(), -1)
+    old_logps = logps.gather(-1, completion_ids[..., None])[..., 0]
+    loose = {"states": states, "completion_ids": completion_ids, "old_logps": old_logps}
+    names = run("tensors", given | loose | {"completion_mask": given["whole"]})
     assert_weighted(names["weights"])
-    names = run("fused", names)  # goes on with the imports of the block before
     assert names["out"].metrics["ratio_max"].item() == pytest.approx(1.0, abs=1e-4)
     assert gradients(model)
+
+
+def test_the_recording_of_a_transformers_model(given):
+    model = given["model"]
+    model.set_attn_implementation("eager")
+    focus = run("attention", given)["focus"]
+    assert (focus[[1, 4]] == 0).all()
+    assert (focus[[0, 2, 3, 5]][given["mask"][[0, 2, 3, 5]] != 0] > 0).all()
 
 
 def test_the_loop_of_ones_own_gives_the_gradient_of_the_whole_batch(given):
