@@ -122,7 +122,6 @@ def cpu_kernels() -> list[tuple[str, str]]:
         ("built", "yes"),
         ("in use", _native.capability()),
         ("usable", ", ".join(_native.capabilities())),
-        ("threads", _native.threads()),
     ]
 
 

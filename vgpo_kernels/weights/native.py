@@ -1,4 +1,4 @@
-"""The weights on CPUs: csrc/weights.h."""
+"""The weights on CPUs: csrc/weights/."""
 
 import functools
 
@@ -10,7 +10,7 @@ from vgpo_kernels.weights.config import SCHEDULES, VGPOConfig
 
 __all__ = ["weights"]
 
-# In the order of csrc/weights.h.
+# In the order of csrc/weights/.
 _SCALES = ("none", "affine", "batch_minmax")
 _CLAMPINGS = ("none", "cut", "project")
 
@@ -52,7 +52,7 @@ def weights(
 
 @functools.lru_cache(maxsize=64)
 def _options(config: VGPOConfig, source: str) -> Tensor:
-    """Returns what csrc/weights.h reads of `config`: (23,) float64, not to be changed."""
+    """Returns what csrc/weights/ reads of `config`: (23,) float64, not to be changed."""
     values = (
         _SCALES.index("none" if source == "attention" else config.focus_scale),
         SCHEDULES.index(config.schedule),

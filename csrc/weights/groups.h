@@ -1,6 +1,6 @@
 // What token and trajectory weights share, and the weights of trajectories within their groups.
 #pragma once
-#include "rows.h"
+#include "../simd/row_loads.h"
 
 namespace vgpo::VGPO_TARGET {
 
@@ -46,7 +46,7 @@ VGPO_INLINE T scaled(T factor, double strength) {
 inline void sort_by_group(int64_t* rows, int64_t* spare, int64_t count, const View<int64_t, 1>& groups) {
     for (int64_t width = 1; width < count; width *= 2) {
         for (int64_t start = 0; start < count; start += 2 * width) {
-            const int64_t middle = smaller(start + width, count), end = smaller(start + 2 * width, count);
+            const int64_t middle = min(start + width, count), end = min(start + 2 * width, count);
             int64_t left = start, right = middle;
             for (int64_t i = start; i < end; ++i) {
                 const bool from_left = left < middle && (right == end || *groups.at(rows[left]) <= *groups.at(rows[right]));
@@ -63,9 +63,9 @@ inline void weigh_group(double* scores, const int64_t* rows, int64_t count, cons
     for (int64_t i = 0; i < count; ++i) {
         const double score = scores[rows[i]];
         if (score == INFINITY) continue;
-        low = smaller(low, score), high = larger(high, score), members += 1.0;
+        low = min(low, score), high = max(high, score), members += 1.0;
     }
-    const bool differ = high - low > SCORE_RESOLUTION * larger(std::fabs(low), std::fabs(high));
+    const bool differ = high - low > SCORE_RESOLUTION * max(std::fabs(low), std::fabs(high));
     double mean = 0.0;
     for (int64_t i = 0; i < count; ++i) {
         double& score = scores[rows[i]];
@@ -73,7 +73,7 @@ inline void weigh_group(double* scores, const int64_t* rows, int64_t count, cons
         score = differ ? (score - low) / (high - low) : 0.0;
         mean += score;
     }
-    mean /= larger(members, 1.0);
+    mean /= max(members, 1.0);
     bool clipped = false;
     for (int64_t i = 0; i < count; ++i) {
         double& score = scores[rows[i]];
