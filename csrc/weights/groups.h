@@ -57,7 +57,7 @@ inline void sort_by_group(int64_t* rows, int64_t* spare, int64_t count, const Vi
     }
 }
 
-// Turns the scores of a group's `count` rows into 1 + phi. An infinite score takes no part, and becomes 1.
+// Turns the scores of a group's `count` rows into 1 + phi. A row with an infinite score is left out and gets 1.
 inline void weigh_group(double* scores, const int64_t* rows, int64_t count, const Bounds& bounds) {
     double low = INFINITY, high = -INFINITY, members = 0.0;
     for (int64_t i = 0; i < count; ++i) {
@@ -98,13 +98,13 @@ inline void weigh_group(double* scores, const int64_t* rows, int64_t count, cons
     }
 }
 
-// The same for every group: all rows with one label, or a run of neighbours.
-inline void weigh_groups(double* scores, const View<int64_t, 1>& groups, bool consecutive, const Bounds& bounds) {
+// The same for every group of rows with one label.
+inline void weigh_groups(double* scores, const View<int64_t, 1>& groups, const Bounds& bounds) {
     const int64_t count = groups.size[0];
     Scratch<int64_t> order(count, 2);
     int64_t* rows = order.of(0);
     for (int64_t i = 0; i < count; ++i) rows[i] = i;
-    if (!consecutive) sort_by_group(rows, order.of(1), count, groups);
+    sort_by_group(rows, order.of(1), count, groups);
     for (int64_t first = 0, last; first < count; first = last) {
         for (last = first + 1; last < count && *groups.at(rows[last]) == *groups.at(rows[first]);) ++last;
         weigh_group(scores, rows + first, last - first, bounds);

@@ -11,20 +11,18 @@ constexpr int64_t WEIGHTS_BUFFERS = 4;   // of floats or integers, each as long 
 typedef double D __attribute__((vector_size(8 * VGPO_LANES)));
 typedef int64_t L __attribute__((vector_size(8 * VGPO_LANES)));
 
-enum class FocusScale { none, affine, batch };
 enum class Schedule { linear, exponential, step };
 
 struct WeightOptions {
-    FocusScale scale;
     Schedule schedule;
     double beta, exponent, step_position, tail_start, gated_share, negative_strength;
-    bool zero_based, compensation, gate, intra, inter, normalized_score, mean_score, consecutive, neutral;
+    bool affine, compensation, gate, intra, inter, normalized_score, mean_score;
     Bounds token, trajectory;
 };
 
 // From a tensor of these fields in their order: `_options` of vgpo_kernels/weights/native.py.
 inline WeightOptions weight_options(const View<double, 1>& values) {
-    expect_size("options", values, {23});
+    expect_size("options", values, {20});
     int64_t place = 0;
     auto number = [&] { return *values.at(place++); };
     auto integer = [&] { return static_cast<int>(number()); };
@@ -35,11 +33,11 @@ inline WeightOptions weight_options(const View<double, 1>& values) {
         return Bounds{how, low, number()};
     };
     WeightOptions o{};
-    o.scale = static_cast<FocusScale>(integer()), o.schedule = static_cast<Schedule>(integer());
+    o.schedule = static_cast<Schedule>(integer());
     o.beta = number(), o.exponent = number(), o.step_position = number(), o.tail_start = number();
     o.gated_share = number(), o.negative_strength = number();
-    o.zero_based = flag(), o.compensation = flag(), o.gate = flag(), o.intra = flag(), o.inter = flag();
-    o.normalized_score = flag(), o.mean_score = flag(), o.consecutive = flag(), o.neutral = flag();
+    o.affine = flag(), o.compensation = flag(), o.gate = flag(), o.intra = flag(), o.inter = flag();
+    o.normalized_score = flag(), o.mean_score = flag();
     o.token = bounds(), o.trajectory = bounds();
     return o;
 }
@@ -51,7 +49,6 @@ struct WeightsArguments {
     View<uint8_t, 1> visual;
     Maybe<View<uint8_t, 1>> negative;
     double strength;
-    float batch_low, batch_high;
     View<float, 2> token, normalized;
     View<uint8_t, 2> gate;
     View<float, 1> score;
@@ -79,18 +76,17 @@ VGPO_INLINE I ordered(F x) {
     return nonzero ^ ((nonzero >> 31) & 0x7fffffff);
 }
 
-// The raw scores of a row's valid tokens, side by side; returns how many. Without a visual token they are 0.
+// The raw scores of a row's valid tokens, side by side; returns how many.
 template <class T>
 int64_t pack_scores(const WeightsArguments& call, const View<T, 2>& focus, int64_t row, float* raw) {
     const int64_t length = focus.size[1], stride = focus.stride[1];
-    const bool has_visual = call.has_visual(row);
     int64_t count = 0;
     for (int64_t i = 0; i < length; i += LANES) {
         const int64_t some = min<int64_t>(LANES, length - i);
         const I valid = load_mask(call.mask.at(row, i), some, call.mask.stride[1]);
         const int64_t set = count_set(valid);
         if (set == 0) continue;
-        const F x = has_visual ? load_partial(focus.at(row, i), some, stride) : F{};
+        const F x = load_partial(focus.at(row, i), some, stride);
         if (set == LANES) {
             store(raw + count, x);
             count += LANES;
@@ -100,21 +96,6 @@ int64_t pack_scores(const WeightsArguments& call, const View<T, 2>& focus, int64
         }
     }
     return count;
-}
-
-// Extremes of a row's raw scores, 0 for what is not read.
-template <class T>
-void row_extremes(const WeightsArguments& call, const View<T, 2>& focus, int64_t row, float* low_high) {
-    const int64_t length = focus.size[1];
-    const bool has_visual = call.has_visual(row);
-    F low = broadcast(INFINITY), high = broadcast(-INFINITY);
-    for (int64_t i = 0; i < length; i += LANES) {
-        const int64_t some = min<int64_t>(LANES, length - i);
-        const I valid = load_mask(call.mask.at(row, i), some, call.mask.stride[1]);
-        const F x = has_visual ? select(valid, load_partial(focus.at(row, i), some, focus.stride[1]), F{}) : F{};
-        low = select(inside(length, i), min(x, low), low), high = select(inside(length, i), max(x, high), high);
-    }
-    low_high[0] = min_lanes(low), low_high[1] = max_lanes(high);
 }
 
 // A threshold such that the k largest of `count` keys, ties of the k-th included, are those not below it.
@@ -141,30 +122,22 @@ inline int32_t gate_threshold(const int32_t* keys, int64_t count, int64_t k) {
 
 // beta * s(p) of the tokens from `first` on.
 inline void write_lift(const WeightOptions& options, int64_t first, int64_t count, float* lift) {
-    const int32_t back = options.zero_based ? 1 : 0, end = static_cast<int32_t>(count);
-    const double last = static_cast<double>(max<int64_t>(count - back, 1)), beta = options.beta;
-    const int32_t begin = static_cast<int32_t>(first);
+    const int32_t begin = static_cast<int32_t>(first), end = static_cast<int32_t>(count);
+    const double last = static_cast<double>(max<int64_t>(count, 1)), beta = options.beta;
     if (options.schedule == Schedule::step) {
         for (int32_t i = begin; i < end; ++i)
-            lift[i] = static_cast<float>((i + 1 - back) / last >= options.step_position ? beta : 0.0);
+            lift[i] = static_cast<float>((i + 1) / last >= options.step_position ? beta : 0.0);
     } else if (options.schedule == Schedule::linear) {
-        for (int32_t i = begin; i < end; ++i) lift[i] = static_cast<float>(beta * ((i + 1 - back) / last));
+        for (int32_t i = begin; i < end; ++i) lift[i] = static_cast<float>(beta * ((i + 1) / last));
     } else if (options.exponent == 2.0) {
         for (int32_t i = begin; i < end; ++i) {
-            const double p = (i + 1 - back) / last;
+            const double p = (i + 1) / last;
             lift[i] = static_cast<float>(beta * (p * p));
         }
     } else {
         for (int32_t i = begin; i < end; ++i)
-            lift[i] = static_cast<float>(beta * std::pow((i + 1 - back) / last, options.exponent));
+            lift[i] = static_cast<float>(beta * std::pow((i + 1) / last, options.exponent));
     }
-}
-
-VGPO_INLINE F focus_score(const WeightsArguments& call, F raw) {
-    if (call.options.scale == FocusScale::none) return raw;
-    if (call.options.scale == FocusScale::affine) return (raw + 1.0f) * 0.5f;
-    if (!(call.batch_high > call.batch_low)) return F{};
-    return (raw - call.batch_low) / (call.batch_high - call.batch_low);
 }
 
 // The valid tokens of a row on their way: how many, from which on the gate may open, and the sums of its scores.
@@ -199,7 +172,7 @@ inline PackedRow compensate(const WeightsArguments& call, int64_t count, const f
     for (int64_t i = 0; i < count; i += LANES) {
         const I here = inside(count, i);
         const F x = select(here, load(raw + i), F{});
-        F y = focus_score(call, x);
+        F y = options.affine ? (x + 1.0f) * 0.5f : x;
         I opened = I{};
         if (i + LANES > row.head) {
             const I behind = ~first_lanes(max<int64_t>(row.head - i, 0));
@@ -311,20 +284,20 @@ inline void unpack_row(const WeightsArguments& call, int64_t row, const float* f
     }
 }
 
-// Writes a row's token results and score; returns the score that enters its group, infinite where it takes no part.
+// Writes a row's token results and score; returns its score within its group, infinite if it is left out of it.
 inline double weigh_row(const WeightsArguments& call, int64_t row, float* buffer) {
     const WeightOptions& options = call.options;
     const int64_t length = call.mask.size[1], padded = divide_up(length, LANES) * LANES + LANES;
     float *raw = buffer, *w = raw + padded, *keys = w + padded, *lift = keys + padded;
     uint8_t* gate = reinterpret_cast<uint8_t*>(lift + padded);
-    const bool visible = call.has_visual(row) || !options.neutral;
+    const bool visible = call.has_visual(row);
     int64_t count = 0;
     if (visible)
         with_type(call.focus.type, [&](auto type) {
             count = pack_scores(call, call.focus.as<decltype(type)>(), row, raw);
         });
     const PackedRow packed = compensate(call, count, raw, w, reinterpret_cast<int32_t*>(keys), lift, gate);
-    const bool varies = packed.high > packed.low && !(options.neutral && packed.raw_high <= packed.raw_low);
+    const bool varies = packed.high > packed.low && packed.raw_high > packed.raw_low;
     const double members = static_cast<double>(max<int64_t>(count, 1));
     const double mean = normalize(packed, varies, w) / members;
     float* factors = options.intra ? raw : nullptr;
@@ -334,7 +307,7 @@ inline double weigh_row(const WeightsArguments& call, int64_t row, float* buffer
     if (!options.mean_score) score *= static_cast<double>(count);
     if (packed.non_finite) score = NAN;
     *call.score.at(row) = static_cast<float>(score);
-    return options.neutral && count == 0 ? INFINITY : score;
+    return count == 0 ? INFINITY : score;
 }
 
 void weights(View<float, 2> token, View<float, 1> trajectory, View<float, 2> normalized, View<uint8_t, 2> gate,
@@ -352,36 +325,21 @@ void weights(View<float, 2> token, View<float, 1> trajectory, View<float, 2> nor
     expect_size("visual", visual, {rows});
     expect_size("negative", negative, {rows});
     expect(length < INT32_MAX, "focus: expected fewer than 2^31 - 1 columns");
-    WeightsArguments call{weight_options(options), focus, mask, visual, negative, strength, 0.0f, 1.0f, token, normalized,
+    WeightsArguments call{weight_options(options), focus, mask, visual, negative, strength, token, normalized,
                      gate, score};
     const int64_t rows_per_task = max<int64_t>(WEIGHTS_TASK_TOKENS / max<int64_t>(length, 1), 1);
     const int64_t tasks = divide_up(rows, rows_per_task);
     const int64_t padded = divide_up(length, LANES) * LANES + LANES;
     Scratch<float> buffers((WEIGHTS_BUFFERS + 1) * padded, threads);
     Scratch<double> scores(rows);
-    if (call.options.scale == FocusScale::batch) {
-        Scratch<float> extremes(2 * rows);
-        auto scan = [&](int64_t task, int64_t) {
-            for (int64_t row = task * rows_per_task; row < min(rows, (task + 1) * rows_per_task); ++row)
-                with_type(focus.type, [&](auto type) {
-                    row_extremes(call, focus.as<decltype(type)>(), row, extremes.of(0) + 2 * row);
-                });
-        };
-        parallel(tasks, threads, scan);
-        call.batch_low = INFINITY, call.batch_high = -INFINITY;
-        for (int64_t row = 0; row < rows; ++row) {
-            call.batch_low = min(call.batch_low, extremes.of(0)[2 * row]);
-            call.batch_high = max(call.batch_high, extremes.of(0)[2 * row + 1]);
-        }
-    }
     auto weigh = [&](int64_t task, int64_t worker) {
         for (int64_t row = task * rows_per_task; row < min(rows, (task + 1) * rows_per_task); ++row)
             scores.of(0)[row] = weigh_row(call, row, buffers.of(worker));
     };
     parallel(tasks, threads, weigh);
-    if (call.options.inter) weigh_groups(scores.of(0), groups, call.options.consecutive, call.options.trajectory);
+    if (call.options.inter) weigh_groups(scores.of(0), groups, call.options.trajectory);
     for (int64_t row = 0; row < rows; ++row) {
-        // Rows that take no part have the factor 1, of any strength.
+        // Rows that are left out have the factor 1, of any strength.
         const double factor = call.options.inter ? scaled(scores.of(0)[row], call.strength_of(row)) : 1.0;
         *trajectory.at(row) = static_cast<float>(factor);
     }
