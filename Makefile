@@ -36,7 +36,7 @@ $(READY): pyproject.toml scripts/setup.sh
 	@touch $@
 
 # The set-up has built them already. Where they do not build, the old ones must not stay: their reference runs instead.
-$(NATIVE): $(wildcard csrc/*) setup.py | $(READY)
+$(NATIVE): $(wildcard csrc/*.* csrc/*/*) setup.py | $(READY)
 	@for file in $^; do test $(EXTENSION) -nt $$file || rm -f $(EXTENSION); done
 	python setup.py --quiet build_ext --inplace
 	@test ! -f $(EXTENSION) || touch $@

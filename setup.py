@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 csrc = Extension(
     "vgpo_kernels._csrc",
     sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
-    depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")),
+    depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.h")),
     language="c++",
     extra_compile_args=[
         "-std=c++17",
@@ -24,7 +24,6 @@ csrc = Extension(
         "-Wextra",
         "-Wno-psabi",
     ],
-    extra_link_args=["-pthread"],
     py_limited_api=True,
     optional=True,
 )

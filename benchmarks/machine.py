@@ -34,7 +34,6 @@ def description(device: torch.device) -> dict[str, Any]:
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "mkl_instructions": os.environ.get("MKL_ENABLE_INSTRUCTIONS", "any"),
         "native": _native.missing() or _native.capability(),
-        "native_threads": _native.threads(),
         # What "vgpo_kernels" and the stock attention among its peers are.
         "impl": IMPL or "by device",
         "interpreter": os.environ.get("TRITON_INTERPRET") == "1",

@@ -3,15 +3,15 @@
 // Every row that counts is read from memory once, no other row ever. Sums of a fixed number of rows each are merged in
 // order, so that they are the same whatever the number of threads.
 #pragma once
-#include "simd.h"
+#include "simd/vector.h"
 
 namespace vgpo::VGPO_TARGET {
 
-constexpr int64_t FOCUS_SUMMED = 64;    // rows of a task that sums visual ones
-constexpr int64_t FOCUS_SCORED = 32;    // tokens of a task that scores
-constexpr int64_t FOCUS_MERGED = 512;   // columns of a task that merges sums
-constexpr int64_t FOCUS_PARTIALS = 32;  // terms added up before they are added to others
-constexpr int FOCUS_TOGETHER = 4;       // rows read side by side
+constexpr int64_t FOCUS_SUM_ROWS = 64;        // rows of a task that sums visual ones
+constexpr int64_t FOCUS_SCORE_TOKENS = 32;    // tokens of a task that scores
+constexpr int64_t FOCUS_MERGE_COLUMNS = 512;  // columns of a task that merges sums
+constexpr int64_t FOCUS_PARTIALS = 32;        // terms of a partial sum
+constexpr int FOCUS_UNROLL = 4;               // rows read side by side
 
 // Rows of states by the numbers of their tokens, row * L + position.
 template <class T>
@@ -29,18 +29,18 @@ struct FocusRows {
     const T* at[ROWS];
     const T* next[ROWS];
 
-    // Asks for the next rows while these are read: the processor foresees columns, but no change of rows.
-    VGPO_INLINE void foresee(int64_t d) const {
+    // Prefetches the next rows while these are read: the processor prefetches along a row only.
+    VGPO_INLINE void prefetch_next(int64_t d) const {
         if (d * sizeof(T) % 64 != 0) return;
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) __builtin_prefetch(next[r] + d);
     }
 };
 
-// Calls body with the rows of `tokens`, `stride` numbers apart, of which `left` follow; rows whose columns lie apart are
-// gathered into `room` first.
+// Calls body with the rows of `tokens`, `stride` numbers apart, of which `left` follow; rows whose columns are not
+// contiguous are gathered into `buffer` first.
 template <int ROWS, class T, class Body>
-VGPO_INLINE void with_rows(const FocusStates<T>& from, const int64_t* tokens, int64_t stride, int64_t left, float* room,
+VGPO_INLINE void with_rows(const FocusStates<T>& from, const int64_t* tokens, int64_t stride, int64_t left, float* buffer,
                            int64_t width, Body& body) {
     const View<T, 3>& states = from.states;
     if (states.stride[2] == 1) {
@@ -55,9 +55,9 @@ VGPO_INLINE void with_rows(const FocusStates<T>& from, const int64_t* tokens, in
     for (int r = 0; r < ROWS; ++r) {
         const T* row = from.row(tokens[r * stride]);
         for (int64_t d = 0; d < states.size[2]; d += LANES)
-            store(room + r * width + d,
-                  load_some(row + d * states.stride[2], smaller<int64_t>(LANES, states.size[2] - d), states.stride[2]));
-        rows.at[r] = rows.next[r] = room + r * width;
+            store(buffer + r * width + d,
+                  load_partial(row + d * states.stride[2], min<int64_t>(LANES, states.size[2] - d), states.stride[2]));
+        rows.at[r] = rows.next[r] = buffer + r * width;
     }
     body(rows);
 }
@@ -67,15 +67,15 @@ template <int ROWS, class T>
 VGPO_INLINE void add_rows(float* sum, const FocusRows<ROWS, T>& rows, int64_t columns) {
     int64_t d = 0;
     for (; d + LANES <= columns; d += LANES) {
-        rows.foresee(d);
+        rows.prefetch_next(d);
         F part = load(rows.at[0] + d);
 #pragma GCC unroll 4
         for (int r = 1; r < ROWS; ++r) part += load(rows.at[r] + d);
         store(sum + d, load(sum + d) + part);
     }
     if (d == columns) return;
-    F part = load_some(rows.at[0] + d, columns - d);
-    for (int r = 1; r < ROWS; ++r) part += load_some(rows.at[r] + d, columns - d);
+    F part = load_partial(rows.at[0] + d, columns - d);
+    for (int r = 1; r < ROWS; ++r) part += load_partial(rows.at[r] + d, columns - d);
     store(sum + d, load(sum + d) + part);
 }
 
@@ -88,14 +88,14 @@ struct FocusProducts {
     VGPO_INLINE void run(const FocusRows<ROWS, T>& rows, const float* const (&prototypes)[PROTOTYPES], int64_t columns) {
         F total[ROWS][PROTOTYPES + 1] = {};
         for (int64_t from = 0; from < columns; from += FOCUS_PARTIALS * LANES) {
-            const int64_t to = smaller(columns, from + FOCUS_PARTIALS * LANES);
+            const int64_t to = min(columns, from + FOCUS_PARTIALS * LANES);
             F part[ROWS][PROTOTYPES + 1] = {};
             int64_t d = from;
             for (; d + LANES <= to; d += LANES) {
-                rows.foresee(d);
+                rows.prefetch_next(d);
                 step(part, prototypes, d, [&](int r) { return load(rows.at[r] + d); });
             }
-            if (d < to) step(part, prototypes, d, [&](int r) { return load_some(rows.at[r] + d, to - d); });
+            if (d < to) step(part, prototypes, d, [&](int r) { return load_partial(rows.at[r] + d, to - d); });
             for (int r = 0; r < ROWS; ++r)
                 for (int p = 0; p <= PROTOTYPES; ++p) total[r][p] += part[r][p];
         }
@@ -123,7 +123,7 @@ private:
 };
 
 // The larger of two, NaN where either is NaN.
-VGPO_INLINE float larger_or_nan(float a, float b) { return a != a || b <= a ? a : b; }
+VGPO_INLINE float max_or_nan(float a, float b) { return a != a || b <= a ? a : b; }
 
 // Cosine from an inner product, a square and a norm: 0 where either is zero, in [-1, 1] or NaN.
 VGPO_INLINE float cosine(float inner, float square, float norm) {
@@ -132,7 +132,7 @@ VGPO_INLINE float cosine(float inner, float square, float norm) {
     return x > 1.0f ? 1.0f : x < -1.0f ? -1.0f : x;
 }
 
-// What a call knows of its prototypes: their means (width columns, 0 past D), norms, and how many tokens made them.
+// The prototypes: their means (width columns, 0 past D), their norms, and the bounds of their tokens.
 struct FocusPrototypes {
     const float* means;
     const float* norms;
@@ -153,13 +153,13 @@ VGPO_INLINE void score_some(float* largest, const FocusRows<ROWS, T>& rows, cons
     for (int i = 0; i < PROTOTYPES; ++i)
         for (int r = 0; r < ROWS && prototypes.exists(p + i); ++r)
             largest[r] =
-                larger_or_nan(largest[r], cosine(products.inner[r][i], products.square[r], prototypes.norms[p + i]));
+                max_or_nan(largest[r], cosine(products.inner[r][i], products.square[r], prototypes.norms[p + i]));
 }
 
 // largest[r] = the largest cosine of ROWS tokens to the prototypes in [begin, end), 0 if there is none.
 template <int ROWS, class T>
 void score_rows(float* largest, const FocusStates<T>& states, const int64_t* tokens, int64_t stride, int64_t left,
-                const FocusPrototypes& prototypes, int64_t begin, int64_t end, float* room) {
+                const FocusPrototypes& prototypes, int64_t begin, int64_t end, float* buffer) {
     while (begin < end && !prototypes.exists(begin)) ++begin;
     for (int r = 0; r < ROWS; ++r) largest[r] = begin < end ? -1.0f : 0.0f;
     if (begin >= end) return;  // the rows are not read
@@ -168,19 +168,19 @@ void score_rows(float* largest, const FocusStates<T>& states, const int64_t* tok
         for (; p + 1 < end; p += 2) score_some<ROWS, 2>(largest, rows, prototypes, p, states.states.size[2]);
         if (p < end) score_some<ROWS, 1>(largest, rows, prototypes, p, states.states.size[2]);
     };
-    with_rows<ROWS>(states, tokens, stride, left, room, prototypes.width, score);
+    with_rows<ROWS>(states, tokens, stride, left, buffer, prototypes.width, score);
 }
 
-// Sums FOCUS_SUMMED rows of one prototype at most.
+// Sums FOCUS_SUM_ROWS rows of one prototype at most.
 template <class T>
-void sum_rows(float* sum, const FocusStates<T>& states, const int64_t* tokens, int64_t stride, int64_t count, float* room,
+void sum_rows(float* sum, const FocusStates<T>& states, const int64_t* tokens, int64_t stride, int64_t count, float* buffer,
               int64_t width) {
     for (int64_t d = 0; d < width; d += LANES) store(sum + d, F{});
     auto add = [&](const auto& rows) { add_rows(sum, rows, states.states.size[2]); };
     int64_t r = 0;
-    for (; r + FOCUS_TOGETHER <= count; r += FOCUS_TOGETHER)
-        with_rows<FOCUS_TOGETHER>(states, tokens + r * stride, stride, count - r, room, width, add);
-    for (; r < count; ++r) with_rows<1>(states, tokens + r * stride, stride, count - r, room, width, add);
+    for (; r + FOCUS_UNROLL <= count; r += FOCUS_UNROLL)
+        with_rows<FOCUS_UNROLL>(states, tokens + r * stride, stride, count - r, buffer, width, add);
+    for (; r < count; ++r) with_rows<1>(states, tokens + r * stride, stride, count - r, buffer, width, add);
 }
 
 // mean = columns [from, to), whole vectors, of `count` sums over `tokens` tokens; returns the sum of its squares.
@@ -191,7 +191,7 @@ VGPO_INLINE float merge_sums(float* mean, const float* sums, int64_t count, int6
         F total{};
         for (int64_t first = 0; first < count; first += FOCUS_PARTIALS) {
             F part{};
-            for (int64_t i = first; i < smaller(count, first + FOCUS_PARTIALS); ++i) part += load(sums + i * width + d);
+            for (int64_t i = first; i < min(count, first + FOCUS_PARTIALS); ++i) part += load(sums + i * width + d);
             total += part;
         }
         total = total / static_cast<float>(tokens);
@@ -206,30 +206,30 @@ void score_focus(View<float, 1> focus, FocusStates<T> states, View<int64_t, 1> v
                  View<int64_t, 1> completion, Maybe<View<int32_t, 1>> begin, Maybe<View<int32_t, 1>> end,
                  int64_t threads) {
     const int64_t columns = states.states.size[2], width = divide_up(columns, LANES) * LANES;
-    Scratch<float> room(states.states.stride[2] == 1 ? 0 : FOCUS_TOGETHER * width, threads);
+    Scratch<float> buffer(states.states.stride[2] == 1 ? 0 : FOCUS_UNROLL * width, threads);
 
     // The tasks of prototype p are [first_task[p], first_task[p + 1]).
     Scratch<int64_t> first_task(count + 1);
     first_task.of(0)[0] = 0;
     for (int64_t p = 0; p < count; ++p)
-        first_task.of(0)[p + 1] = first_task.of(0)[p] + divide_up(bounds[p + 1] - bounds[p], FOCUS_SUMMED);
+        first_task.of(0)[p + 1] = first_task.of(0)[p] + divide_up(bounds[p + 1] - bounds[p], FOCUS_SUM_ROWS);
     const int64_t* tasks = first_task.of(0);
     Scratch<float> sums(width * tasks[count]);
     auto sum = [&](int64_t task, int64_t worker) {
         int64_t p = 0, high = count;  // the last prototype whose tasks begin at or before this one
         while (high - p > 1) (tasks[(p + high) / 2] <= task ? p : high) = (p + high) / 2;
-        const int64_t first = bounds[p] + (task - tasks[p]) * FOCUS_SUMMED;
+        const int64_t first = bounds[p] + (task - tasks[p]) * FOCUS_SUM_ROWS;
         sum_rows(sums.of(0) + task * width, states, visual.at(first), visual.stride[0],
-                 smaller(FOCUS_SUMMED, bounds[p + 1] - first), room.of(worker), width);
+                 min(FOCUS_SUM_ROWS, bounds[p + 1] - first), buffer.of(worker), width);
     };
     parallel(tasks[count], threads, sum);
 
-    const int64_t pieces = divide_up(columns, FOCUS_MERGED);
+    const int64_t pieces = divide_up(columns, FOCUS_MERGE_COLUMNS);
     Scratch<float> means(width * count), squares(pieces * count), norms(count);
     auto merge = [&](int64_t task, int64_t) {
-        const int64_t p = task / pieces, from = task % pieces * FOCUS_MERGED;
+        const int64_t p = task / pieces, from = task % pieces * FOCUS_MERGE_COLUMNS;
         squares.of(0)[task] = merge_sums(means.of(0) + p * width, sums.of(0) + tasks[p] * width, tasks[p + 1] - tasks[p],
-                                         width, from, smaller(width, from + FOCUS_MERGED), bounds[p + 1] - bounds[p]);
+                                         width, from, min(width, from + FOCUS_MERGE_COLUMNS), bounds[p + 1] - bounds[p]);
     };
     parallel(pieces * count, threads, merge);
     for (int64_t p = 0; p < count; ++p) {
@@ -240,37 +240,37 @@ void score_focus(View<float, 1> focus, FocusStates<T> states, View<int64_t, 1> v
 
     const FocusPrototypes prototypes{means.of(0), norms.of(0), bounds, width};
     auto score = [&](int64_t task, int64_t worker) {
-        const int64_t last = smaller(completion.size[0], (task + 1) * FOCUS_SCORED);
+        const int64_t last = min(completion.size[0], (task + 1) * FOCUS_SCORE_TOKENS);
         auto first_of = [&](int64_t i) {
             return begin.present ? *begin.view.at(i) : *completion.at(i) / states.states.size[1];
         };
         auto end_of = [&](int64_t i) { return end.present ? *end.view.at(i) : first_of(i) + 1; };
-        for (int64_t i = task * FOCUS_SCORED; i < last;) {
-            int64_t same = 1;  // tokens from here on that meet the same prototypes
-            while (same < FOCUS_TOGETHER && i + same < last && first_of(i + same) == first_of(i) &&
+        for (int64_t i = task * FOCUS_SCORE_TOKENS; i < last;) {
+            int64_t same = 1;  // tokens from here on with the same prototypes
+            while (same < FOCUS_UNROLL && i + same < last && first_of(i + same) == first_of(i) &&
                    end_of(i + same) == end_of(i))
                 ++same;
-            float largest[FOCUS_TOGETHER];
-            const int64_t rows = same == FOCUS_TOGETHER ? same : 1;
-            (rows == 1 ? score_rows<1, T> : score_rows<FOCUS_TOGETHER, T>)(
+            float largest[FOCUS_UNROLL];
+            const int64_t rows = same == FOCUS_UNROLL ? same : 1;
+            (rows == 1 ? score_rows<1, T> : score_rows<FOCUS_UNROLL, T>)(
                 largest, states, completion.at(i), completion.stride[0], completion.size[0] - i, prototypes, first_of(i),
-                end_of(i), room.of(worker));
+                end_of(i), buffer.of(worker));
             for (int64_t r = 0; r < rows; ++r) *focus.at(*completion.at(i + r)) = largest[r];
             i += rows;
         }
     };
-    parallel(divide_up(completion.size[0], FOCUS_SCORED), threads, score);
+    parallel(divide_up(completion.size[0], FOCUS_SCORE_TOKENS), threads, score);
 }
 
 VGPO_INLINE void expect_within(const char* what, const View<int64_t, 1>& numbers, int64_t high, bool rising = false) {
     int64_t before = 0;
-    bool truth = true;
+    bool valid = true;
     for (int64_t i = 0; i < numbers.size[0]; ++i) {
         const int64_t x = *numbers.at(i);
-        truth &= x >= before && x < high;
+        valid &= x >= before && x < high;
         if (rising) before = x;
     }
-    expect(truth, what);
+    expect(valid, what);
 }
 
 void visual_focus(View<float, 1> focus, Floats<3> states, View<int64_t, 1> visual, View<int64_t, 1> bounds,
@@ -285,10 +285,10 @@ void visual_focus(View<float, 1> focus, Floats<3> states, View<int64_t, 1> visua
     expect_within("visual: expected numbers of tokens", visual, tokens);
     expect_within("completion: expected numbers of tokens", completion, tokens);
     expect_within("bounds: expected rising numbers of visual tokens", bounds, visual.size[0] + 1, true);
-    bool truth = true;
+    bool valid = true;
     for (int64_t i = 0; begin.present && i < completion.size[0]; ++i)
-        truth &= *begin.view.at(i) >= 0 && *begin.view.at(i) <= *end.view.at(i) && *end.view.at(i) <= count;
-    expect(truth, "begin, end: expected ranges of prototypes");
+        valid &= *begin.view.at(i) >= 0 && *begin.view.at(i) <= *end.view.at(i) && *end.view.at(i) <= count;
+    expect(valid, "begin, end: expected ranges of prototypes");
     Scratch<int64_t> copied(count + 1);
     for (int64_t p = 0; p <= count; ++p) copied.of(0)[p] = *bounds.at(p);
     with_type(states.type, [&](auto type) {

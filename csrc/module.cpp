@@ -63,17 +63,12 @@ PyObject* set_capability(PyObject*, PyObject* name) {
                         CAPABILITIES[best_capability()], name);
 }
 
-// --- whose threads run ---
+// --- threads ---
 
-PyObject* set_threads(PyObject*, PyObject* addresses) {
-    unsigned long long parallel, thread_number;
-    if (!PyArg_ParseTuple(addresses, "KK", &parallel, &thread_number)) return nullptr;
-    Team team;
-    if (parallel != 0 && thread_number != 0) {
-        team.parallel = reinterpret_cast<decltype(team.parallel)>(static_cast<uintptr_t>(parallel));
-        team.thread_number = reinterpret_cast<decltype(team.thread_number)>(static_cast<uintptr_t>(thread_number));
-    }
-    set_team(team);
+PyObject* set_parallel_for(PyObject*, PyObject* address) {
+    const unsigned long long value = PyLong_AsUnsignedLongLong(address);
+    if (PyErr_Occurred()) return nullptr;
+    parallel_for = reinterpret_cast<ParallelFor>(static_cast<uintptr_t>(value));
     Py_RETURN_NONE;
 }
 
@@ -232,9 +227,8 @@ PyMethodDef methods[] = {
     {"capability", get_capability, METH_NOARGS, "The instruction set that kernels use."},
     {"capabilities", capabilities, METH_NOARGS, "Those that this processor has, best last."},
     {"set_capability", set_capability, METH_O, "Makes kernels use that instruction set."},
-    {"set_threads", set_threads, METH_O,
-     "Has kernels run on the threads of an OpenMP runtime, (address of GOMP_parallel, of omp_get_thread_num), or on "
-     "their own, (0, 0)."},
+    {"set_parallel_for", set_parallel_for, METH_O,
+     "Makes kernels run on the threads of the torch_parallel_for at that address; 0: on the caller's alone."},
     {nullptr, nullptr, 0, nullptr},
 };
 

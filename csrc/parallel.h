@@ -1,22 +1,18 @@
-// Threads that outlive a call: one task after the other, taken by whichever thread is free. They are torch's own where
-// its OpenMP runtime is known, else a pool's.
+// Tasks on torch's threads.
 #pragma once
 #include <cstdint>
 
 namespace vgpo {
 
 // Runs body(context, task, worker) for every task in [0, tasks), on at most `threads` threads, the caller's included;
-// worker is in [0, threads). What a task computes must depend on its number alone: results are then the same whatever
-// the number of threads. While another call runs, the caller works alone.
+// worker is in [0, threads). A body must not throw, and what a task computes must depend on its number alone: results
+// are then the same whatever the number of threads.
 void run_parallel(int64_t tasks, int64_t threads, void (*body)(void*, int64_t, int64_t), void* context);
 
-// An OpenMP runtime by two entry points of GNU's: GOMP_parallel and omp_get_thread_num; null for none.
-struct Team {
-    void (*parallel)(void (*function)(void*), void* data, unsigned threads, unsigned flags) = nullptr;
-    int (*thread_number)() = nullptr;
-};
-
-// Has jobs run on the threads of that runtime from here on. A child of a fork has none of them and goes back to a pool.
-void set_team(Team team);
+// torch_parallel_for of torch's stable C interface, from torch 2.10 on: calls body(first, last, context) on its threads
+// for ranges that make up [begin, end). Null runs all tasks on the caller's thread.
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*),
+                                void* context);
+extern ParallelFor parallel_for;
 
 }  // namespace vgpo

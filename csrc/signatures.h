@@ -4,19 +4,16 @@
 // out (m, n) = left (m, k) @ right (k, n), both of one type, or that added to `out`.
 void product(View<float, 2> out, Floats<2> left, Floats<2> right, bool add, int64_t threads);
 
-// out (n) = exp(x), tanh(x) or x where `which` is 0, 1 or 2: for the tests of exp.h and of conversions.
-void elementwise(Floats<1> out, Floats<1> x, int64_t which, int64_t threads);
-
 // The policy loss of tokens (B, T) and `gradient`, its derivative by logps, times 1 / (tokens of the row) if row_mean;
 // both 0 where mask is. rows (B, 10): what `reduce_rows` of vgpo_kernels/policy_loss/terms.py takes. One ratio a row if
-// `sequence`. `settings` as in terms.h. old None: logps without gradient.
+// `sequence`. `settings` as in loss/terms.h. old None: logps without gradient.
 void policy_loss(View<float, 2> loss, View<float, 2> gradient, View<float, 2> rows, Floats<2> logps,
                  Maybe<Floats<2>> old, Floats<2> advantages, View<uint8_t, 2> mask, Maybe<Floats<2>> ref,
                  Maybe<Floats<2>> token_weights, Maybe<Floats<1>> trajectory_weights, View<double, 1> settings,
                  bool sequence, bool row_mean, int64_t threads);
 
 // Token weights, normalized scores and gate (rows, tokens), trajectory weights and scores (rows), as `weights` of
-// vgpo_kernels/weights/reference.py. `options` as in weights.h; `visual`: rows with a visual token;
+// vgpo_kernels/weights/reference.py. `options` as in weights/tokens.h; `visual`: rows with a visual token;
 // `negative`: rows whose strength is multiplied by an option, None: none. The score of a row with a focus that is not
 // finite is NaN, and other results are then of no meaning.
 void weights(View<float, 2> token, View<float, 1> trajectory, View<float, 2> normalized, View<uint8_t, 2> gate,
@@ -25,8 +22,8 @@ void weights(View<float, 2> token, View<float, 1> trajectory, View<float, 2> nor
              int64_t threads);
 
 // out (B, Hq, Lq, S) = sums, by segment, of the probabilities exp(score - lse) of the keys in [key_start, key_end) of a
-// query; score = scale * q.k, then softcap * tanh(score / softcap) where softcap > 0. q (B, Hq, Lq, D), k (B, Hkv, Lk, D),
-// lse (B, Hq, Lq), segment_ids (B, Lk): a key outside [0, S) is in no segment; key_start, key_end (B, Lq).
+// query; score = scale * q.k, then softcap * tanh(score / softcap) where softcap > 0. q (B, Hq, Lq, D),
+// k (B, Hkv, Lk, D), lse (B, Hq, Lq), segment_ids (B, Lk): a key outside [0, S) is in no segment; key_start, key_end (B, Lq).
 void attention_mass(View<float, 4> out, Floats<4> q, Floats<4> k, View<float, 3> lse, View<int32_t, 2> segment_ids,
                     View<int32_t, 2> key_start, View<int32_t, 2> key_end, double scale, double softcap,
                     int64_t threads);
@@ -37,9 +34,9 @@ void attention_column_sum(View<float, 3> out, Floats<4> q, Floats<4> k, View<flo
                           View<int32_t, 2> positions, View<int32_t, 2> key_start, View<int32_t, 2> key_end,
                           int64_t reduction, double scale, double softcap, int64_t threads);
 
-// focus (B * L) at each of `completion` = the largest cosine of that token's state to the prototypes in [begin, end), or
-// 0 without any; the rest of `focus` stays. states (B, L, D). Tokens are numbered row * L + position; prototype p is the
-// mean state of tokens visual[bounds[p] : bounds[p + 1]]. Where begin and end are None, prototype b is that of row b.
+// focus (B * L) at each of `completion` = the largest cosine of that token's state to the prototypes in [begin, end),
+// or 0 without any; the rest of `focus` stays. states (B, L, D). Tokens are numbered row * L + position; prototype p is
+// the mean state of tokens visual[bounds[p] : bounds[p + 1]]. Where begin and end are None, prototype b is that of row b.
 void visual_focus(View<float, 1> focus, Floats<3> states, View<int64_t, 1> visual, View<int64_t, 1> bounds,
                   View<int64_t, 1> completion, Maybe<View<int32_t, 1>> begin, Maybe<View<int32_t, 1>> end, int64_t threads);
 
@@ -52,13 +49,14 @@ void logits_logprobs(View<float, 2> logps, View<float, 2> lse, Maybe<View<float,
                      View<int64_t, 2> targets, Maybe<View<uint8_t, 2>> valid, double temperature, double softcap,
                      int64_t threads);
 
-// out = the derivative of sum(grad_logps logps + grad_entropy entropy + grad_lse lse) by the logits, which `out` may be.
+// out = the derivative of sum(grad_logps logps + grad_entropy entropy + grad_lse lse) by the logits; `out` may
+// be the logits.
 void logits_gradient(Floats<3> out, Floats<3> logits, View<int64_t, 2> targets, Maybe<View<uint8_t, 2>> valid,
                      View<float, 2> lse, Maybe<View<float, 2>> entropy, Maybe<View<float, 2>> grad_logps,
                      Maybe<View<float, 2>> grad_entropy, Maybe<View<float, 2>> grad_lse, double temperature,
                      double softcap, int64_t threads);
 
-// logps and entropy as above, and out = the derivative by the logits, which it may be, of the token-level loss of
+// logps and entropy as above, and out (may be the logits) = the derivative by the logits of the token-level loss of
 // `settings` times row_weights.
 void logits_loss(Floats<3> out, View<float, 2> logps, View<float, 2> entropy, Floats<3> logits,
                  View<int64_t, 2> targets, Maybe<View<uint8_t, 2>> valid, Maybe<View<float, 2>> old_logps,
@@ -79,7 +77,7 @@ void visual_attention(Floats<4> out, View<float, 3> mass, View<float, 3> lse, Fl
 
 #undef VGPO_KERNELS
 #define VGPO_KERNELS(X) \
-    X(product) X(elementwise) \
+    X(product) \
     X(policy_loss) X(weights) \
     X(attention_mass) X(attention_column_sum) X(visual_attention) \
     X(logits_logprobs) X(logits_gradient) X(logits_loss) X(logits_kl) \

@@ -52,18 +52,18 @@ for compiler in g++ clang++; do
         continue
     fi
     echo "check_targets: $compiler"
-    compile "$compiler" "$compiler" csrc/*.cpp tests/csrc/selfcheck.cpp
+    compile "$compiler" "$compiler" csrc/*.cpp tests/csrc/*.cpp
     if [[ $(uname -m) = x86_64 ]]; then
         for target in avx2 avx512; do check_shared_code "$target" "$work/$compiler/target_$target.o"; done
     fi
-    "$compiler" -shared -pthread -o "$work/$compiler/_csrc.so" "$work/$compiler"/{module,parallel,target_*}.o
-    "$compiler" -pthread -o "$work/$compiler/selfcheck" "$work/$compiler"/{parallel,target_*,selfcheck}.o
+    "$compiler" -shared -o "$work/$compiler/_csrc.so" "$work/$compiler"/{module,parallel,target_*}.o
+    "$compiler" -pthread -o "$work/$compiler/selfcheck" "$work/$compiler"/{parallel,target_*,selfcheck,elementwise}.o
     "$work/$compiler/selfcheck" || fail "the self-check of $compiler"
 done
 
 if command -v aarch64-linux-gnu-g++ >/dev/null; then
     echo "check_targets: aarch64"
-    compile aarch64 aarch64-linux-gnu-g++ csrc/{parallel,target_*}.cpp tests/csrc/selfcheck.cpp
+    compile aarch64 aarch64-linux-gnu-g++ csrc/{parallel,target_*}.cpp tests/csrc/*.cpp
     aarch64-linux-gnu-g++ "${flags[@]}" -Werror -fsyntax-only "-I$include" csrc/module.cpp
     aarch64-linux-gnu-g++ -static -pthread -o "$work/aarch64/selfcheck" "$work"/aarch64/*.o
     if command -v qemu-aarch64 >/dev/null; then

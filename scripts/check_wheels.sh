@@ -150,12 +150,14 @@ import array, importlib.machinery, importlib.util, sys
 loader = importlib.machinery.ExtensionFileLoader("_csrc", sys.argv[1])
 module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_csrc", loader))
 loader.exec_module(module)
-numbers = array.array("f", [0.0, 1.0, -1.0])
-out = array.array("f", [9.0] * 3)
-module.elementwise((out.buffer_info()[0], 0, 3, 1), (numbers.buffer_info()[0], 0, 3, 1), 0, 1)
-assert abs(out[1] - 2.718281828) < 1e-6 and out[0] == 1.0, list(out)
+numbers = array.array("f", [2.0, 1.0, -1.0])
+out = array.array("f", [9.0])
+one, row, column = ((0, *sizes, 1, 1) for sizes in ((1, 1), (1, 3), (3, 1)))
+address = numbers.buffer_info()[0]
+module.product((out.buffer_info()[0], *one), (address, *row), (address, *column), 0, 1)
+assert out[0] == 6.0, list(out)
 try:
-    module.elementwise((out.buffer_info()[0], 0, 2, 1), (numbers.buffer_info()[0], 0, 3, 1), 0, 1)
+    module.product((out.buffer_info()[0], *one), (address, *row), (address, *row), 0, 1)
 except ValueError:
     print(f"alone: Python {sys.version.split()[0]}, {module.capability()}")
 else:

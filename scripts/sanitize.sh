@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, and their threads under
+# The CPU kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer, and their self-check under
 # ThreadSanitizer: scripts/sanitize.sh [VENV] [pytest's arguments]. Results in build/sanitized.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ unset PYTHONPATH VGPO_CPU_CAPABILITY
 fail() { echo "sanitize: FAILED: $*" >&2; exit 1; }
 
 rm -rf "$work"
-mkdir -p "$work/objects"
+mkdir -p "$work/objects" "$work/threads"
 cp -r vgpo_kernels "$work/vgpo_kernels"
 rm -f "$work"/vgpo_kernels/_csrc.*
 
@@ -22,7 +22,7 @@ echo "sanitize: building"
 printf '%s\n' csrc/*.cpp | xargs -P 2 -I{} bash -c \
     'g++ "${@:3}" -c "$1" -o "$2/$(basename "$1").o"' _ {} "$work/objects" "${flags[@]}" "${sanitizers[@]}" \
     -fPIC "-I$include"
-g++ -shared -pthread "${sanitizers[@]}" "$work"/objects/*.o -o "$work/vgpo_kernels/_csrc.abi3.so"
+g++ -shared "${sanitizers[@]}" "$work"/objects/*.o -o "$work/vgpo_kernels/_csrc.abi3.so"
 
 # Python knows nothing of the sanitizers, so they are loaded before it; the exceptions of C++ need theirs there too.
 libraries=$(for name in asan ubsan stdc++; do realpath "$(g++ -print-file-name=lib$name.so)"; done | paste -sd:)
@@ -32,8 +32,8 @@ sanitized() {
         UBSAN_OPTIONS=print_stacktrace=1 "$@"
 }
 
-# The sanitizer must be on, and see what torch and Python allocate: a call that lies about a size has to be caught.
-cat >"$work/lie.py" <<'PY'
+# The sanitizer must be on, and instrument what torch and Python allocate: a wrong size in a call has to be caught.
+cat >"$work/sizes.py" <<'PY'
 import sys
 
 import torch
@@ -42,15 +42,16 @@ from vgpo_kernels import _csrc
 
 if sys.argv[1] != _csrc.__file__:
     sys.exit(f"the extension came from {_csrc.__file__}")
-out, x = torch.zeros(24), torch.zeros(24)
-size = 24 if sys.argv[2] == "truth" else 32
-_csrc.elementwise((out.data_ptr(), 0, size, 1), (x.data_ptr(), 0, size, 1), 0, 1)
+out, left, right = torch.zeros(1, 24), torch.zeros(1, 24), torch.zeros(24, 24)
+size = 24 if sys.argv[2] == "right" else 32
+row = 0, 1, size, size, 1
+_csrc.product((out.data_ptr(), *row), (left.data_ptr(), *row), (right.data_ptr(), 0, size, size, size, 1), 0, 1)
 PY
 extension=$work/vgpo_kernels/_csrc.abi3.so
-call() { (cd "$work" && sanitized "$python" lie.py "$extension" "$1") >"$work/$1.log" 2>&1; }
-call truth || fail "an honest call: $(cat "$work/truth.log")"
-call lie && fail "a read out of bounds went unseen"
-grep -q 'SUMMARY: AddressSanitizer: .* in vgpo::' "$work/lie.log" || fail "the lie, otherwise: $(cat "$work/lie.log")"
+call() { (cd "$work" && sanitized "$python" sizes.py "$extension" "$1") >"$work/$1.log" 2>&1; }
+call right || fail "a call with the right size: $(cat "$work/right.log")"
+call wrong && fail "a read out of bounds was not caught"
+grep -q 'SUMMARY: AddressSanitizer: .* in vgpo::' "$work/wrong.log" || fail "a wrong size: $(cat "$work/wrong.log")"
 echo "sanitize: a read out of bounds is caught; now the tests"
 
 mapfile -t tests < <(find tests -name 'test_*native*.py' | sort)
@@ -67,12 +68,8 @@ printf '%s\n' "${tests[@]}" | xargs -P 2 -I{} bash -c '
     exit $((status != 0))' _ {} "$venv" "${@:2}" || fail "tests"
 
 echo "sanitize: threads"
-build_threads() { g++ -std=c++17 -O1 -g -Wall -Wextra -Werror -pthread "$@" tests/csrc/threads.cpp csrc/parallel.cpp; }
-build_threads -fsanitize=thread -o "$work/threads-tsan"
-build_threads -fsanitize=address,undefined -fno-sanitize-recover=undefined -o "$work/threads-asan"
-"$work/threads-tsan" || fail "threads under ThreadSanitizer"
-ASAN_OPTIONS=detect_leaks=0 "$work/threads-asan" || fail "threads and forks"
-# Its runtime is not made for sanitizers, and threads that spin wait long for one another where others run, too.
-build_threads -fopenmp -o "$work/threads-openmp"
-OMP_WAIT_POLICY=PASSIVE "$work/threads-openmp" || fail "threads of OpenMP"
+printf '%s\n' csrc/{parallel,target_*}.cpp tests/csrc/*.cpp | xargs -P 2 -I{} bash -c \
+    'g++ "${@:3}" -c "$1" -o "$2/$(basename "$1").o"' _ {} "$work/threads" "${flags[@]}" -fsanitize=thread -O1 -g
+g++ -pthread -fsanitize=thread "$work"/threads/*.o -o "$work/selfcheck"
+"$work/selfcheck" || fail "the kernels' self-check under ThreadSanitizer"
 echo "sanitize: all well"

@@ -26,6 +26,7 @@ OPERATIONS = {
     "logits_policy_loss": "policy_loss",
     "selective_logprobs": "policy_loss",
 }
+WITHOUT_KERNELS = [("vgpo_weights, recipe official", "reference on every device")]
 # What each is called where it is installed; Triton comes under another name with PyTorch for ROCm.
 DISTRIBUTIONS = {
     "vgpo-kernels": ("vgpo-kernels",),
@@ -56,6 +57,7 @@ def run(_: argparse.Namespace) -> int:
         "CPU kernels": cpu_kernels(),
         "Environment": [(name, os.environ.get(name, "not set")) for name in SWITCHES],
         "Operations": [row for row, _ in choices],
+        "Without kernels": WITHOUT_KERNELS,
     }
     print("\n\n".join(f"{title}\n{aligned(rows)}" for title, rows in sections.items()))
     return 0 if any(runs for _, runs in choices) else 1
@@ -122,7 +124,6 @@ def cpu_kernels() -> list[tuple[str, str]]:
         ("built", "yes"),
         ("in use", _native.capability()),
         ("usable", ", ".join(_native.capabilities())),
-        ("threads", _native.threads()),
     ]
 
 
@@ -134,7 +135,7 @@ def operation_rows(devices: Sequence[torch.device]) -> list[tuple[tuple[str, ...
 def _operation_row(operation: str, room: str, device: torch.device) -> tuple[tuple[str, ...], bool]:
     try:
         name, why = _dispatch.choose(None, device)
-        importlib.import_module(f"vgpo_kernels.{room}.{_dispatch.MODULES[name]}")
+        _dispatch.module(room, name)
     except (ImportError, RuntimeError, ValueError) as error:
         return (operation, str(device), "cannot run", str(error)), False
     return (operation, str(device), name, why), True

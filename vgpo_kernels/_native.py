@@ -44,9 +44,11 @@ def _load() -> ModuleType | str:
         return f"the CPU kernels are not built ({error}): {_REMEDY}"
     except ImportError as error:
         return f"the CPU kernels cannot be loaded ({error}): {_REMEDY}"
-    if not hasattr(module, "set_threads"):
+    if not hasattr(module, "set_parallel_for"):
         return f"the CPU kernels were built from other sources: {_REMEDY}"
-    module.set_threads(_openmp())
+    module.set_parallel_for(_torch_parallel_for())
+    # A forked child has none of the parent's threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=lambda: module.set_parallel_for(0))
     wanted = os.environ.get(CAPABILITY)
     if wanted:
         check_choice(CAPABILITY, wanted, module.capabilities())
@@ -54,39 +56,9 @@ def _load() -> ModuleType | str:
     return module
 
 
-@functools.cache
-def _openmp() -> tuple[int, int]:
-    """Returns the addresses of GOMP_parallel and omp_get_thread_num in the runtime that torch runs on, zeros for none.
-
-    torch's threads spin for milliseconds after an operation; threads of our own would share their cores with them.
-    """
-    maps = Path("/proc/self/maps")
-    path = openmp_of_torch(maps.read_text() if maps.exists() else "", str(Path(torch.__file__).resolve().parent))
-    if path is None:
-        return 0, 0
-    runtime = ctypes.CDLL(path)
-    first, second = (
-        ctypes.cast(entry, ctypes.c_void_p).value or 0 for entry in (runtime.GOMP_parallel, runtime.omp_get_thread_num)
-    )
-    return first, second
-
-
-def openmp_of_torch(maps: str, folder: str) -> str | None:
-    """Returns the path of GNU's OpenMP runtime that torch runs on, None for another one or one that may not be torch's.
-
-    Args:
-        maps: what /proc/self/maps says of the files in this process's memory.
-        folder: torch's.
-    """
-    loaded = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "/libgomp" in line}
-    # In torch/lib, in torch.libs, or the system's.
-    found = {path for path in loaded if path.startswith(folder)} or loaded
-    return found.pop() if len(found) == 1 else None
-
-
-def threads() -> str:
-    """Returns whose threads kernels run on: "torch's" or "own"."""
-    return "torch's" if any(_openmp()) else "own"
+def _torch_parallel_for() -> int:
+    """Returns the address of torch's stable parallel-for; kernels use it without being linked to torch."""
+    return ctypes.cast(ctypes.CDLL(torch._C.__file__).torch_parallel_for, ctypes.c_void_p).value or 0
 
 
 def missing() -> str | None:
@@ -121,7 +93,7 @@ def _module() -> ModuleType:
 
 
 def call(kernel: str, *arguments: Any) -> None:
-    """Runs a kernel of csrc/signatures.h, on as many threads as torch was told to use, and on torch's own where it can.
+    """Runs a kernel of csrc/signatures.h, on torch's threads, as many as `torch.set_num_threads` allows.
 
     Args:
         kernel: its name.

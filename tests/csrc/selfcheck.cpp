@@ -6,9 +6,11 @@
 #include <cstdlib>
 #include <limits>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "../../csrc/capability.h"
+#include "../../csrc/parallel.h"
 #include "../../csrc/view.h"
 
 namespace vgpo::portable {
@@ -23,14 +25,25 @@ namespace vgpo::avx512 {
 }
 #endif
 
+extern "C" void elementwise(void* out, int64_t out_type, int64_t out_stride, const void* x, int64_t x_type,
+                            int64_t x_stride, int64_t count, int64_t which);
+
 namespace {
 
 using namespace vgpo;
 
-const char* target = "";
+const char* target = "portable";
 
-void require(bool truth, const char* what, int64_t where, double got, double expected) {
-    if (truth) return;
+// In place of torch's parallel-for: a thread for each number.
+int32_t on_threads(int64_t begin, int64_t end, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+    std::vector<std::thread> threads;
+    for (int64_t i = begin; i < end; ++i) threads.emplace_back(body, i, i + 1, context);
+    for (std::thread& thread : threads) thread.join();
+    return 0;
+}
+
+void require(bool condition, const char* what, int64_t where, double got, double expected) {
+    if (condition) return;
     std::fprintf(stderr, "selfcheck: %s: %s at %lld: expected %.9g, got %.9g\n", target, what,
                  static_cast<long long>(where), expected, got);
     std::exit(1);
@@ -72,8 +85,6 @@ void fill(float& x) { x = next_number(); }
 void fill(bf16& x) { x.bits = random_bits(0x3e00, 0x200); }
 void fill(half& x) { x.bits = random_bits(0, 0x3c00); }
 
-Floats<1> vector(std::vector<float>& values, int64_t count) { return {values.data(), Type::f32, {count}, {1}}; }
-
 template <class T>
 Floats<2> matrix(std::vector<T>& values, int64_t rows, int64_t columns, bool across) {
     return {values.data(), type_of<T>(), {rows, columns}, {across ? 1 : columns, across ? rows : 1}};
@@ -109,26 +120,31 @@ void check_product(Kernel* product) {
     }
 }
 
-template <class Kernel>
-void check_elementwise(Kernel* elementwise) {
+void check_elementwise() {
     const float infinity = std::numeric_limits<float>::infinity();
     std::vector<float> x = numbers(1003, 80.0f);
     x[0] = 0.0f, x[1] = -infinity, x[2] = infinity, x[3] = -100.0f;
     const int64_t count = x.size();
     std::vector<float> out(count);
-    elementwise(vector(out, count), vector(x, count), 0, 2);
+    elementwise(out.data(), 0, 1, x.data(), 0, 1, count, 0);
     require(out[0] == 1.0f && out[1] == 0.0f && out[2] == infinity, "exp of 0 and infinities", 0, out[0], 1);
     for (int64_t i = 3; i < count; ++i) {
         const double expected = std::exp(static_cast<double>(x[i]));
         require(std::abs(out[i] - expected) <= 0x1p-22 * expected + 0x1p-148, "exp", i, out[i], expected);
     }
-    elementwise(vector(out, count), vector(x, count), 1, 2);
+    elementwise(out.data(), 0, 1, x.data(), 0, 1, count, 1);
     for (int64_t i = 0; i < count; ++i) require_close("tanh", i, out[i], std::tanh(static_cast<double>(x[i])), 0x1p-21);
     x[0] = std::nanf("");
-    elementwise(vector(out, 1), vector(x, 1), 0, 1);
+    elementwise(out.data(), 0, 1, x.data(), 0, 1, 1, 0);
     require(std::isnan(out[0]), "exp of NaN", 0, out[0], x[0]);
+}
+
+// Sizes that do not fit are refused.
+template <class Kernel>
+void check_sizes(Kernel* product) {
+    std::vector<float> left(6), right(6), out(4);
     try {
-        elementwise(vector(out, 2), vector(x, 3), 0, 1);
+        product({out.data(), {2, 2}, {2, 1}}, matrix(left, 2, 3, false), matrix(right, 2, 3, false), false, 1);
     } catch (const std::invalid_argument&) {
         return;
     }
@@ -170,13 +186,15 @@ void check_policy_loss(Kernel* policy_loss) {
     check_product<float>(space::product);    \
     check_product<bf16>(space::product);     \
     check_product<half>(space::product);     \
-    check_elementwise(space::elementwise);   \
+    check_sizes(space::product);             \
     check_policy_loss(space::policy_loss);   \
     std::printf("selfcheck: %s is right\n", name)
 
 }  // namespace
 
 int main() {
+    parallel_for = on_threads;
+    check_elementwise();
     CHECK("portable", portable);
 #if defined(__x86_64__)
     if (best_capability() >= 1) {

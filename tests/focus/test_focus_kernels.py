@@ -7,7 +7,8 @@ from gpu_arithmetic import allowance
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vgpo_kernels.focus import kernels, visual_focus_score
+from vgpo_kernels.focus import triton as kernels
+from vgpo_kernels.focus import visual_focus_score
 from vgpo_kernels.testing import assert_error_budget
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -19,6 +19,7 @@ def test_the_report():
     assert ["VGPO_DEBUG", "1"] in cells
     assert ["TRITON_INTERPRET", "not", "set"] in cells
     assert ["VGPO_CPU_CAPABILITY", "not", "set"] in cells
+    assert ["vgpo_weights,", "recipe", "official", "reference", "on", "every", "device"] in cells
     for operation in _doctor.OPERATIONS:
         if not _native.missing():
             assert [operation, "cpu", "native", "CPU", "tensors"] in cells

@@ -1,8 +1,7 @@
-"""What all CPU kernels stand on: arguments, conversions, exp and tanh, products, threads, instruction sets."""
+"""What the CPU kernels share: arguments, products, threads, instruction sets."""
 
-import sys
+import ctypes
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from vgpo_kernels import _native, logits_policy_loss
 from vgpo_kernels.testing import assert_error_budget
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-EXP, TANH, COPY = 0, 1, 2
 pytestmark = pytest.mark.usefixtures("capability")
 
 
@@ -23,88 +21,6 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-def elementwise(x, which, dtype=torch.float32):
-    out = torch.empty_like(x, dtype=dtype)
-    _native.call("elementwise", out, x, which)
-    return out
-
-
-def every_float():
-    """All floats of every 1021st pattern of bits (a prime: every exponent, all kinds of mantissas)."""
-    return torch.arange(-(2**31), 2**31, 1021).int().view(torch.float32)
-
-
-def test_exp_within_its_stated_error():
-    x = torch.cat([torch.linspace(-110, 90, 1_000_001), every_float()])
-    x = x[~x.isnan()]
-    actual, exact = elementwise(x, EXP).double(), x.double().exp()
-    largest, smallest = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
-    normal = (exact >= smallest) & (exact <= largest * (1 - 2**-22))
-    assert normal.sum() > 800_000
-    assert ((actual - exact).abs() / exact)[normal].max() < 2**-22
-    below = exact < smallest
-    assert ((exact > 0) & below).sum() > 50_000
-    assert (actual - exact)[below].abs().max() < 2**-148
-    assert actual[exact > largest * (1 + 2**-22)].eq(float("inf")).all()
-
-
-def test_exp_of_special_values():
-    x = torch.tensor([-float("inf"), -0.0, 0.0, float("inf"), float("nan"), -3e38, 3e38, 1e-45])
-    expected = torch.tensor([0.0, 1, 1, float("inf"), float("nan"), 0, float("inf"), 1])
-    torch.testing.assert_close(elementwise(x, EXP), expected, rtol=0, atol=0, equal_nan=True)
-
-
-def test_tanh_within_its_stated_error():
-    x = torch.cat([torch.linspace(-12, 12, 1_000_001), torch.linspace(-0.7, 0.7, 500_001), every_float()])
-    x = x[~x.isnan() & (x != 0)]
-    actual, exact = elementwise(x, TANH).double(), x.double().tanh()
-    assert ((actual - exact).abs() / exact.abs()).max() < 2**-21
-
-
-def test_tanh_of_special_values():
-    x = torch.tensor([-float("inf"), 0.0, float("inf"), float("nan"), -3e38, 3e38, 1e-45])
-    expected = torch.tensor([-1.0, 0, 1, float("nan"), -1, 1, 1e-45])
-    torch.testing.assert_close(elementwise(x, TANH), expected, rtol=0, atol=0, equal_nan=True)
-
-
-def assert_same_bits(actual, expected):
-    """The same floats, -0 apart from 0; of a NaN only that it is one, as torch's payloads differ among themselves."""
-    nan = expected.isnan()
-    assert torch.equal(actual.isnan(), nan)
-    bits = torch.int32 if actual.dtype == torch.float32 else torch.int16
-    assert torch.equal(actual[~nan].view(bits), expected[~nan].view(bits))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_half_value_widens_as_in_torch(dtype):
-    values = torch.arange(-(2**15), 2**15).short().view(dtype)
-    assert_same_bits(elementwise(values, COPY), values.float())
-    assert_same_bits(elementwise(values, COPY, dtype), values)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_floats_narrow_as_in_torch(dtype):
-    # Halfway between any two neighbours (ties), and a float's last bit to either side; then all kinds of floats.
-    low = torch.arange(2**15).short().view(dtype)
-    low = low[low.isfinite()].float()
-    high = torch.cat([low[1:], low[-1:] * 2 - low[-2:-1]])
-    halfway = ((low.double() + high.double()) / 2).float()
-    near = torch.cat([halfway, halfway.nextafter(low), halfway.nextafter(high), low.nextafter(high), low])
-    x = torch.cat([near, -near, every_float()])
-    assert_same_bits(elementwise(x, COPY, dtype), x.to(dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("step", [1, 3])
-def test_elements_beyond_the_last_are_left_alone(dtype, step):
-    for count in range(40):  # every rest of a vector
-        storage = torch.full((count * step + 40,), 7.0, dtype=dtype)
-        _native.call("elementwise", storage[: count * step : step], torch.zeros(count, dtype=dtype), EXP)
-        expected = torch.full_like(storage, 7)
-        expected[: count * step : step] = 1
-        assert torch.equal(storage, expected)
 
 
 def check_product(left, right, *, add=False, out=None):
@@ -248,20 +164,19 @@ def test_a_capability_that_is_none():
 
 
 def test_memory_that_is_not_there_or_lies_between_elements():
-    out, x = torch.empty(4), torch.randn(4)
+    out, x = torch.empty(4, 4), torch.randn(4, 4)
     x.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="argument 1: expected a tensor with memory"):
-        _native.call("elementwise", out, x, EXP)
-    between = (torch.empty(4).data_ptr() + 1, 0, 3, 1)
+        _native.call("product", out, x, out, False)
+    between = (out.data_ptr() + 1, 0, 3, 3, 4, 1)
     with pytest.raises(ValueError, match="argument 0: expected an address that is a multiple"):
-        _native._module().elementwise(between, between, EXP, 1)
+        _native._module().product(between, between, between, False, 1)
 
 
 def test_elements_that_lie_across_those_of_memory():
-    out, x = (torch.frombuffer(bytearray(41), dtype=torch.float32, offset=1) for _ in range(2))
-    x.copy_(torch.randn(10))
-    _native.call("elementwise", out, x, EXP)
-    torch.testing.assert_close(out, x.exp())
+    out, x = (torch.frombuffer(bytearray(65), dtype=torch.float32, offset=1).view(4, 4) for _ in range(2))
+    x.copy_(torch.randn(4, 4))
+    check_product(x, x, out=out)
 
 
 def test_logits_that_do_so():
@@ -275,51 +190,56 @@ def test_logits_that_do_so():
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_kernels_run_on_the_threads_of_torch():
-    assert "libgomp" in Path("/proc/self/maps").read_text()  # as in torch's wheels for Linux
-    assert _native.threads() == "torch's"
-
-
-def test_results_are_the_same_on_own_threads(threads):
-    threads(3)
+def test_kernels_run_on_the_threads_of_torch(threads):
+    """Of two threads each is one of torch's, and the results are those of the caller's thread alone."""
+    threads(2)
     left, right = torch.randn(300, 70), torch.randn(70, 200)
+    calls = []
+    kind = ctypes.CFUNCTYPE(*[ctypes.c_int64] * 4, ctypes.c_void_p, ctypes.c_void_p)
+    original = kind(_native._torch_parallel_for())
+
+    @kind
+    def counted(begin, end, grain, body, context):
+        calls.append(end - begin)
+        return original(begin, end, grain, body, context)
+
     found = []
-    for addresses in ((0, 0), _native._openmp()):
-        _native._module().set_threads(addresses)
+    for address in (ctypes.cast(counted, ctypes.c_void_p).value, 0, _native._torch_parallel_for()):
+        _native._module().set_parallel_for(address)
         found.append(torch.empty(300, 200))
         _native.call("product", found[-1], left, right, False)
-    assert torch.equal(*found)
+    assert calls
+    assert set(calls) == {2}
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize(
-    ("paths", "expected"),
-    [
-        ([], None),
-        (["/usr/lib/libgomp.so.1"], "/usr/lib/libgomp.so.1"),
-        (["/env/sklearn.libs/libgomp-1.so.1", "/env/torch/lib/libgomp.so.1"], "/env/torch/lib/libgomp.so.1"),
-        (["/env/sk learn/libgomp.so.1", "/env/torch.libs/libgomp-2.so"], "/env/torch.libs/libgomp-2.so"),
-        (["/env/sklearn.libs/libgomp-1.so.1", "/usr/lib/libgomp.so.1"], None),
-        (["/env/torch/lib/libiomp5.so"], None),
-    ],
-)
-def test_the_runtime_of_torch_is_told_from_others(paths, expected):
-    lines = [f"7f00-7f{place:02}1 r-xp 00000000 08:01 42    {path}" for path in paths for place in (1, 2)]
-    assert _native.openmp_of_torch("\n".join(["7f-80 rw-p 00000000 00:00 0 ", *lines]), "/env/torch") == expected
+def test_a_call_from_a_backward(threads):
+    """Autograd's functions call kernels, from whichever thread it runs them on."""
+    threads(2)
+    logits = torch.randn(2, 40, 5000, requires_grad=True)
+    given = torch.randint(5000, (2, 40)), None, torch.ones(2), torch.ones(2, 40, dtype=torch.bool)
+    expected = torch.autograd.grad(logits_policy_loss(logits, *given, impl="native").loss, logits)
+    found = []
+    loss = logits_policy_loss(logits, *given, impl="native").loss
+    worker = threading.Thread(target=lambda: found.extend(torch.autograd.grad(loss, logits)))
+    worker.start()
+    worker.join()
+    assert torch.equal(*found, *expected)
 
 
 def test_no_thread_is_refused():
     csrc = _native._module()
-    vector = (torch.empty(4).data_ptr(), 0, 4, 1)
+    matrix = (torch.empty(2, 2).data_ptr(), 0, 2, 2, 2, 1)
     for threads in (0, -1):
         with pytest.raises(ValueError, match="threads: expected at least 1"):
-            csrc.elementwise(vector, vector, EXP, threads)
+            csrc.product(matrix, matrix, matrix, False, threads)
 
 
-def test_addresses_of_threads_that_are_none():
-    for addresses in ((1,), None, ("a", "b")):
-        with pytest.raises((TypeError, SystemError)):
-            _native._module().set_threads(addresses)
+def test_an_address_that_is_none():
+    for address in ((1,), None, "a", -1):
+        with pytest.raises((TypeError, OverflowError)):
+            _native._module().set_parallel_for(address)
 
 
 def test_a_capability_that_is_no_name():

@@ -39,7 +39,6 @@ def test_official_reproduces_the_vectors(conformance_vectors, impl, device):
         torch.arange(len(mask), device=device) // meta["group_size"],
         config_of(meta["cfg"]),
         has_visual=visual.any(1),
-        impl=impl,
     )
     weighted = v["advantages"].to(device) * w.token_weights * w.trajectory_weights[:, None]
     found = {

@@ -13,14 +13,14 @@ from vgpo_kernels.weights import native, reference
 
 pytestmark = pytest.mark.skipif(_native.missing() is not None, reason=str(_native.missing()))
 
-RECIPES = ["paper", "official", "balanced"]
+RECIPES = ["paper", "balanced"]
 CHANGES = [
     {},
     {"schedule": "exponential", "exponent": 1.5},
-    {"schedule": "exponential", "position": "zero_based"},  # the exponent 2 has code of its own
+    {"schedule": "exponential"},  # the exponent 2 has code of its own
     {"schedule": "step", "step_position": 0.6},
     {"gate": False, "trajectory_score": "normalized_mean"},
-    {"compensation": False, "grouping": "consecutive"},
+    {"compensation": False},
     {"gamma": 0.0},
     {"gamma": 1.0, "kappa": 1.0},
     {"intra": False},
@@ -28,6 +28,7 @@ CHANGES = [
     {"token_clamp": (0.8, 1.2), "trajectory_clamp": (0.9, 1.05), "preserve_mean": True},
     {"token_clamp": (1.0, 1.1), "trajectory_clamp": (0.9, 1.0), "preserve_mean": True},
     {"token_clamp": (0.8, 1.2), "trajectory_clamp": (0.9, 1.05), "preserve_mean": False},
+    {"trajectory_score": "normalized_sum", "tail_rounding": "float64", "trajectory_clamp": (0.9, 2.0)},
 ]
 
 
@@ -173,7 +174,7 @@ def arguments(**changes):
     given = {
         **{"token": two.clone(), "trajectory": one.clone(), "normalized": two.clone(), "gate": two.bool()},
         **{"score": one.clone(), "focus": two, "mask": two.bool(), "groups": one.long(), "visual": one.bool()},
-        **{"negative": one.bool(), "options": native._options(VGPOConfig.official(), "similarity"), "strength": 1.0},
+        **{"negative": one.bool(), "options": native._options(VGPOConfig.balanced(), "similarity"), "strength": 1.0},
     }
     return (given | changes).values()
 
@@ -197,8 +198,8 @@ def test_the_kernel_refuses_wrong_sizes_by_row(name):
 
 
 def test_the_kernel_refuses_what_is_no_argument():
-    with pytest.raises(ValueError, match="options: expected size 23"):
-        _native.call("weights", *arguments(options=torch.zeros(22).double()))
+    with pytest.raises(ValueError, match="options: expected size 20"):
+        _native.call("weights", *arguments(options=torch.zeros(19).double()))
     with pytest.raises(TypeError, match="argument 7: expected a tensor of another dtype"):
         _native.call("weights", *arguments(groups=torch.zeros(2)))
     with pytest.raises(TypeError, match="argument 5: expected a tensor of 2 dimensions"):

@@ -189,13 +189,12 @@ class TestCorners:
         torch.testing.assert_close(apart.trajectory_weights, together.trajectory_weights, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_official_corners_follow_the_published_code(impl, device):
+def test_official_corners_follow_the_published_code(device):
     focus = torch.tensor([[0.4, 0.4, 0.4, 0.4], [-0.5, 0.1, 0.2, 0.5], [0.3, 0.9, 0.1, 0.2], [9.0, 9.0, 9.0, 9.0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
     sees = torch.tensor([True, True, True, False])
     inputs = [x.to(device) for x in (focus, mask, torch.zeros(4, dtype=torch.int64))]
-    w = vgpo_weights(*inputs, VGPOConfig.official(), has_visual=sees.to(device), impl=impl)
+    w = vgpo_weights(*inputs, VGPOConfig.official(), has_visual=sees.to(device))
     assert w.token_weights[0].tolist() != [1.0] * 4  # constant focus: the compensation alone weighs it
     assert w.token_weights[1].tolist() == [1.0] * 4  # one valid token
     assert w.token_weights[2].tolist() == [1.0] * 4  # nothing valid
@@ -206,16 +205,29 @@ def test_official_corners_follow_the_published_code(impl, device):
     assert w.trajectory_weights[1] == w.trajectory_weights[2]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_official_weighs_rows_with_a_focus_of_zero_as_the_published_code_does(impl, device):
+def test_official_weighs_rows_with_a_focus_of_zero_as_the_published_code_does(device):
     focus, mask, groups = (x.to(device) for x in (torch.rand(4, 8), torch.ones(4, 8), torch.zeros(4).long()))
     focus[1] = 0.0
-    w = vgpo_weights(focus, mask, groups, VGPOConfig.official(), impl=impl)
+    w = vgpo_weights(focus, mask, groups, VGPOConfig.official())
     for sees in (torch.ones(4) > 0, torch.arange(4) != 1):
-        told = vgpo_weights(focus, mask, groups, VGPOConfig.official(), has_visual=sees.to(device), impl=impl)
+        told = vgpo_weights(focus, mask, groups, VGPOConfig.official(), has_visual=sees.to(device))
         for found, expected in zip(w, told, strict=True):
             assert torch.equal(found, expected)
     assert w.trajectory_weights[1] != 1
+
+
+@pytest.mark.parametrize("fields", [{}, {"focus_scale": "affine"}, {"focus_scale": "affine", "grouping": "ids"}])
+def test_official_runs_in_plain_torch_and_says_so(fields, device):
+    inputs, config = [x.to(device) for x in batch()], VGPOConfig.official(**fields)
+    for found, expected in zip(
+        vgpo_weights(*inputs, config), vgpo_weights(*inputs, config, impl="reference"), strict=True
+    ):
+        assert torch.equal(found, expected)
+    for impl in ("triton", "native"):
+        with pytest.raises(
+            RuntimeError, match=f"impl='{impl}' has no kernel for .*='.*'.*pass impl='reference' or None"
+        ):
+            vgpo_weights(*inputs, config, impl=impl)
 
 
 class TestErrors:

@@ -1,4 +1,4 @@
-"""The room on CPUs: csrc/attention.h, csrc/attention_columns.h and csrc/attention_forward.h."""
+"""The room on CPUs: csrc/attention/."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from vgpo_kernels import _native
 from vgpo_kernels.attention.reference import visual_attention_backward
 
 __all__ = ["attention_column_sum", "attention_mass", "visual_attention", "visual_attention_backward"]
-REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}  # as csrc/attention_columns.h numbers them
+REDUCTIONS = {"sum": 0, "mean": 1, "max": 2}  # as csrc/attention/column_sum.h numbers them
 
 
 def attention_mass(

@@ -1,4 +1,7 @@
-"""How much each generated token looks at the image, from the model's last hidden states."""
+"""How much each generated token looks at the image, from the last hidden states; public: `visual_focus_score`.
+
+`api` checks (`checks`) and calls the operator (`ops`), which runs `reference`, `native` or `triton`.
+"""
 
 from vgpo_kernels.focus.api import visual_focus_score
 

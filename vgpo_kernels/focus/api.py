@@ -1,9 +1,9 @@
-"""The public function of the room: arguments checked, then the operator."""
+"""The public function: checks its arguments and calls the operator."""
 
 from torch import Tensor
 
-from vgpo_kernels._validate import FLOATING, INTEGER, MASK, check_not_empty, check_tensor
 from vgpo_kernels.focus import ops
+from vgpo_kernels.focus.checks import check_arguments
 
 
 def visual_focus_score(
@@ -61,14 +61,7 @@ def visual_focus_score(
 
     Source: VGPO (arXiv 2604.09349), the similarity between a generated token and the visual tokens.
     """
-    check_tensor("hidden_states", hidden_states, shape=("B", "L", "D"), dtypes=FLOATING)
-    check_not_empty("hidden_states", hidden_states)
-    shape, device = hidden_states.shape[:2], hidden_states.device
-    check_tensor("visual_mask", visual_mask, shape=shape, dtypes=MASK, device=device)
-    check_tensor("completion_mask", completion_mask, shape=shape, dtypes=MASK, device=device)
-    for name, ids in (("image_ids", image_ids), ("seq_ids", seq_ids)):
-        if ids is not None:
-            check_tensor(name, ids, shape=shape, dtypes=INTEGER, device=device)
+    check_arguments(hidden_states, visual_mask, completion_mask, image_ids, seq_ids)
     return ops.visual_focus_score(
         hidden_states.detach(), visual_mask.detach(), completion_mask.detach(), image_ids, seq_ids, impl
     )

@@ -1,11 +1,11 @@
-"""The operator `vgpo::visual_focus_score`: what torch.compile sees of the room."""
+"""The operator `vgpo::visual_focus_score`."""
 
 import torch
 from torch import Tensor
 
 from vgpo_kernels._dispatch import checks_values, implementation
 from vgpo_kernels._operator import operator_body
-from vgpo_kernels.focus.values import check_values
+from vgpo_kernels.focus.checks import check_values
 
 
 @torch.library.custom_op("vgpo::visual_focus_score", mutates_args=())
@@ -29,13 +29,6 @@ def visual_focus_score(
 
 
 @visual_focus_score.register_fake
-def _(
-    hidden_states: Tensor,
-    visual_mask: Tensor,  # noqa: ARG001
-    completion_mask: Tensor,  # noqa: ARG001
-    image_ids: Tensor | None,  # noqa: ARG001
-    seq_ids: Tensor | None,  # noqa: ARG001
-    impl: str | None,  # noqa: ARG001
-) -> Tensor:
+def _(hidden_states: Tensor, *_: Tensor | str | None) -> Tensor:
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     return hidden_states.new_empty(hidden_states.shape[:2], dtype=dtype)

@@ -34,7 +34,7 @@ from vgpo_kernels.integrations._trl_vllm import (
 )
 from vgpo_kernels.integrations.transformers import fused_logprobs, record_visual_attention
 from vgpo_kernels.weights import VGPOConfig, VGPOWeights, vgpo_weights
-from vgpo_kernels.weights.api import SOURCES
+from vgpo_kernels.weights.checks import SOURCES
 
 __all__ = ["VGPOTrainer"]
 

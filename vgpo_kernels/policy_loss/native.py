@@ -1,4 +1,4 @@
-"""The loss on CPUs: csrc/policy_loss.h and csrc/logits.h."""
+"""The loss on CPUs: csrc/loss/."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ __all__ = [
 
 @functools.lru_cache(maxsize=64)
 def settings(config: PolicyLossConfig) -> Tensor:
-    """Returns what csrc/terms.h reads of `config`: (8,) float64, not to be changed."""
+    """Returns what csrc/loss/terms.h reads of `config`: (8,) float64, not to be changed."""
     limits = (math.inf if limit is None else limit for limit in (config.kl_log_ratio_limit, config.kl_limit))
     is_cispo, bounds = config.loss_type == "cispo", config.log_bounds()
     values = (is_cispo, *bounds, config.beta, *limits, config.kl_importance_weighted)

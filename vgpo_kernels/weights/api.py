@@ -1,15 +1,14 @@
-"""The public function of the room: checks its arguments and calls the operator."""
+"""The public function: checks its arguments and calls the operator."""
 
 import dataclasses
 from typing import NamedTuple
 
 from torch import Tensor
 
-from vgpo_kernels import _validate
 from vgpo_kernels.weights import ops
+from vgpo_kernels.weights.checks import check_arguments
 from vgpo_kernels.weights.config import VGPOConfig
 
-SOURCES = ("similarity", "attention")
 _OPTIONS = tuple(field.name for field in dataclasses.fields(VGPOConfig))
 
 
@@ -63,7 +62,8 @@ def vgpo_weights(
         step: optimisation step from 0, needed when `config.warmup_steps` is above 0: the factors have
             the strength min(1, step / warmup_steps).
         advantages: (B,) floating, needed when `config.negative_strength` is not 1.
-        impl: "triton", "native" or "reference"; None chooses by device.
+        impl: "triton", "native" or "reference"; None chooses by device. The recipe `official` (any config whose
+            `without_kernels` is not None) has the reference only, which None chooses for it on every device.
 
     Returns:
         VGPOWeights. A row with one valid token, or with the same focus at every token, has token weights 1.
@@ -78,6 +78,7 @@ def vgpo_weights(
             not 1. Unchecked, the kernels take any mask value but 0 as valid and a NaN advantage as not
             negative; a row with a bad score has NaN factors and stays out of all statistics.
         TypeError: a wrong type or dtype.
+        RuntimeError: `impl` cannot run here, or has no kernel for the config.
 
     Example:
         >>> import torch
@@ -91,13 +92,7 @@ def vgpo_weights(
 
     The formulas are those of VGPO (arXiv 2604.09349), written out in `docs/algorithm.md`.
     """
-    if not isinstance(config, VGPOConfig):
-        raise TypeError(f"config: expected a VGPOConfig, got {type(config).__name__}")
-    _validate.check_choice("source", source, SOURCES)
-    _check_tensors(focus, completion_mask, group_ids, has_visual, advantages)
-    _check_step(step, config)
-    if config.negative_strength != 1 and advantages is None:
-        raise ValueError(f"advantages: expected shape (B,) with negative_strength={config.negative_strength}, got None")
+    check_arguments(focus, completion_mask, group_ids, config, source, has_visual, step, advantages, impl)
     options = {name: getattr(config, name) for name in _OPTIONS}
     return VGPOWeights(
         *ops.weights(
@@ -112,32 +107,3 @@ def vgpo_weights(
             **options,
         )
     )
-
-
-def _check_tensors(
-    focus: Tensor,
-    completion_mask: Tensor,
-    group_ids: Tensor,
-    has_visual: Tensor | None,
-    advantages: Tensor | None,
-) -> None:
-    _validate.check_tensor("focus", focus, shape=("B", "T"), dtypes=_validate.FLOATING)
-    _validate.check_not_empty("focus", focus)
-    rows, device = focus.shape[:1], focus.device
-    _validate.check_tensor("completion_mask", completion_mask, shape=focus.shape, dtypes=_validate.MASK, device=device)
-    _validate.check_tensor("group_ids", group_ids, shape=rows, dtypes=_validate.INTEGER, device=device)
-    if has_visual is not None:
-        _validate.check_tensor("has_visual", has_visual, shape=rows, dtypes=_validate.BOOL, device=device)
-    if advantages is not None:
-        _validate.check_tensor("advantages", advantages, shape=rows, dtypes=_validate.FLOATING, device=device)
-
-
-def _check_step(step: int | None, config: VGPOConfig) -> None:
-    if step is None:
-        if config.warmup_steps > 0:
-            raise ValueError(f"step: expected an int with warmup_steps={config.warmup_steps}, got None")
-        return
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step: expected an int, got {type(step).__name__}")
-    if step < 0:
-        raise ValueError(f"step: expected at least 0, got {step}")

@@ -14,6 +14,9 @@ TAIL_ROUNDINGS = ("exact", "float64")
 GROUPINGS = ("ids", "consecutive")
 CORNERS = ("neutral", "published")
 
+# The values that kernels compute; with another one the weights are computed in plain torch.
+KERNEL_FIELDS = {"focus_scale": "affine", "position": "one_based", "grouping": "ids", "corners": "neutral"}
+
 _SWITCHES = ("compensation", "gate", "intra", "inter", "preserve_mean")
 _CHOICES = {
     "schedule": SCHEDULES,
@@ -119,7 +122,7 @@ class VGPOConfig:
 
     @classmethod
     def official(cls, **fields: Any) -> "VGPOConfig":
-        """Returns the recipe of the published code, with `fields` changed."""
+        """Returns the recipe of the published code, with `fields` changed; it runs in plain torch on every device."""
         return cls.from_recipe("official", **fields)
 
     @classmethod
@@ -164,6 +167,14 @@ class VGPOConfig:
     def gated_share(self) -> float:
         """The share s of a tail of N tokens that the gate opens for: int(N * s) tokens, at least one."""
         return self._share(float(self.kappa))
+
+    @property
+    def without_kernels(self) -> str | None:
+        """The first field, as "name='value'", that no kernel computes, so that plain torch runs on every device."""
+        fields = (
+            f"{name}={getattr(self, name)!r}" for name, value in KERNEL_FIELDS.items() if getattr(self, name) != value
+        )
+        return next(fields, None)
 
     def _share(self, share: float) -> float:
         # 100 * 0.29 is 28.999999999999996 in float64, and 29 is meant.

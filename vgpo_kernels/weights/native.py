@@ -1,4 +1,4 @@
-"""The weights on CPUs: csrc/weights.h."""
+"""The weights on CPUs: csrc/weights/."""
 
 import functools
 
@@ -10,8 +10,7 @@ from vgpo_kernels.weights.config import SCHEDULES, VGPOConfig
 
 __all__ = ["weights"]
 
-# In the order of csrc/weights.h.
-_SCALES = ("none", "affine", "batch_minmax")
+# In the order of csrc/weights/groups.h.
 _CLAMPINGS = ("none", "cut", "project")
 
 
@@ -29,8 +28,8 @@ def weights(
 
     The score of a row with a focus that is not finite is NaN; other results are then of no meaning.
     """
-    token, normalized = (torch.empty(focus.shape, dtype=torch.float32) for _ in "tn")
-    trajectory, score = (torch.empty(focus.shape[:1], dtype=torch.float32) for _ in "ts")
+    token = torch.empty(focus.shape, dtype=torch.float32)
+    trajectory, normalized, score = token.new_empty(len(token)), torch.empty_like(token), token.new_empty(len(token))
     gate = torch.empty(focus.shape, dtype=torch.bool)
     _native.call(
         "weights",
@@ -52,9 +51,8 @@ def weights(
 
 @functools.lru_cache(maxsize=64)
 def _options(config: VGPOConfig, source: str) -> Tensor:
-    """Returns what csrc/weights.h reads of `config`: (23,) float64, not to be changed."""
+    """Returns what csrc/weights/tokens.h reads of `config`: (20,) float64, not to be changed."""
     values = (
-        _SCALES.index("none" if source == "attention" else config.focus_scale),
         SCHEDULES.index(config.schedule),
         config.beta,
         config.exponent,
@@ -62,15 +60,13 @@ def _options(config: VGPOConfig, source: str) -> Tensor:
         config.tail_start,
         config.gated_share,
         config.negative_strength,
-        config.position == "zero_based",
+        source != "attention",
         config.compensation,
         config.gate,
         config.intra,
         config.inter,
         config.trajectory_score.startswith("normalized"),
         config.trajectory_score.endswith("mean"),
-        config.grouping == "consecutive",
-        config.corners == "neutral",
         *_bounds(config.token_clamp, config.preserve_mean),
         *_bounds(config.trajectory_clamp, config.preserve_mean),
     )

@@ -9,6 +9,7 @@ from torch import Tensor
 from vgpo_kernels._dispatch import checks_values, choose, implementation
 from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import check_mask_values, forbid
+from vgpo_kernels.weights.checks import check_finite
 from vgpo_kernels.weights.config import VGPOConfig
 
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -43,21 +44,23 @@ def _weights(
     config = VGPOConfig(**options)
     if has_visual is None:
         has_visual = _has_focus(focus, completion_mask)
+    if impl is None and config.without_kernels is not None:
+        impl = "reference"
     name, _ = choose(impl, focus.device, focus.dtype)
     if checks_values(impl, focus):
         check_mask_values("completion_mask", completion_mask)
         if name != "native":
-            _check_finite(focus, completion_mask, has_visual)
+            check_finite(focus, completion_mask, has_visual)
         if advantages is not None:
             forbid(advantages.isnan(), "advantages", "no NaN", advantages)
     warmup = 1.0 if step is None else min(1.0, step / config.warmup_steps)
-    room = implementation("weights", impl, focus)
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = room.weights(
+    module = implementation("weights", impl, focus)
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = module.weights(
         focus, completion_mask, group_ids, has_visual, advantages, config=config, source=source, warmup=warmup
     )
     # The CPU kernels have read every score: where one is not finite, its row's result is not.
     if name == "native" and not results[4].isfinite().all():
-        _check_finite(focus, completion_mask, has_visual)
+        check_finite(focus, completion_mask, has_visual)
     return results
 
 
@@ -76,13 +79,3 @@ def _has_focus(focus: Tensor, completion_mask: Tensor) -> Tensor:
     """Returns (B,) bool, whether a row has a focus other than 0: without an image both sources give exactly 0."""
     looks = (focus != 0).logical_and_(completion_mask)
     return looks.view(torch.uint8).amax(1) != 0  # a third of the time of any() on a CPU
-
-
-def _check_finite(focus: Tensor, completion_mask: Tensor, has_visual: Tensor) -> None:
-    bad = ~focus.isfinite() & (completion_mask != 0) & has_visual[:, None]
-    if bad.any():
-        row, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"focus: expected finite scores at valid positions, got {focus[row, column].item()} "
-            f"at row {row}, column {column} ({int(bad.sum())} in all)"
-        )

@@ -4,7 +4,11 @@ Tokens are walked in tiles, so that any length runs through the same compiled ke
 min-max over a group would magnify float32's rounding of long sums.
 """
 
+from typing import Any
+
 from vgpo_kernels._triton import tl, triton
+from vgpo_kernels._tuning import Tiles, listed, tunable
+from vgpo_kernels.weights.config import VGPOConfig
 
 PROJECTION_ROUNDS = tl.constexpr(32)  # leaves the shift uncertain by 1e-9, below what float32 shows
 
@@ -17,11 +21,10 @@ def _load_valid(p_mask, o_t, length, stride_mask):
 
 
 @triton.jit
-def _load_scores(p_focus, p_mask, o_t, length, visible, stride_focus, stride_mask):
-    """One tile of a row: which tokens are valid, and their raw scores (0 elsewhere, and from `visible` on)."""
+def _load_scores(p_focus, p_mask, o_t, length, stride_focus, stride_mask):
+    """One tile of a row: which tokens are valid, and their raw scores (0 elsewhere)."""
     m_valid = _load_valid(p_mask, o_t, length, stride_mask)  # [BT]
-    m_read = m_valid & (o_t < visible)
-    return m_valid, tl.load(p_focus + o_t.to(tl.int64) * stride_focus, mask=m_read, other=0.0).to(tl.float32)
+    return m_valid, tl.load(p_focus + o_t.to(tl.int64) * stride_focus, mask=m_valid, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -38,7 +41,7 @@ def _ordered_bits(x):
 
 
 @triton.jit
-def _survey(p_focus, p_mask, length, visible, stride_focus, stride_mask, BLOCK: tl.constexpr):
+def _survey(p_focus, p_mask, length, stride_focus, stride_mask, BLOCK: tl.constexpr):
     """A row's valid tokens, how many of them are not finite, and the extremes of their raw scores."""
     offsets = tl.arange(0, BLOCK)
     count = 0
@@ -47,7 +50,7 @@ def _survey(p_focus, p_mask, length, visible, stride_focus, stride_mask, BLOCK: 
     raw_high = float("-inf")
     for start in range(0, length, BLOCK):
         o_t = start + offsets
-        m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, length, visible, stride_focus, stride_mask)
+        m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, length, stride_focus, stride_mask)
         count += tl.sum(m_valid.to(tl.int32), 0)
         broken += tl.sum((m_valid & (is_finite(b_raw) == 0)).to(tl.int32), 0)
         raw_low = tl.minimum(raw_low, tl.min(tl.where(m_valid, b_raw, float("inf")), 0))
@@ -56,48 +59,7 @@ def _survey(p_focus, p_mask, length, visible, stride_focus, stride_mask, BLOCK: 
 
 
 @triton.jit
-def _scan_batch(
-    focus_ptr,
-    mask_ptr,
-    visual_ptr,
-    batch,
-    length,
-    stride_focus_b,
-    stride_focus_t,
-    stride_mask_b,
-    stride_mask_t,
-    stride_visual,
-    BLOCK: tl.constexpr,
-):
-    """Extremes of the raw scores over the micro-batch, padding's 0 included.
-
-    Each program scans all of (B, T), B^2 T reads in all: meant for a micro-batch, as in the published code.
-    """
-    offsets = tl.arange(0, BLOCK)
-    b_low = tl.full([BLOCK], float("inf"), tl.float32)
-    b_high = tl.full([BLOCK], float("-inf"), tl.float32)
-    for row in range(0, batch):
-        o_row = tl.cast(row, tl.int64)
-        visible = tl.where(tl.load(visual_ptr + o_row * stride_visual) != 0, length, 0)
-        for start in range(0, length, BLOCK):
-            o_t = start + offsets
-            _m_valid, b_raw = _load_scores(
-                focus_ptr + o_row * stride_focus_b,
-                mask_ptr + o_row * stride_mask_b,
-                o_t,
-                length,
-                visible,
-                stride_focus_t,
-                stride_mask_t,
-            )
-            counts = (o_t < length) & is_finite(b_raw)
-            b_low = tl.minimum(b_low, tl.where(counts, b_raw, float("inf")))
-            b_high = tl.maximum(b_high, tl.where(counts, b_raw, float("-inf")))
-    return tl.min(b_low, 0), tl.max(b_high, 0)
-
-
-@triton.jit
-def _write_tail_keys(p_focus, p_mask, p_keys, length, visible, stride_focus, stride_mask, head, BLOCK: tl.constexpr):
+def _write_tail_keys(p_focus, p_mask, p_keys, length, stride_focus, stride_mask, head, BLOCK: tl.constexpr):
     """Writes the ordered bits of the scores behind the row's `head` first ones, the least integer elsewhere.
 
     Returns the tail's first column.
@@ -107,7 +69,7 @@ def _write_tail_keys(p_focus, p_mask, p_keys, length, visible, stride_focus, str
     begin = length
     for start in range(0, length, BLOCK):
         o_t = start + offsets
-        m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, length, visible, stride_focus, stride_mask)
+        m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, length, stride_focus, stride_mask)
         m_tail = m_valid & (seen + tl.cumsum(m_valid.to(tl.int32), 0) > head)
         b_keys = tl.where(m_tail, _ordered_bits(b_raw), -2147483648)
         tl.store(p_keys + o_t, b_keys.to(tl.float32, bitcast=True), mask=o_t < length)
@@ -136,27 +98,14 @@ def _kth_largest(p_keys, begin, length, k, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _lift(
-    b_rank,
-    count,
-    BETA: tl.constexpr,
-    SCHEDULE: tl.constexpr,
-    EXPONENT: tl.constexpr,
-    STEP_POSITION: tl.constexpr,
-    POSITION: tl.constexpr,
-):
+def _lift(b_rank, count, BETA: tl.constexpr, SCHEDULE: tl.constexpr, EXPONENT: tl.constexpr, STEP: tl.constexpr):
     """beta * s(p) of the t-th token, t = 1..count."""
-    b_t = b_rank  # [BT]
-    last = count
-    if POSITION == "zero_based":
-        b_t = b_rank - 1
-        last = count - 1
-    last = tl.maximum(last, 1)
+    last = tl.maximum(count, 1)
     if SCHEDULE == "step":
         # float64 tells p >= step_position as the reference does.
-        b_p = b_t.to(tl.float64) / last.to(tl.float64)
-        return tl.where(b_p >= tl.full([], STEP_POSITION, tl.float64), BETA, 0.0)
-    b_p = tl.div_rn(b_t.to(tl.float32), last.to(tl.float32))
+        b_p = b_rank.to(tl.float64) / last.to(tl.float64)
+        return tl.where(b_p >= tl.full([], STEP, tl.float64), BETA, 0.0)
+    b_p = tl.div_rn(b_rank.to(tl.float32), last.to(tl.float32))
     if SCHEDULE == "exponential":
         b_power = tl.exp2(EXPONENT * tl.log2(tl.where(b_p > 0.0, b_p, 1.0)))
         b_p = tl.where(b_p > 0.0, b_power, 0.0)
@@ -235,7 +184,6 @@ def _projection_shift(
 
 @triton.jit(
     do_not_specialize=[
-        "batch",
         "length",
         "stride_focus_b",
         "stride_mask_b",
@@ -253,7 +201,6 @@ def weights_token_kernel(
     gate_ptr,
     score_ptr,
     group_score_ptr,
-    batch,
     length,
     stride_focus_b,
     stride_focus_t,
@@ -263,14 +210,13 @@ def weights_token_kernel(
     stride_advantage,
     strength,
     SIGNED: tl.constexpr,
-    SCALE: tl.constexpr,
+    AFFINE: tl.constexpr,
     BETA: tl.constexpr,
     TAIL_START: tl.constexpr,
     GATED_SHARE: tl.constexpr,
     SCHEDULE: tl.constexpr,
     EXPONENT: tl.constexpr,
     STEP_POSITION: tl.constexpr,
-    POSITION: tl.constexpr,
     COMPENSATION: tl.constexpr,
     GATE: tl.constexpr,
     INTRA: tl.constexpr,
@@ -279,7 +225,6 @@ def weights_token_kernel(
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     NEGATIVE: tl.constexpr,
-    NEUTRAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -289,34 +234,15 @@ def weights_token_kernel(
     p_token = token_ptr + row * length  # holds the gate's keys first
     p_normalized = normalized_ptr + row * length  # holds the compensated scores first
     strength = row_strength(advantage_ptr, row, stride_advantage, strength, NEGATIVE, SIGNED)
-    visible = tl.where(tl.load(visual_ptr + row * stride_visual) != 0, length, 0)
-    extent = length  # tokens from this column on are not valid
-    if NEUTRAL:
-        extent = visible
+    extent = tl.where(tl.load(visual_ptr + row * stride_visual) != 0, length, 0)  # no token from here on is valid
 
-    batch_low, batch_high = 0.0, 1.0
-    if SCALE == "batch_minmax":
-        batch_low, batch_high = _scan_batch(
-            focus_ptr,
-            mask_ptr,
-            visual_ptr,
-            batch,
-            length,
-            stride_focus_b,
-            stride_focus_t,
-            stride_mask_b,
-            stride_mask_t,
-            stride_visual,
-            BLOCK,
-        )
-
-    count, broken, raw_low, raw_high = _survey(p_focus, p_mask, extent, visible, stride_focus_t, stride_mask_t, BLOCK)
+    count, broken, raw_low, raw_high = _survey(p_focus, p_mask, extent, stride_focus_t, stride_mask_t, BLOCK)
 
     threshold = 0
     if COMPENSATION and GATE:
         head = (count.to(tl.float64) * tl.full([], TAIL_START, tl.float64)).to(tl.int32)
         top = ((count - head).to(tl.float64) * tl.full([], GATED_SHARE, tl.float64)).to(tl.int32)
-        begin = _write_tail_keys(p_focus, p_mask, p_token, extent, visible, stride_focus_t, stride_mask_t, head, BLOCK)
+        begin = _write_tail_keys(p_focus, p_mask, p_token, extent, stride_focus_t, stride_mask_t, head, BLOCK)
         tl.debug_barrier()  # other threads may read what this one wrote
         threshold = _kth_largest(p_token, begin, extent, tl.maximum(top, 1), BLOCK)
         threshold = tl.maximum(threshold, -2147483647)  # an empty tail opens no gate
@@ -327,12 +253,10 @@ def weights_token_kernel(
     total = tl.full([], 0.0, tl.float64)
     for start in range(0, length, BLOCK):
         o_t = start + offsets
-        m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, extent, visible, stride_focus_t, stride_mask_t)
+        m_valid, b_raw = _load_scores(p_focus, p_mask, o_t, extent, stride_focus_t, stride_mask_t)
         b_w = b_raw
-        if SCALE == "affine":
+        if AFFINE:
             b_w = (b_raw + 1.0) * 0.5
-        if SCALE == "batch_minmax":
-            b_w = _normalized(b_raw, batch_low, batch_high, batch_high > batch_low)
         m_gate = o_t < 0
         if COMPENSATION:
             m_gate = m_valid
@@ -340,7 +264,7 @@ def weights_token_kernel(
                 b_keys = tl.load(p_token + o_t, mask=m_valid, other=0.0).to(tl.int32, bitcast=True)
                 m_gate = m_valid & (b_keys >= threshold)
             b_rank = seen + tl.cumsum(m_valid.to(tl.int32), 0)
-            b_lift = _lift(b_rank, count, BETA, SCHEDULE, EXPONENT, STEP_POSITION, POSITION)
+            b_lift = _lift(b_rank, count, BETA, SCHEDULE, EXPONENT, STEP_POSITION)
             b_w = b_w * (1.0 + tl.where(m_gate, b_lift, 0.0))
         seen += tl.sum(m_valid.to(tl.int32), 0)
         low = tl.minimum(low, tl.min(tl.where(m_valid, b_w, float("inf")), 0))
@@ -350,9 +274,7 @@ def weights_token_kernel(
         tl.store(gate_ptr + row * length + o_t, m_gate.to(tl.uint8), mask=o_t < length)
 
     mean_w = total / tl.maximum(count, 1).to(tl.float64)
-    varies = high > low
-    if NEUTRAL:
-        varies = varies & (raw_high > raw_low)
+    varies = (high > low) & (raw_high > raw_low)
     span = tl.where(varies, high.to(tl.float64) - low.to(tl.float64), 1.0)
     mean = tl.where(varies, (mean_w - low.to(tl.float64)) / span, 0.0)
 
@@ -385,6 +307,54 @@ def weights_token_kernel(
         score = score * count.to(tl.float64)
     score = tl.where(broken > 0, float("nan"), tl.where(count > 0, score, 0.0))
     tl.store(score_ptr + row, score.to(tl.float32))
-    if NEUTRAL:
-        score = tl.where(count > 0, score, float("inf"))
-    tl.store(group_score_ptr + row, score)
+    tl.store(group_score_ptr + row, tl.where(count > 0, score, float("inf")))
+
+
+def candidates(*blocks_and_warps: tuple[int, int]) -> dict[str, tuple[Tiles, ...]]:
+    """Returns what a tuner times against the choice, by target."""
+    bounded = listed("BLOCK num_warps maxnreg", *((*pair, 128) for pair in blocks_and_warps))
+    return dict.fromkeys(("sm_80", "sm_90", "sm_100", "sm_120"), bounded) | {
+        "gfx942": listed("BLOCK num_warps", *blocks_and_warps)
+    }
+
+
+def bounded(tiles: Tiles, target: str) -> Tiles:
+    """Returns the tiles with a limit of registers on NVIDIA: without it ptxas spills to fit one more program."""
+    return tiles if target == "gfx942" else tiles | {"maxnreg": 128}
+
+
+@tunable(
+    "weights token",
+    case="weights_token[balanced]",
+    candidates=candidates((256, 4), (512, 8), (1024, 4), (1024, 8)),
+)
+def token_tiles(target: str) -> Tiles:
+    """Returns the tile of tokens that a program walks its trajectory in, chosen by registers, not timed."""
+    return bounded({"BLOCK": 512, "num_warps": 4}, target)
+
+
+def clamp_options(clamp: tuple[float, float] | None, preserve_mean: bool) -> dict[str, Any]:
+    """Returns the compile-time arguments of a clamp."""
+    low, high = clamp or (1.0, 1.0)
+    how = "none" if clamp is None else "project" if preserve_mean else "cut"
+    return {"CLAMP": how, "LOW": low, "HIGH": high}
+
+
+def token_options(config: VGPOConfig, source: str, signed: bool) -> dict[str, Any]:
+    """Returns the token kernel's compile-time arguments."""
+    return {
+        "SIGNED": signed,
+        "AFFINE": source != "attention",
+        "BETA": float(config.beta),
+        "TAIL_START": float(config.tail_start),
+        "GATED_SHARE": float(config.gated_share),
+        "SCHEDULE": config.schedule,
+        "EXPONENT": float(config.exponent),
+        "STEP_POSITION": float(config.step_position),
+        "COMPENSATION": config.compensation,
+        "GATE": config.gate,
+        "INTRA": config.intra,
+        "SCORE": config.trajectory_score,
+        "NEGATIVE": float(config.negative_strength),
+        **clamp_options(config.token_clamp, config.preserve_mean),
+    }

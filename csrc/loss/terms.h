@@ -1,7 +1,7 @@
 // The terms of the policy loss on vectors of tokens: ratio, clip, KL, as in vgpo_kernels/policy_loss/terms.py.
 // Comparisons, not min and max, so that NaN stays NaN, in the gradient, too; on its bounds a clamp passes gradients on.
 #pragma once
-#include "exp.h"
+#include "../simd/exp.h"
 
 namespace vgpo::VGPO_TARGET {
 
@@ -24,8 +24,8 @@ inline Settings settings_of(const View<double, 1>& values) {
 VGPO_INLINE void surrogate(const Settings& settings, F logp, F log_ratio, F advantage, F& loss, F& gradient) {
     const I negative = advantage < 0.0f;
     const float least = settings.cispo ? -INFINITY : settings.low;
-    const F low = select(negative, all(least), all(-INFINITY));
-    const F high = select(negative, all(settings.high_negative), all(settings.high));
+    const F low = select(negative, broadcast(least), broadcast(-INFINITY));
+    const F high = select(negative, broadcast(settings.high_negative), broadcast(settings.high));
     const I below = log_ratio < low, above = log_ratio > high;
     loss = -exp(select(above, high, select(below, low, log_ratio))) * advantage;
     if (settings.cispo) {
@@ -51,7 +51,7 @@ VGPO_INLINE void kl_to_reference(const Settings& settings, F logp, F log_ratio, 
     F difference = ref_logp - logp;
     I outside = I{};
     if (settings.kl_log_ratio_limit < INFINITY) {
-        const F limit = all(settings.kl_log_ratio_limit);
+        const F limit = broadcast(settings.kl_log_ratio_limit);
         const I above = difference > limit, below = difference < -limit;
         outside = above | below;
         difference = select(above, limit, select(below, -limit, difference));
@@ -59,7 +59,7 @@ VGPO_INLINE void kl_to_reference(const Settings& settings, F logp, F log_ratio, 
     const F exponential = exp(difference), slope = 1.0f - exponential;
     kl = k3(difference, exponential);
     if (settings.kl_limit < INFINITY) {
-        const F limit = all(settings.kl_limit);
+        const F limit = broadcast(settings.kl_limit);
         const I above = kl > limit, below = kl < -limit;
         outside |= above | below;
         kl = select(above, limit, select(below, -limit, kl));

@@ -1,6 +1,6 @@
 // Pieces of a row as vectors: masks, and values of any dtype and stride as float.
 #pragma once
-#include "simd.h"
+#include "vector.h"
 
 namespace vgpo::VGPO_TARGET {
 
@@ -26,12 +26,12 @@ VGPO_INLINE int64_t count_set(I mask) {
 template <class T>
 VGPO_INLINE void read_row(const T* p, int64_t count, int64_t stride, float* out) {
     if (stride == 0 && count > 0) {
-        const F value = all(to_float(*p));
+        const F value = broadcast(to_float(*p));
         for (int64_t i = 0; i < count; i += LANES) store(out + i, value);
         return;
     }
     for (int64_t i = 0; i < count; i += LANES)
-        store(out + i, load_some(p + i * stride, smaller<int64_t>(LANES, count - i), stride));
+        store(out + i, load_partial(p + i * stride, min<int64_t>(LANES, count - i), stride));
 }
 
 // `count` elements of a row from column `start` on, as whole vectors of floats: in place where they are that already,

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
-from vgpo_kernels.focus.configs import VECTOR, cosine_tiles, prototype_tiles
+from vgpo_kernels._tuning import Tiles, listed, tunable
 from vgpo_kernels.focus.prototypes import index_prototypes
+
+VECTOR = 8  # elements in the widest load, 16 bytes at two bytes an element
+_TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
 @triton.jit
@@ -95,6 +98,32 @@ def prototype_kernel(
     tl.store(count_ptr + prototype, count, mask=tl.program_id(0) % n_blocks == 0)
 
 
+@tunable(
+    "focus prototype",
+    case="focus prototype bf16",
+    candidates=dict.fromkeys(
+        _TARGETS,
+        listed(
+            "BLOCK_SEARCH BLOCK_L BLOCK_D num_warps",
+            (2048, 64, 64, 4),
+            (2048, 64, 64, 8),
+            (2048, 64, 128, 4),
+            (2048, 128, 32, 4),
+            (2048, 256, 64, 8),
+        ),
+    ),
+)
+def prototype_tiles(unit: int, itemsize: int) -> Tiles:
+    """Returns the prototype kernel's tiles, chosen by registers, not timed.
+
+    64 columns fill a cache line at two bytes an element.
+    A tile of 16 KiB (8 rows of D 3584 make 448 programs) keeps enough bytes in flight; longer ones spill.
+    Without whole units each element has its own address, so the tile is shorter.
+    """
+    length = 256 // itemsize if unit == VECTOR else 32
+    return {"BLOCK_SEARCH": 2048, "BLOCK_L": length, "BLOCK_D": 64, "num_warps": 4}
+
+
 @triton.jit
 def _root(x):
     """The square root, of a subnormal number, too: a GPU's takes it for 0. An exact one would spill, sm_120."""
@@ -178,6 +207,31 @@ def cosine_kernel(
         m_t = m_t & (o_t < tl.minimum(tl.load(count_ptr + row), 1) * L)
         b_focus = _cosine(p_h, mean_ptr + row * D, m_t, D, stride_d, UNIT, SPREAD, BLOCK_D)  # [BT]
     tl.store(focus_ptr + row * L + o_t, tl.where(m_t, b_focus, 0.0), mask=m_l)
+
+
+def cosine_spread(unit: int, target: str) -> int:
+    """Returns 1 where the mean is read for every token: not where that spills (sm_120) or takes a load a column."""
+    return int(unit == VECTOR and target != "sm_120")
+
+
+def _cosine_candidates(target: str) -> tuple[Tiles, ...]:
+    spread = cosine_spread(VECTOR, target)
+    rows = ((4, 256, 4), (4, 512, 4), (16, 256, 8), (8, 512, 8), (4, 256, 2))
+    return tuple({**tiles, "SPREAD": spread} for tiles in listed("BLOCK_T BLOCK_D num_warps", *rows))
+
+
+@tunable(
+    "focus cosine",
+    case="focus cosine bf16",
+    candidates={target: _cosine_candidates(target) for target in _TARGETS},
+)
+def cosine_tiles(grouped: bool, unit: int, target: str) -> Tiles:
+    """Returns the cosine kernel's tiles, chosen by registers, not timed.
+
+    256 divides the usual D; more tokens with the loop over prototypes spill.
+    """
+    block = 4 if grouped else 8
+    return {"BLOCK_T": block, "BLOCK_D": 256, "SPREAD": cosine_spread(unit, target), "num_warps": 4}
 
 
 def visual_focus_score(

@@ -1,19 +1,20 @@
 // Attention probabilities exp(score - lse), a tile of scores at a time, so that no map of scores is ever in memory.
 //
-// Wanted keys are gathered and packed into panels as wide as a tile; a block of panels stays in the second cache while
+// Selected keys are gathered and packed into panels as wide as a tile; a block of panels stays in the second cache while
 // rows of queries, packed a tile at a time, pass over it. Which keys share a panel, and in what order sums run, follows
 // from sizes, masks and segments alone.
 #pragma once
-#include "exp.h"
-#include "product.h"
+#include "../simd/exp.h"
+#include "../simd/product.h"
+#include "visibility.h"
 
 namespace vgpo::VGPO_TARGET {
 
 constexpr int64_t PANEL_FLOATS = 128 * 1024;  // in a block of panels: 512 KB
-constexpr int64_t MOST_PANELS = 32;           // in a block
-constexpr int32_t NOWHERE = INT32_MAX;        // the position of a lane without a key: in no interval
+constexpr int64_t MAX_PANELS = 32;            // in a block
+constexpr int32_t NO_POSITION = INT32_MAX;    // the position of a lane without a key: in no interval
 
-struct Attention {
+struct ScoreFormula {
     float scale, cap;  // score = scale * q.k, then cap * tanh(score / cap)
 };
 
@@ -23,15 +24,15 @@ struct AttentionInputs {
     View<T, 4> q, k;
     View<float, 3> lse;
     View<int32_t, 2> key_start, key_end;
-    Attention formula;
+    ScoreFormula formula;
 };
 
 // Queries side by side, of one head: what becomes of a tile of their scores.
 struct QueryTile {
     float lse[TILE_ROWS];                      // infinity where it is -infinity, so that probabilities are 0
     int32_t start[TILE_ROWS], end[TILE_ROWS];  // the interval of a query; empty past the last query
-    int32_t some_from, some_to;                // no query sees a key outside
-    int32_t all_from, all_to;                  // every query sees the keys inside
+    int32_t any_from, any_to;                  // keys outside are visible to no query
+    int32_t all_from, all_to;                  // keys inside are visible to every query
 };
 
 // Keys side by side in a block: TILE_COLUMNS at most.
@@ -41,12 +42,10 @@ struct Panel {
     int32_t segment;
 };
 
-enum class Seen { none, some, all };
-
-VGPO_INLINE Seen seen(const QueryTile& queries, const Panel& panel) {
-    if (queries.some_from > panel.high || queries.some_to <= panel.low) return Seen::none;
-    const bool whole = queries.all_from <= panel.low && panel.high < queries.all_to;
-    return whole && panel.count == TILE_COLUMNS ? Seen::all : Seen::some;
+VGPO_INLINE Visibility visibility_of(const QueryTile& queries, const Panel& panel) {
+    if (queries.any_from > panel.high || queries.any_to <= panel.low) return NONE;
+    const bool all_visible = queries.all_from <= panel.low && panel.high < queries.all_to;
+    return all_visible && panel.count == TILE_COLUMNS ? FULL : PARTIAL;
 }
 
 // Reads queries [first, first + count) of a head: their elements into `packed`, and the rest into a QueryTile.
@@ -55,23 +54,23 @@ QueryTile read_queries(float* packed, const AttentionInputs<T>& in, int64_t b, i
     pack_across<T>(packed, TILE_ROWS, count, in.q.size[3], in.q.stride[3], 1.0f,
                    [&](int64_t r) { return in.q.at(b, h, first + r); });
     QueryTile tile;
-    tile.some_from = tile.all_to = INT32_MAX, tile.some_to = tile.all_from = 0;
+    tile.any_from = tile.all_to = INT32_MAX, tile.any_to = tile.all_from = 0;
     for (int r = 0; r < TILE_ROWS; ++r) {
         const bool there = r < count;
         const float lse = there ? *in.lse.at(b, h, first + r) : 0.0f;
         const int32_t start = there ? *in.key_start.at(b, first + r) : 0, end = there ? *in.key_end.at(b, first + r) : 0;
         tile.lse[r] = lse == -INFINITY ? INFINITY : lse;
         tile.start[r] = start, tile.end[r] = end;
-        tile.all_from = larger(tile.all_from, start), tile.all_to = smaller(tile.all_to, end);
+        tile.all_from = max(tile.all_from, start), tile.all_to = min(tile.all_to, end);
         if (start >= end) continue;
-        tile.some_from = smaller(tile.some_from, start), tile.some_to = larger(tile.some_to, end);
+        tile.any_from = min(tile.any_from, start), tile.any_to = max(tile.any_to, end);
     }
     return tile;
 }
 
 // Calls use(r, p) for each row of a tile, p its probabilities in TILE_VECTORS vectors, 0 where CUT and not visible.
 template <bool CAPPED, bool CUT, class Use>
-VGPO_INLINE void each_row(const float* scores, const QueryTile& queries, const int32_t* positions, Attention formula,
+VGPO_INLINE void each_row(const float* scores, const QueryTile& queries, const int32_t* positions, ScoreFormula formula,
                           Use use) {
     const float inner = CAPPED ? formula.scale / formula.cap : formula.scale;
     for (int r = 0; r < TILE_ROWS; ++r, scores += TILE_COLUMNS) {
@@ -94,12 +93,12 @@ VGPO_INLINE void each_row(const float* scores, const QueryTile& queries, const i
 // The same for a tile of packed queries and a panel of packed keys.
 template <bool CAPPED, class Use>
 VGPO_INLINE void each_probability(const float* packed, const QueryTile& queries, const float* keys, int64_t depth,
-                                  const int32_t* positions, bool cut, Attention formula, Use use) {
+                                  const int32_t* positions, bool cut, ScoreFormula formula, Use use) {
     float scores[TILE_ROWS * TILE_COLUMNS];
     for (int64_t d = 0; d < depth || d == 0; d += SUM_DEPTH) {
         Tile tile;
         clear(tile);
-        multiply(tile, packed + d * TILE_ROWS, keys + d * TILE_COLUMNS, smaller(SUM_DEPTH, depth - d));
+        multiply(tile, packed + d * TILE_ROWS, keys + d * TILE_COLUMNS, min(SUM_DEPTH, depth - d));
 #pragma GCC unroll 8
         for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 3
@@ -114,27 +113,27 @@ VGPO_INLINE void each_probability(const float* packed, const QueryTile& queries,
         each_row<CAPPED, false>(scores, queries, positions, formula, use);
 }
 
-// Packs the keys at `wanted` into a panel, and writes down where they are.
+// Packs the keys at `selected` into a panel, and writes down where they are.
 template <class T>
-Panel pack_keys(float* packed, int32_t* positions, const View<T, 4>& k, int64_t b, int64_t head, const int32_t* wanted,
+Panel pack_keys(float* packed, int32_t* positions, const View<T, 4>& k, int64_t b, int64_t head, const int32_t* selected,
                 int64_t count, int32_t segment) {
     pack_across<T>(packed, TILE_COLUMNS, count, k.size[3], k.stride[3], 1.0f,
-                   [&](int64_t r) { return k.at(b, head, wanted[r]); });
-    Panel panel{NOWHERE, -1, static_cast<int32_t>(count), segment};
+                   [&](int64_t r) { return k.at(b, head, selected[r]); });
+    Panel panel{NO_POSITION, -1, static_cast<int32_t>(count), segment};
     for (int64_t i = 0; i < TILE_COLUMNS; ++i) {
-        positions[i] = i < count ? wanted[i] : NOWHERE;
+        positions[i] = i < count ? selected[i] : NO_POSITION;
         if (i >= count) continue;
-        panel.low = smaller(panel.low, wanted[i]), panel.high = larger(panel.high, wanted[i]);
+        panel.low = min(panel.low, selected[i]), panel.high = max(panel.high, selected[i]);
     }
     return panel;
 }
 
 // Panels of keys of `depth` elements that a block holds.
 inline int64_t panels_in_block(int64_t depth, int64_t floats) {
-    return smaller(MOST_PANELS, larger<int64_t>(1, floats / larger<int64_t>(1, TILE_COLUMNS * depth)));
+    return min(MAX_PANELS, max<int64_t>(1, floats / max<int64_t>(1, TILE_COLUMNS * depth)));
 }
 
-constexpr int64_t FEWEST_TASKS = 32;  // of a call, where its sizes allow it
+constexpr int64_t MIN_TASKS = 32;  // of a call, where its sizes allow it
 
 template <class V>
 void expect_attention(const V& q, const V& k, const View<float, 3>& lse, const View<int32_t, 2>& key_start,
@@ -143,7 +142,7 @@ void expect_attention(const V& q, const V& k, const View<float, 3>& lse, const V
     expect(q.type == k.type, "k: expected the dtype of q");
     expect_size("k", k, {B, k.size[1], k.size[2], q.size[3]});
     expect(k.size[1] > 0 ? Hq % k.size[1] == 0 : Hq == 0, "k: expected a number of heads that divides that of q");
-    expect(k.size[2] < NOWHERE, "k: expected fewer keys");
+    expect(k.size[2] < NO_POSITION, "k: expected fewer keys");
     expect_size("lse", lse, {B, Hq, Lq});
     expect_size("key_start", key_start, {B, Lq});
     expect_size("key_end", key_end, {B, Lq});

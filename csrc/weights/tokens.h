@@ -1,62 +1,59 @@
 // Focus scores to token and trajectory weights, as in vgpo_kernels/weights/reference.py: elementwise work in float,
 // sums in double. The valid tokens of a row are packed first, so that a token's place among them is its position.
 #pragma once
-#include "weights_groups.h"
+#include "groups.h"
 
 namespace vgpo::VGPO_TARGET {
 
-constexpr int64_t WEIGHTS_TASK = 16384;  // tokens that are worth a task
+constexpr int64_t WEIGHTS_TASK_TOKENS = 16384;  // tokens that are worth a task
 constexpr int64_t WEIGHTS_BUFFERS = 4;   // of floats or integers, each as long as a row
 
 typedef double D __attribute__((vector_size(8 * VGPO_LANES)));
 typedef int64_t L __attribute__((vector_size(8 * VGPO_LANES)));
 
-enum class FocusScale { none, affine, batch };
 enum class Schedule { linear, exponential, step };
 
 struct WeightOptions {
-    FocusScale scale;
     Schedule schedule;
     double beta, exponent, step_position, tail_start, gated_share, negative_strength;
-    bool zero_based, compensation, gate, intra, inter, normalized_score, mean_score, consecutive, neutral;
+    bool affine, compensation, gate, intra, inter, normalized_score, mean_score;
     Bounds token, trajectory;
 };
 
 // From a tensor of these fields in their order: `_options` of vgpo_kernels/weights/native.py.
 inline WeightOptions weight_options(const View<double, 1>& values) {
-    expect_size("options", values, {23});
+    expect_size("options", values, {20});
     int64_t place = 0;
     auto number = [&] { return *values.at(place++); };
-    auto whole = [&] { return static_cast<int>(number()); };
-    auto truth = [&] { return number() != 0.0; };
+    auto integer = [&] { return static_cast<int>(number()); };
+    auto flag = [&] { return number() != 0.0; };
     auto bounds = [&] {
-        const Clamping how = static_cast<Clamping>(whole());
+        const Clamping how = static_cast<Clamping>(integer());
         const double low = number();
         return Bounds{how, low, number()};
     };
     WeightOptions o{};
-    o.scale = static_cast<FocusScale>(whole()), o.schedule = static_cast<Schedule>(whole());
+    o.schedule = static_cast<Schedule>(integer());
     o.beta = number(), o.exponent = number(), o.step_position = number(), o.tail_start = number();
     o.gated_share = number(), o.negative_strength = number();
-    o.zero_based = truth(), o.compensation = truth(), o.gate = truth(), o.intra = truth(), o.inter = truth();
-    o.normalized_score = truth(), o.mean_score = truth(), o.consecutive = truth(), o.neutral = truth();
+    o.affine = flag(), o.compensation = flag(), o.gate = flag(), o.intra = flag(), o.inter = flag();
+    o.normalized_score = flag(), o.mean_score = flag();
     o.token = bounds(), o.trajectory = bounds();
     return o;
 }
 
-struct WeightsCall {
+struct WeightsArguments {
     WeightOptions options;
     Floats<2> focus;
     View<uint8_t, 2> mask;
     View<uint8_t, 1> visual;
     Maybe<View<uint8_t, 1>> negative;
     double strength;
-    float batch_low, batch_high;
     View<float, 2> token, normalized;
     View<uint8_t, 2> gate;
     View<float, 1> score;
 
-    VGPO_INLINE bool sees(int64_t row) const { return *visual.at(row) != 0; }
+    VGPO_INLINE bool has_visual(int64_t row) const { return *visual.at(row) != 0; }
     VGPO_INLINE double strength_of(int64_t row) const {
         return negative.present && *negative.view.at(row) != 0 ? strength * options.negative_strength : strength;
     }
@@ -71,7 +68,7 @@ VGPO_INLINE double sum_doubles(D x) {
 }
 
 // Where lanes lie in a row of `count` elements, from element i on.
-VGPO_INLINE I inside(int64_t count, int64_t i) { return first_lanes(smaller<int64_t>(LANES, count - i)); }
+VGPO_INLINE I inside(int64_t count, int64_t i) { return first_lanes(min<int64_t>(LANES, count - i)); }
 
 // The bits of floats as integers in the same order, both zeros alike.
 VGPO_INLINE I ordered(F x) {
@@ -79,18 +76,17 @@ VGPO_INLINE I ordered(F x) {
     return nonzero ^ ((nonzero >> 31) & 0x7fffffff);
 }
 
-// The raw scores of a row's valid tokens, side by side; returns how many. Without a visual token they are 0.
+// The raw scores of a row's valid tokens, side by side; returns how many.
 template <class T>
-int64_t pack_scores(const WeightsCall& call, const View<T, 2>& focus, int64_t row, float* raw) {
+int64_t pack_scores(const WeightsArguments& call, const View<T, 2>& focus, int64_t row, float* raw) {
     const int64_t length = focus.size[1], stride = focus.stride[1];
-    const bool sees = call.sees(row);
     int64_t count = 0;
     for (int64_t i = 0; i < length; i += LANES) {
-        const int64_t some = smaller<int64_t>(LANES, length - i);
+        const int64_t some = min<int64_t>(LANES, length - i);
         const I valid = load_mask(call.mask.at(row, i), some, call.mask.stride[1]);
         const int64_t set = count_set(valid);
         if (set == 0) continue;
-        const F x = sees ? load_some(focus.at(row, i), some, stride) : F{};
+        const F x = load_partial(focus.at(row, i), some, stride);
         if (set == LANES) {
             store(raw + count, x);
             count += LANES;
@@ -102,30 +98,15 @@ int64_t pack_scores(const WeightsCall& call, const View<T, 2>& focus, int64_t ro
     return count;
 }
 
-// Extremes of a row's raw scores, 0 for what is not read.
-template <class T>
-void row_extremes(const WeightsCall& call, const View<T, 2>& focus, int64_t row, float* low_high) {
-    const int64_t length = focus.size[1];
-    const bool sees = call.sees(row);
-    F low = all(INFINITY), high = all(-INFINITY);
-    for (int64_t i = 0; i < length; i += LANES) {
-        const int64_t some = smaller<int64_t>(LANES, length - i);
-        const I valid = load_mask(call.mask.at(row, i), some, call.mask.stride[1]);
-        const F x = sees ? select(valid, load_some(focus.at(row, i), some, focus.stride[1]), F{}) : F{};
-        low = select(inside(length, i), min(x, low), low), high = select(inside(length, i), max(x, high), high);
-    }
-    low_high[0] = min_lanes(low), low_high[1] = max_lanes(high);
-}
-
-// A threshold that the k largest of `count` keys, and those equal to the last of them, are not below.
+// A threshold such that the k largest of `count` keys, ties of the k-th included, are those not below it.
 // Halves the range of integers, and stops early where it parts the keys as wanted.
-inline int32_t largest(const int32_t* keys, int64_t count, int64_t k) {
+inline int32_t gate_threshold(const int32_t* keys, int64_t count, int64_t k) {
     int32_t least = INT32_MAX, most = INT32_MIN;
-    for (int64_t i = 0; i < count; ++i) least = smaller(least, keys[i]), most = larger(most, keys[i]);
+    for (int64_t i = 0; i < count; ++i) least = min(least, keys[i]), most = max(most, keys[i]);
     int64_t low = least, high = static_cast<int64_t>(most) + 1;
     while (high - low > 1) {
         const int64_t middle = low + (high - low) / 2;
-        const I border = all_of(static_cast<int32_t>(middle));
+        const I border = broadcast_int(static_cast<int32_t>(middle));
         I found = I{};
         for (int64_t i = 0; i < count; i += LANES) {
             I part;
@@ -141,30 +122,22 @@ inline int32_t largest(const int32_t* keys, int64_t count, int64_t k) {
 
 // beta * s(p) of the tokens from `first` on.
 inline void write_lift(const WeightOptions& options, int64_t first, int64_t count, float* lift) {
-    const int32_t back = options.zero_based ? 1 : 0, end = static_cast<int32_t>(count);
-    const double last = static_cast<double>(larger<int64_t>(count - back, 1)), beta = options.beta;
-    const int32_t begin = static_cast<int32_t>(first);
+    const int32_t begin = static_cast<int32_t>(first), end = static_cast<int32_t>(count);
+    const double last = static_cast<double>(max<int64_t>(count, 1)), beta = options.beta;
     if (options.schedule == Schedule::step) {
         for (int32_t i = begin; i < end; ++i)
-            lift[i] = static_cast<float>((i + 1 - back) / last >= options.step_position ? beta : 0.0);
+            lift[i] = static_cast<float>((i + 1) / last >= options.step_position ? beta : 0.0);
     } else if (options.schedule == Schedule::linear) {
-        for (int32_t i = begin; i < end; ++i) lift[i] = static_cast<float>(beta * ((i + 1 - back) / last));
+        for (int32_t i = begin; i < end; ++i) lift[i] = static_cast<float>(beta * ((i + 1) / last));
     } else if (options.exponent == 2.0) {
         for (int32_t i = begin; i < end; ++i) {
-            const double p = (i + 1 - back) / last;
+            const double p = (i + 1) / last;
             lift[i] = static_cast<float>(beta * (p * p));
         }
     } else {
         for (int32_t i = begin; i < end; ++i)
-            lift[i] = static_cast<float>(beta * std::pow((i + 1 - back) / last, options.exponent));
+            lift[i] = static_cast<float>(beta * std::pow((i + 1) / last, options.exponent));
     }
-}
-
-VGPO_INLINE F focus_score(const WeightsCall& call, F raw) {
-    if (call.options.scale == FocusScale::none) return raw;
-    if (call.options.scale == FocusScale::affine) return (raw + 1.0f) * 0.5f;
-    if (!(call.batch_high > call.batch_low)) return F{};
-    return (raw - call.batch_low) / (call.batch_high - call.batch_low);
 }
 
 // The valid tokens of a row on their way: how many, from which on the gate may open, and the sums of its scores.
@@ -173,11 +146,11 @@ struct PackedRow {
     int32_t threshold;
     float low, high, raw_low, raw_high;
     double total;
-    bool broken;
+    bool non_finite;
 };
 
 // Writes compensated scores to w and the gate to `gate`, 0 or 1.
-inline PackedRow compensate(const WeightsCall& call, int64_t count, const float* raw, float* w, int32_t* keys,
+inline PackedRow compensate(const WeightsArguments& call, int64_t count, const float* raw, float* w, int32_t* keys,
                             float* lift, uint8_t* gate) {
     const WeightOptions& options = call.options;
     PackedRow row{count, 0, INT32_MIN, 0.0f, 0.0f, 0.0f, 0.0f, 0.0, false};
@@ -186,24 +159,24 @@ inline PackedRow compensate(const WeightsCall& call, int64_t count, const float*
         const int64_t tail = count - row.head;
         const int64_t top = static_cast<int64_t>(static_cast<double>(tail) * options.gated_share);
         for (int64_t i = 0; i < tail; i += LANES) {
-            const I part = inside(tail, i) ? ordered(load_some(raw + row.head + i, smaller<int64_t>(LANES, tail - i)))
-                                           : all_of(INT32_MIN);
+            const I part = inside(tail, i) ? ordered(load_partial(raw + row.head + i, min<int64_t>(LANES, tail - i)))
+                                           : broadcast_int(INT32_MIN);
             std::memcpy(keys + i, &part, sizeof(part));
         }
-        row.threshold = largest(keys, tail, larger<int64_t>(top, 1));
+        row.threshold = gate_threshold(keys, tail, max<int64_t>(top, 1));
     }
     if (!options.compensation) row.head = count;
     write_lift(options, row.head, count, lift);
-    F low = all(INFINITY), high = all(-INFINITY), raw_low = low, raw_high = high, broken = F{};
+    F low = broadcast(INFINITY), high = broadcast(-INFINITY), raw_low = low, raw_high = high, non_finite = F{};
     D total = {};
     for (int64_t i = 0; i < count; i += LANES) {
         const I here = inside(count, i);
         const F x = select(here, load(raw + i), F{});
-        F y = focus_score(call, x);
+        F y = options.affine ? (x + 1.0f) * 0.5f : x;
         I opened = I{};
         if (i + LANES > row.head) {
-            const I behind = ~first_lanes(larger<int64_t>(row.head - i, 0));
-            opened = here & behind & (ordered(x) >= all_of(row.threshold));
+            const I behind = ~first_lanes(max<int64_t>(row.head - i, 0));
+            opened = here & behind & (ordered(x) >= broadcast_int(row.threshold));
             y = y * (1.0f + select(opened, load(lift + i), F{}));
         }
         const Bytes opened_bytes = __builtin_convertvector(opened & 1, Bytes);
@@ -212,18 +185,18 @@ inline PackedRow compensate(const WeightsCall& call, int64_t count, const float*
         total += __builtin_convertvector(select(here, y, F{}), D);
         low = select(here, min(y, low), low), high = select(here, max(y, high), high);
         raw_low = select(here, min(x, raw_low), raw_low), raw_high = select(here, max(x, raw_high), raw_high);
-        broken += x - x;
+        non_finite += x - x;
     }
     row.total = sum_doubles(total), row.low = min_lanes(low), row.high = max_lanes(high);
     row.raw_low = min_lanes(raw_low), row.raw_high = max_lanes(raw_high);
-    row.broken = !(sum_lanes(broken) == 0.0f);
+    row.non_finite = !(sum_lanes(non_finite) == 0.0f);
     return row;
 }
 
 // Maps w to [0, 1] in place, or to 0 where all are the same; returns the sum.
 inline double normalize(const PackedRow& row, bool varies, float* w) {
     D total = {};
-    const F low = all(row.low), span = all(varies ? row.high - row.low : 1.0f);
+    const F low = broadcast(row.low), span = broadcast(varies ? row.high - row.low : 1.0f);
     for (int64_t i = 0; i < row.count; i += LANES) {
         const F x = select(inside(row.count, i), varies ? (load(w + i) - low) / span : F{}, F{});
         store(w + i, x);
@@ -256,7 +229,7 @@ VGPO_INLINE void clamped_sum(const float* factors, int64_t count, const Bounds& 
 // Token factors 1 + psi from the normalized scores x, within the bounds and of that strength.
 inline void write_factors(const Bounds& bounds, int64_t count, float mean, double strength, const float* x,
                           float* factors) {
-    const F low = all(static_cast<float>(bounds.low)), high = all(static_cast<float>(bounds.high));
+    const F low = broadcast(static_cast<float>(bounds.low)), high = broadcast(static_cast<float>(bounds.high));
     I clipped = I{};
     for (int64_t i = 0; i < count; i += LANES) {
         const F factor = 1.0f + (load(x + i) - mean);
@@ -280,15 +253,15 @@ inline void write_factors(const Bounds& bounds, int64_t count, float mean, doubl
 }
 
 // Puts the results of packed tokens to their columns; 1, 0 and no gate elsewhere.
-inline void unpack_row(const WeightsCall& call, int64_t row, const float* factors, const float* x, const uint8_t* gate,
+inline void unpack_row(const WeightsArguments& call, int64_t row, const float* factors, const float* x, const uint8_t* gate,
                        bool visible) {
     const int64_t length = call.mask.size[1];
     int64_t next = 0;
     for (int64_t i = 0; i < length; i += LANES) {
-        const int64_t some = smaller<int64_t>(LANES, length - i);
+        const int64_t some = min<int64_t>(LANES, length - i);
         const I valid = visible ? load_mask(call.mask.at(row, i), some, call.mask.stride[1]) : I{};
         const int64_t set = count_set(valid);
-        F factor = all(1.0f), normalized = F{};
+        F factor = broadcast(1.0f), normalized = F{};
         Bytes opened = {};
         if (set == LANES) {
             factor = factors ? load(factors + next) : factor;
@@ -303,38 +276,38 @@ inline void unpack_row(const WeightsCall& call, int64_t row, const float* factor
                 ++next;
             }
         }
-        store_some(call.token.at(row, i), factor, some, call.token.stride[1]);
-        store_some(call.normalized.at(row, i), normalized, some, call.normalized.stride[1]);
+        store_partial(call.token.at(row, i), factor, some, call.token.stride[1]);
+        store_partial(call.normalized.at(row, i), normalized, some, call.normalized.stride[1]);
         if (set == LANES && call.gate.stride[1] == 1) std::memcpy(call.gate.at(row, i), &opened, sizeof(opened));
         else
             for (int64_t lane = 0; lane < some; ++lane) *call.gate.at(row, i + lane) = opened[lane];
     }
 }
 
-// Writes a row's token results and score; returns the score that enters its group, infinite where it takes no part.
-inline double weigh_row(const WeightsCall& call, int64_t row, float* buffer) {
+// Writes a row's token results and score; returns its score within its group, infinite if it is left out of it.
+inline double weigh_row(const WeightsArguments& call, int64_t row, float* buffer) {
     const WeightOptions& options = call.options;
     const int64_t length = call.mask.size[1], padded = divide_up(length, LANES) * LANES + LANES;
     float *raw = buffer, *w = raw + padded, *keys = w + padded, *lift = keys + padded;
     uint8_t* gate = reinterpret_cast<uint8_t*>(lift + padded);
-    const bool visible = call.sees(row) || !options.neutral;
+    const bool visible = call.has_visual(row);
     int64_t count = 0;
     if (visible)
         with_type(call.focus.type, [&](auto type) {
             count = pack_scores(call, call.focus.as<decltype(type)>(), row, raw);
         });
     const PackedRow packed = compensate(call, count, raw, w, reinterpret_cast<int32_t*>(keys), lift, gate);
-    const bool varies = packed.high > packed.low && !(options.neutral && packed.raw_high <= packed.raw_low);
-    const double members = static_cast<double>(larger<int64_t>(count, 1));
+    const bool varies = packed.high > packed.low && packed.raw_high > packed.raw_low;
+    const double members = static_cast<double>(max<int64_t>(count, 1));
     const double mean = normalize(packed, varies, w) / members;
     float* factors = options.intra ? raw : nullptr;
     if (factors) write_factors(options.token, count, static_cast<float>(mean), call.strength_of(row), w, factors);
     unpack_row(call, row, factors, w, gate, visible);
     double score = options.normalized_score ? mean : packed.total / members;
     if (!options.mean_score) score *= static_cast<double>(count);
-    if (packed.broken) score = NAN;
+    if (packed.non_finite) score = NAN;
     *call.score.at(row) = static_cast<float>(score);
-    return options.neutral && count == 0 ? INFINITY : score;
+    return count == 0 ? INFINITY : score;
 }
 
 void weights(View<float, 2> token, View<float, 1> trajectory, View<float, 2> normalized, View<uint8_t, 2> gate,
@@ -352,36 +325,21 @@ void weights(View<float, 2> token, View<float, 1> trajectory, View<float, 2> nor
     expect_size("visual", visual, {rows});
     expect_size("negative", negative, {rows});
     expect(length < INT32_MAX, "focus: expected fewer than 2^31 - 1 columns");
-    WeightsCall call{weight_options(options), focus, mask, visual, negative, strength, 0.0f, 1.0f, token, normalized,
+    WeightsArguments call{weight_options(options), focus, mask, visual, negative, strength, token, normalized,
                      gate, score};
-    const int64_t together = larger<int64_t>(WEIGHTS_TASK / larger<int64_t>(length, 1), 1);
-    const int64_t tasks = divide_up(rows, together);
+    const int64_t rows_per_task = max<int64_t>(WEIGHTS_TASK_TOKENS / max<int64_t>(length, 1), 1);
+    const int64_t tasks = divide_up(rows, rows_per_task);
     const int64_t padded = divide_up(length, LANES) * LANES + LANES;
     Scratch<float> buffers((WEIGHTS_BUFFERS + 1) * padded, threads);
     Scratch<double> scores(rows);
-    if (call.options.scale == FocusScale::batch) {
-        Scratch<float> extremes(2 * rows);
-        auto scan = [&](int64_t task, int64_t) {
-            for (int64_t row = task * together; row < smaller(rows, (task + 1) * together); ++row)
-                with_type(focus.type, [&](auto type) {
-                    row_extremes(call, focus.as<decltype(type)>(), row, extremes.of(0) + 2 * row);
-                });
-        };
-        parallel(tasks, threads, scan);
-        call.batch_low = INFINITY, call.batch_high = -INFINITY;
-        for (int64_t row = 0; row < rows; ++row) {
-            call.batch_low = smaller(call.batch_low, extremes.of(0)[2 * row]);
-            call.batch_high = larger(call.batch_high, extremes.of(0)[2 * row + 1]);
-        }
-    }
     auto weigh = [&](int64_t task, int64_t worker) {
-        for (int64_t row = task * together; row < smaller(rows, (task + 1) * together); ++row)
+        for (int64_t row = task * rows_per_task; row < min(rows, (task + 1) * rows_per_task); ++row)
             scores.of(0)[row] = weigh_row(call, row, buffers.of(worker));
     };
     parallel(tasks, threads, weigh);
-    if (call.options.inter) weigh_groups(scores.of(0), groups, call.options.consecutive, call.options.trajectory);
+    if (call.options.inter) weigh_groups(scores.of(0), groups, call.options.trajectory);
     for (int64_t row = 0; row < rows; ++row) {
-        // Rows that take no part have the factor 1, of any strength.
+        // Rows that are left out have the factor 1, of any strength.
         const double factor = call.options.inter ? scaled(scores.of(0)[row], call.strength_of(row)) : 1.0;
         *trajectory.at(row) = static_cast<float>(factor);
     }

@@ -1,6 +1,6 @@
 // Matrix products: a tile in registers, the panels it reads, and a whole product in blocks.
 #pragma once
-#include "simd.h"
+#include "vector.h"
 
 namespace vgpo::VGPO_TARGET {
 
@@ -24,7 +24,7 @@ VGPO_INLINE void multiply(Tile& tile, const float* left, const float* right, int
         for (int v = 0; v < TILE_VECTORS; ++v) columns[v] = load(right + v * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < TILE_ROWS; ++r) {
-            const F x = all(left[r]);
+            const F x = broadcast(left[r]);
 #pragma GCC unroll 3
             for (int v = 0; v < TILE_VECTORS; ++v) tile.at[r][v] += x * columns[v];
         }
@@ -71,8 +71,8 @@ VGPO_INLINE void pack_across(float* out, int width, int64_t count, int64_t depth
             const T* from[TRANSPOSED];
             for (int i = 0; i < TRANSPOSED; ++i) from[i] = row(r + i);
             for (int64_t d = 0; d < depth; d += LANES)
-                transpose(out + d * width + r, width, smaller<int64_t>(LANES, depth - d), scale, [&](int i) {
-                    return depth - d >= LANES ? load(from[i] + d) : load_some(from[i] + d, depth - d);
+                transpose(out + d * width + r, width, min<int64_t>(LANES, depth - d), scale, [&](int i) {
+                    return depth - d >= LANES ? load(from[i] + d) : load_partial(from[i] + d, depth - d);
                 });
         }
     for (; r < width; ++r) {
@@ -83,9 +83,9 @@ VGPO_INLINE void pack_across(float* out, int width, int64_t count, int64_t depth
         const T* from = row(r);
         int64_t d = 0;
         for (; d < depth; d += LANES) {
-            const int64_t some = smaller<int64_t>(LANES, depth - d);
+            const int64_t some = min<int64_t>(LANES, depth - d);
             float part[LANES];
-            store(part, load_some(from + d * stride, some, stride) * scale);
+            store(part, load_partial(from + d * stride, some, stride) * scale);
             for (int64_t i = 0; i < some; ++i) out[(d + i) * width + r] = part[i];
         }
     }
@@ -100,7 +100,7 @@ VGPO_INLINE void pack_along(float* out, int width, int64_t count, int64_t depth,
         int64_t r = 0;
         if (width % LANES == 0) {
             for (; r + LANES <= count; r += LANES) store(out + r, load(from + r));
-            for (; r < width; r += LANES) store(out + r, r < count ? load_some(from + r, count - r) : F{});
+            for (; r < width; r += LANES) store(out + r, r < count ? load_partial(from + r, count - r) : F{});
         } else if (sizeof(T) == sizeof(float) && count == width && width == TILE_ROWS) {
             std::memcpy(out, from, TILE_ROWS * sizeof(float));
         } else {
@@ -131,45 +131,45 @@ void multiply(View<float, 2> out, View<T, 2> left, View<T, 2> right, bool add, i
     const int64_t rows = left.size[0], columns = right.size[0], depth = left.size[1];
     const int64_t wide = BLOCK_PANELS * TILE_COLUMNS;
     const int64_t row_blocks = divide_up(rows, BLOCK_ROWS);
-    Scratch<float> panels(smaller(wide, divide_up(columns, TILE_COLUMNS) * TILE_COLUMNS) * BLOCK_DEPTH);
+    Scratch<float> panels(min(wide, divide_up(columns, TILE_COLUMNS) * TILE_COLUMNS) * BLOCK_DEPTH);
     Scratch<float> blocks(BLOCK_ROWS * BLOCK_DEPTH, threads);
     for (int64_t column = 0; column < columns; column += wide) {
-        const int64_t count = divide_up(smaller(wide, columns - column), TILE_COLUMNS);
-        for (int64_t start = 0; start < larger<int64_t>(depth, 1); start += BLOCK_DEPTH) {
-            const int64_t deep = smaller(BLOCK_DEPTH, depth - start);
+        const int64_t count = divide_up(min(wide, columns - column), TILE_COLUMNS);
+        for (int64_t start = 0; start < max<int64_t>(depth, 1); start += BLOCK_DEPTH) {
+            const int64_t deep = min(BLOCK_DEPTH, depth - start);
             auto pack_right = [&](int64_t panel, int64_t) {
                 const int64_t first = column + panel * TILE_COLUMNS;
                 pack(panels.of(0) + panel * TILE_COLUMNS * deep, TILE_COLUMNS, right, first,
-                     smaller<int64_t>(TILE_COLUMNS, columns - first), start, deep);
+                     min<int64_t>(TILE_COLUMNS, columns - first), start, deep);
             };
             parallel(count, threads, pack_right);
             // Few rows share a block: pieces of the columns are tasks of their own, so that there are enough.
-            const int64_t pieces = smaller(count, divide_up(16, row_blocks)), piece = divide_up(count, pieces);
+            const int64_t pieces = min(count, divide_up(16, row_blocks)), piece = divide_up(count, pieces);
             auto multiply_block = [&](int64_t task, int64_t worker) {
-                const int64_t first = task / pieces * BLOCK_ROWS, high = smaller(BLOCK_ROWS, rows - first);
-                const int64_t from = task % pieces * piece, to = smaller(count, from + piece);
+                const int64_t first = task / pieces * BLOCK_ROWS, high = min(BLOCK_ROWS, rows - first);
+                const int64_t from = task % pieces * piece, to = min(count, from + piece);
                 float* block = blocks.of(worker);
                 if (from >= to) return;
                 for (int64_t r = 0; r < high; r += TILE_ROWS)
-                    pack(block + r * deep, TILE_ROWS, left, first + r, smaller<int64_t>(TILE_ROWS, high - r), start, deep);
+                    pack(block + r * deep, TILE_ROWS, left, first + r, min<int64_t>(TILE_ROWS, high - r), start, deep);
                 for (int64_t panel = from; panel < to; ++panel) {
                     const int64_t place = column + panel * TILE_COLUMNS;
                     for (int64_t r = 0; r < high; r += TILE_ROWS) {
                         Tile tile;
                         clear(tile);
                         multiply(tile, block + r * deep, panels.of(0) + panel * TILE_COLUMNS * deep, deep);
-                        const int64_t tall = smaller<int64_t>(TILE_ROWS, high - r);
+                        const int64_t tall = min<int64_t>(TILE_ROWS, high - r);
 #pragma GCC unroll 8
                         for (int i = 0; i < TILE_ROWS; ++i) {
                             if (i >= tall) break;
 #pragma GCC unroll 3
                             for (int v = 0; v < TILE_VECTORS; ++v) {
-                                const int64_t some = smaller<int64_t>(LANES, columns - place - v * LANES);
+                                const int64_t some = min<int64_t>(LANES, columns - place - v * LANES);
                                 if (some <= 0) break;
                                 float* to_place = out.at(first + r + i, place + v * LANES);
                                 const bool keep = add || start > 0;
-                                const F before = keep ? load_some(to_place, some, out.stride[1]) : F{};
-                                store_some(to_place, before + tile.at[i][v], some, out.stride[1]);
+                                const F before = keep ? load_partial(to_place, some, out.stride[1]) : F{};
+                                store_partial(to_place, before + tile.at[i][v], some, out.stride[1]);
                             }
                         }
                     }

@@ -1,17 +1,17 @@
 // The policy loss on log-probabilities, with its gradient and what its metrics are made of.
 #pragma once
-#include "rows.h"
+#include "../simd/row_loads.h"
 #include "terms.h"
 
 namespace vgpo::VGPO_TARGET {
 
 // A row is worked on in pieces: few terms to a lane keep sums exact, and all of a piece's inputs fit the first cache.
-constexpr int64_t LOSS_PIECE = 64 * LANES;
-constexpr int64_t LOSS_TASK = 16384;  // tokens that are worth a task
+constexpr int64_t LOSS_CHUNK = 64 * LANES;
+constexpr int64_t LOSS_TASK_TOKENS = 16384;  // tokens that are worth a task
 constexpr int64_t LOSS_INPUTS = 5;    // of floats, by token
 constexpr int64_t LOSS_COLUMNS = 10;  // `ROW_COLUMNS` of vgpo_kernels/policy_loss/terms.py
 
-struct LossCall {
+struct LossArguments {
     Settings settings;
     bool sequence, row_mean;
     View<float, 2> loss, gradient, rows;
@@ -45,15 +45,15 @@ VGPO_INLINE void add(LossSums& sums, const LossLanes& lanes) {
 }
 
 // The number of valid tokens of a row, and the sum of their log-ratios where the row has one ratio.
-inline void survey(const LossCall& call, int64_t row, float* buffer, double& tokens, double& log_ratio) {
+inline void count_and_sum(const LossArguments& call, int64_t row, float* buffer, double& tokens, double& log_ratio) {
     const bool sums_ratios = call.sequence;
-    for (int64_t start = 0; start < call.mask.size[1]; start += LOSS_PIECE) {
-        const int64_t count = smaller(LOSS_PIECE, call.mask.size[1] - start), stride = call.mask.stride[1];
+    for (int64_t start = 0; start < call.mask.size[1]; start += LOSS_CHUNK) {
+        const int64_t count = min(LOSS_CHUNK, call.mask.size[1] - start), stride = call.mask.stride[1];
         const uint8_t* mask = call.mask.at(row, start);
         const float *logps = nullptr, *old = nullptr;
         if (sums_ratios) {
             logps = read_row(call.logps, row, start, count, buffer);
-            old = call.old.present ? read_row(call.old.view, row, start, count, buffer + LOSS_PIECE) : logps;
+            old = call.old.present ? read_row(call.old.view, row, start, count, buffer + LOSS_CHUNK) : logps;
         }
         I valid_count = I{};
         F sum = F{};
@@ -69,11 +69,11 @@ inline void survey(const LossCall& call, int64_t row, float* buffer, double& tok
 
 // Writes loss and gradient, by row_weight, of `count` tokens from `start` on. What of the gradient comes through the
 // row's ratio is summed up instead.
-inline void loss_piece(const LossCall& call, int64_t row, int64_t start, int64_t count, float row_log_ratio,
+inline void loss_chunk(const LossArguments& call, int64_t row, int64_t start, int64_t count, float row_log_ratio,
                        float row_weight, float* buffer, LossSums& sums) {
     const Settings& settings = call.settings;
     auto read = [&](const Floats<2>& from, int place) {
-        return read_row(from, row, start, count, buffer + place * LOSS_PIECE);
+        return read_row(from, row, start, count, buffer + place * LOSS_CHUNK);
     };
     const bool has_old = call.old.present, has_ref = call.ref.present, has_weights = call.token_weights.present;
     const float *logps = read(call.logps, 0), *advantages = read(call.advantages, 1);
@@ -88,14 +88,14 @@ inline void loss_piece(const LossCall& call, int64_t row, int64_t start, int64_t
     const uint8_t* mask = call.mask.at(row, start);
     LossLanes lanes{};
     for (int64_t i = 0; i < count; i += LANES) {
-        const int64_t some = smaller<int64_t>(LANES, count - i);
+        const int64_t some = min<int64_t>(LANES, count - i);
         const I valid = load_mask(mask + i * call.mask.stride[1], some, call.mask.stride[1]);
         const F logp = select(valid, load(logps + i), F{});
         F advantage = load(advantages + i);
         if (has_weights) advantage *= load(weights + i);
         advantage = select(valid, advantage * row_factor, F{});
         const F change = logp - select(valid, load(old + i), F{});
-        const F log_ratio = call.sequence ? all(row_log_ratio) : change;
+        const F log_ratio = call.sequence ? broadcast(row_log_ratio) : change;
         F loss, gradient;
         surrogate(settings, logp, log_ratio, advantage, loss, gradient);
         F through_ratio{};
@@ -115,8 +115,8 @@ inline void loss_piece(const LossCall& call, int64_t row, int64_t start, int64_t
         }
         lanes.gradient += select(valid, through_ratio, F{});
         loss = select(valid, loss, F{});
-        store_some(call.loss.at(row, start + i), loss, some, call.loss.stride[1]);
-        store_some(call.gradient.at(row, start + i), select(valid, gradient * row_weight, F{}), some,
+        store_partial(call.loss.at(row, start + i), loss, some, call.loss.stride[1]);
+        store_partial(call.gradient.at(row, start + i), select(valid, gradient * row_weight, F{}), some,
                    call.gradient.stride[1]);
 
         const F plain_ratio = exp(log_ratio), ratio = select(valid, plain_ratio, F{});
@@ -136,24 +136,24 @@ inline void loss_piece(const LossCall& call, int64_t row, int64_t start, int64_t
 }
 
 // Adds `value` to the gradient of a row's valid tokens.
-inline void add_to_row(const LossCall& call, int64_t row, float value) {
+inline void add_to_row(const LossArguments& call, int64_t row, float value) {
     const int64_t length = call.mask.size[1], stride = call.gradient.stride[1];
     for (int64_t i = 0; i < length; i += LANES) {
-        const int64_t some = smaller<int64_t>(LANES, length - i);
+        const int64_t some = min<int64_t>(LANES, length - i);
         float* p = call.gradient.at(row, i);
         const I valid = load_mask(call.mask.at(row, i), some, call.mask.stride[1]);
-        store_some(p, load_some(p, some, stride) + select(valid, all(value), F{}), some, stride);
+        store_partial(p, load_partial(p, some, stride) + select(valid, broadcast(value), F{}), some, stride);
     }
 }
 
-inline void loss_row(const LossCall& call, int64_t row, float* buffer) {
+inline void loss_row(const LossArguments& call, int64_t row, float* buffer) {
     const int64_t length = call.mask.size[1];
     double tokens = 0.0, log_ratio = 0.0;
-    if (call.sequence || call.row_mean) survey(call, row, buffer, tokens, log_ratio);
-    const double inverse = 1.0 / larger(tokens, 1.0), row_weight = call.row_mean ? inverse : 1.0;
+    if (call.sequence || call.row_mean) count_and_sum(call, row, buffer, tokens, log_ratio);
+    const double inverse = 1.0 / max(tokens, 1.0), row_weight = call.row_mean ? inverse : 1.0;
     LossSums sums{};
-    for (int64_t start = 0; start < length; start += LOSS_PIECE)
-        loss_piece(call, row, start, smaller(LOSS_PIECE, length - start), static_cast<float>(log_ratio * inverse),
+    for (int64_t start = 0; start < length; start += LOSS_CHUNK)
+        loss_chunk(call, row, start, min(LOSS_CHUNK, length - start), static_cast<float>(log_ratio * inverse),
                    static_cast<float>(row_weight), buffer, sums);
     // A row with one ratio, the mean of its tokens': each of them moves it by an equal share.
     if (call.sequence && (!call.settings.cispo || call.settings.kl_weighted))
@@ -177,16 +177,16 @@ void policy_loss(View<float, 2> loss, View<float, 2> gradient, View<float, 2> ro
     expect_size("ref", ref, {count, length});
     expect_size("token_weights", token_weights, {count, length});
     expect_size("trajectory_weights", trajectory_weights, {count});
-    const LossCall call{settings_of(settings), sequence, row_mean, loss, gradient,      rows,
+    const LossArguments call{settings_of(settings), sequence, row_mean, loss, gradient,      rows,
                         logps,                 advantages, mask,   old,  ref,           token_weights,
                         trajectory_weights};
-    Scratch<float> buffers(LOSS_INPUTS * LOSS_PIECE, threads);
-    const int64_t together = larger<int64_t>(LOSS_TASK / larger<int64_t>(length, 1), 1);
+    Scratch<float> buffers(LOSS_INPUTS * LOSS_CHUNK, threads);
+    const int64_t rows_per_task = max<int64_t>(LOSS_TASK_TOKENS / max<int64_t>(length, 1), 1);
     auto task = [&](int64_t number, int64_t worker) {
-        const int64_t end = smaller(count, (number + 1) * together);
-        for (int64_t row = number * together; row < end; ++row) loss_row(call, row, buffers.of(worker));
+        const int64_t end = min(count, (number + 1) * rows_per_task);
+        for (int64_t row = number * rows_per_task; row < end; ++row) loss_row(call, row, buffers.of(worker));
     };
-    parallel(divide_up(count, together), threads, task);
+    parallel(divide_up(count, rows_per_task), threads, task);
 }
 
 }  // namespace vgpo::VGPO_TARGET

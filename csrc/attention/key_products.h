@@ -1,6 +1,6 @@
-// The products of attention: queries in lanes against a block of keys, or few queries against keys as they lie.
+// The products of attention: queries in lanes against a block of keys, or few queries against keys in place.
 #pragma once
-#include "product.h"
+#include "../simd/product.h"
 
 namespace vgpo::VGPO_TARGET::attention {
 
@@ -29,7 +29,7 @@ VGPO_INLINE void outer_products(F (&tile)[ROWS][VECTORS], const float* left, int
         for (int v = 0; v < VECTORS; ++v) columns[v] = load(right + v * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r) {
-            const F x = all(left[r * row]);
+            const F x = broadcast(left[r * row]);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) tile[r][v] += x * columns[v];
         }
@@ -37,17 +37,17 @@ VGPO_INLINE void outer_products(F (&tile)[ROWS][VECTORS], const float* left, int
 }
 
 // scores (keys x width) = keys (rows `stride` apart) times the queries, packed in panels of TILE_COLUMNS; `scores` and
-// `keys` have room up to a multiple of TILE_ROWS keys.
+// `keys` are allocated up to a multiple of TILE_ROWS keys.
 inline void score_panels(float* scores, int64_t width, const float* queries, const float* keys, int64_t stride,
                          int64_t count, int64_t depth) {
     for (int64_t column = 0; column < width; column += TILE_COLUMNS, queries += TILE_COLUMNS * depth) {
-        with_count<TILE_VECTORS>(smaller<int64_t>(TILE_VECTORS, (width - column) / LANES), [&](auto vectors) {
+        with_count<TILE_VECTORS>(min<int64_t>(TILE_VECTORS, (width - column) / LANES), [&](auto vectors) {
             constexpr int VECTORS = decltype(vectors)::value;
             for (int64_t key = 0; key < count; key += TILE_ROWS) {
                 for (int64_t d = 0; d < depth || d == 0; d += SUM_DEPTH) {
                     F tile[TILE_ROWS][VECTORS];
                     outer_products(tile, keys + key * stride + d, stride, 1, queries + d * TILE_COLUMNS, TILE_COLUMNS,
-                                   smaller(SUM_DEPTH, depth - d));
+                                   min(SUM_DEPTH, depth - d));
                     for (int r = 0; r < TILE_ROWS; ++r)
                         for (int v = 0; v < VECTORS; ++v) {
                             float* score = scores + (key + r) * width + column + v * LANES;
@@ -84,7 +84,7 @@ VGPO_INLINE void add_values(float* out, int64_t stride, const float* factor, con
     }
 }
 
-// --- dot products with keys as they lie ---
+// --- dot products with keys in place ---
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)

@@ -1,15 +1,14 @@
 """Launches the Triton kernels of the weights: tokens first, then each trajectory within its group."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of
 from vgpo_kernels.weights.config import VGPOConfig
-from vgpo_kernels.weights.configs import group_tiles, token_tiles
-from vgpo_kernels.weights.group_kernels import weights_group_kernel
-from vgpo_kernels.weights.token_kernels import weights_token_kernel
+from vgpo_kernels.weights.triton.groups import group_options, group_tiles, weights_group_kernel
+from vgpo_kernels.weights.triton.tokens import token_options, token_tiles, weights_token_kernel
+
+__all__ = ["compile_cases", "weights"]
 
 
 def weights(
@@ -39,7 +38,6 @@ def weights(
         gate_ptr=gate.view(torch.uint8),
         score_ptr=score,
         group_score_ptr=group_score,
-        batch=batch,
         length=length,
         stride_focus_b=focus.stride(0),
         stride_focus_t=focus.stride(1),
@@ -48,7 +46,7 @@ def weights(
         stride_visual=has_visual.stride(0),
         stride_advantage=0 if advantages is None else advantages.stride(0),
         strength=warmup,
-        **_token_options(config, source, advantages is not None),
+        **token_options(config, source, advantages is not None),
         **token_tiles(target_of(focus)),
     )
     if not config.inter:
@@ -63,52 +61,16 @@ def weights(
         stride_group=group_ids.stride(0),
         stride_advantage=0 if advantages is None else advantages.stride(0),
         strength=warmup,
-        **_group_options(config, advantages is not None),
+        **group_options(config, advantages is not None),
         **group_tiles(target_of(focus)),
     )
     return token, trajectory, normalized, gate, score
 
 
-def _clamp_options(clamp: tuple[float, float] | None, preserve_mean: bool) -> dict[str, Any]:
-    low, high = clamp or (1.0, 1.0)
-    how = "none" if clamp is None else "project" if preserve_mean else "cut"
-    return {"CLAMP": how, "LOW": low, "HIGH": high}
-
-
-def _token_options(config: VGPOConfig, source: str, signed: bool) -> dict[str, Any]:
-    return {
-        "SIGNED": signed,
-        "SCALE": "none" if source == "attention" else config.focus_scale,
-        "BETA": float(config.beta),
-        "TAIL_START": float(config.tail_start),
-        "GATED_SHARE": float(config.gated_share),
-        "SCHEDULE": config.schedule,
-        "EXPONENT": float(config.exponent),
-        "STEP_POSITION": float(config.step_position),
-        "POSITION": config.position,
-        "COMPENSATION": config.compensation,
-        "GATE": config.gate,
-        "INTRA": config.intra,
-        "SCORE": config.trajectory_score,
-        "NEGATIVE": float(config.negative_strength),
-        "NEUTRAL": config.corners == "neutral",
-        **_clamp_options(config.token_clamp, config.preserve_mean),
-    }
-
-
-def _group_options(config: VGPOConfig, signed: bool) -> dict[str, Any]:
-    return {
-        "SIGNED": signed,
-        "CONSECUTIVE": config.grouping == "consecutive",
-        "NEGATIVE": float(config.negative_strength),
-        **_clamp_options(config.trajectory_clamp, config.preserve_mean),
-    }
-
-
 _TOKEN_SIGNATURE = {
     **{"focus_ptr": "*fp32", "mask_ptr": "*u8", "visual_ptr": "*u8", "advantage_ptr": "*fp32"},
     **{"token_ptr": "*fp32", "normalized_ptr": "*fp32", "gate_ptr": "*u8", "score_ptr": "*fp32"},
-    **{"group_score_ptr": "*fp64", "batch": "i32", "length": "i32"},
+    **{"group_score_ptr": "*fp64", "length": "i32"},
     **{"stride_focus_b": "i32", "stride_focus_t": "i32", "stride_mask_b": "i32", "stride_mask_t": "i32"},
     **{"stride_visual": "i32", "stride_advantage": "i32", "strength": "fp32"},
 }
@@ -119,21 +81,21 @@ _GROUP_SIGNATURE = {
 
 
 def compile_cases() -> list[CompileCase]:
-    """The kernels of each recipe, and of the other schedules."""
-    configs = {name: VGPOConfig.from_recipe(name) for name in ("paper", "official", "balanced")}
+    """Returns the kernels of the recipes that have some, and of the other schedules."""
+    configs = {name: VGPOConfig.from_recipe(name) for name in ("paper", "balanced")}
     configs["step"] = VGPOConfig.balanced(schedule="step", warmup_steps=100)
-    configs["exponential"] = VGPOConfig.official(schedule="exponential", negative_strength=0.5)
+    configs["exponential"] = VGPOConfig.balanced(schedule="exponential", preserve_mean=False, negative_strength=0.5)
     cases = []
     for name, config in configs.items():
         signed = config.negative_strength != 1
-        token = _token_options(config, "similarity", signed)
+        token = token_options(config, "similarity", signed)
         cases += [
             CompileCase(f"weights_token[{name}]", weights_token_kernel, _TOKEN_SIGNATURE, token, tiles=token_tiles),
             CompileCase(
                 f"weights_group[{name}]",
                 weights_group_kernel,
                 _GROUP_SIGNATURE,
-                _group_options(config, signed),
+                group_options(config, signed),
                 tiles=group_tiles,
             ),
         ]

@@ -4,14 +4,14 @@
 // includes kernels.h; everything below lives in that namespace. No template of the standard library is used here:
 // its copy, made for one target, could be the one that the linker keeps for all.
 #pragma once
-#include "target.h"
+#include "../target.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 namespace vgpo::VGPO_TARGET {
 
-#include "signatures.h"
+#include "../signatures.h"
 
 constexpr int LANES = VGPO_LANES;
 typedef float F __attribute__((vector_size(4 * VGPO_LANES)));
@@ -20,13 +20,13 @@ typedef uint32_t U __attribute__((vector_size(4 * VGPO_LANES)));
 typedef uint16_t H __attribute__((vector_size(2 * VGPO_LANES)));
 
 template <class T>
-VGPO_INLINE T smaller(T a, T b) { return b < a ? b : a; }
+VGPO_INLINE T min(T a, T b) { return b < a ? b : a; }
 template <class T>
-VGPO_INLINE T larger(T a, T b) { return a < b ? b : a; }
+VGPO_INLINE T max(T a, T b) { return a < b ? b : a; }
 VGPO_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-VGPO_INLINE F all(float x) { return x - F{}; }  // a subtraction of 0 is folded away, an addition is not: -0 + 0 is 0
-VGPO_INLINE I all_of(int32_t x) { return I{} + x; }
+VGPO_INLINE F broadcast(float x) { return x - F{}; }  // a subtraction of 0 is folded away, an addition is not: -0 + 0 is 0
+VGPO_INLINE I broadcast_int(int32_t x) { return I{} + x; }
 
 template <class To, class From>
 VGPO_INLINE To bits(From from) {
@@ -114,13 +114,13 @@ VGPO_INLINE void store(T* p, F x) {
 
 // The first `count` elements; the others are 0, or are not written.
 template <class T>
-VGPO_INLINE F load_some(const T* p, int64_t count) {
+VGPO_INLINE F load_partial(const T* p, int64_t count) {
     T part[LANES] = {};
     std::memcpy(part, p, count * sizeof(T));
     return load(part);
 }
 template <class T>
-VGPO_INLINE void store_some(T* p, F x, int64_t count) {
+VGPO_INLINE void store_partial(T* p, F x, int64_t count) {
     T part[LANES];
     store(part, x);
     std::memcpy(p, part, count * sizeof(T));
@@ -128,15 +128,15 @@ VGPO_INLINE void store_some(T* p, F x, int64_t count) {
 
 // The same, `stride` elements apart.
 template <class T>
-VGPO_INLINE F load_some(const T* p, int64_t count, int64_t stride) {
-    if (stride == 1) return count == LANES ? load(p) : load_some(p, count);
+VGPO_INLINE F load_partial(const T* p, int64_t count, int64_t stride) {
+    if (stride == 1) return count == LANES ? load(p) : load_partial(p, count);
     T part[LANES] = {};
     for (int64_t i = 0; i < count; ++i) part[i] = p[i * stride];
     return load(part);
 }
 template <class T>
-VGPO_INLINE void store_some(T* p, F x, int64_t count, int64_t stride) {
-    if (stride == 1) return count == LANES ? store(p, x) : store_some(p, x, count);
+VGPO_INLINE void store_partial(T* p, F x, int64_t count, int64_t stride) {
+    if (stride == 1) return count == LANES ? store(p, x) : store_partial(p, x, count);
     T part[LANES];
     store(part, x);
     for (int64_t i = 0; i < count; ++i) p[i * stride] = part[i];
@@ -145,9 +145,9 @@ VGPO_INLINE void store_some(T* p, F x, int64_t count, int64_t stride) {
 // One element.
 VGPO_INLINE float to_float(float x) { return x; }
 VGPO_INLINE float to_float(bf16 x) { return bits<float>(static_cast<uint32_t>(x.bits) << 16); }
-VGPO_INLINE float to_float(half x) { return load_some(&x, 1)[0]; }
+VGPO_INLINE float to_float(half x) { return load_partial(&x, 1)[0]; }
 template <class T>
-VGPO_INLINE void from_float(T* p, float x) { store_some(p, all(x), 1); }
+VGPO_INLINE void from_float(T* p, float x) { store_partial(p, broadcast(x), 1); }
 
 // --- over the lanes, in one order for every target's own width ---
 
@@ -162,7 +162,7 @@ VGPO_INLINE float max_lanes(F x) {
     float part[LANES];
     store(part, x);
     for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) part[i] = larger(part[i], part[i + width]);
+        for (int i = 0; i < width; ++i) part[i] = max(part[i], part[i + width]);
     return part[0];
 }
 VGPO_INLINE float min_lanes(F x) { return -max_lanes(-x); }
@@ -172,7 +172,7 @@ VGPO_INLINE I lane_numbers() {
     for (int i = 0; i < LANES; ++i) x[i] = i;
     return x;
 }
-VGPO_INLINE I first_lanes(int64_t count) { return lane_numbers() < all_of(static_cast<int32_t>(count)); }
+VGPO_INLINE I first_lanes(int64_t count) { return lane_numbers() < broadcast_int(static_cast<int32_t>(count)); }
 
 // --- threads and their memory ---
 
@@ -188,7 +188,7 @@ template <class T>
 class Scratch {
 public:
     Scratch(int64_t elements, int64_t workers = 1) : stride_(divide_up(elements * sizeof(T), 64) * 64) {
-        data_ = static_cast<char*>(std::aligned_alloc(64, larger<int64_t>(stride_ * workers, 64)));
+        data_ = static_cast<char*>(std::aligned_alloc(64, max<int64_t>(stride_ * workers, 64)));
         if (!data_) throw std::bad_alloc();
     }
     ~Scratch() { std::free(data_); }

@@ -1,37 +1,31 @@
 """Triton kernel of the trajectory weights: a program a trajectory scans the scores of its group."""
 
+from typing import Any
+
 from vgpo_kernels._triton import tl, triton
+from vgpo_kernels._tuning import Tiles, tunable
 from vgpo_kernels.weights import reference
-from vgpo_kernels.weights.token_kernels import PROJECTION_ROUNDS, row_strength, scaled
+from vgpo_kernels.weights.config import VGPOConfig
+from vgpo_kernels.weights.triton.tokens import (
+    PROJECTION_ROUNDS,
+    bounded,
+    candidates,
+    clamp_options,
+    row_strength,
+    scaled,
+)
 
 _RESOLUTION = tl.constexpr(reference.SCORE_RESOLUTION)
 
 
 @triton.jit
-def _load_members(p_score, p_group, o_b, batch, stride_group, group, first, last):
-    """One tile of rows: which take part in the group, and their scores (0 elsewhere)."""
+def _load_members(p_score, p_group, o_b, batch, stride_group, group):
+    """One tile of rows: which are in the group, and their scores (0 elsewhere)."""
     inside = o_b < batch
     b_group = tl.load(p_group + o_b.to(tl.int64) * stride_group, mask=inside, other=0).to(tl.int64)
     b_score = tl.load(p_score + o_b, mask=inside, other=float("inf"))
-    m_member = inside & (b_group == group) & (o_b > first) & (o_b < last)
-    m_member = m_member & (tl.abs(b_score) < float("inf"))
+    m_member = inside & (b_group == group) & (tl.abs(b_score) < float("inf"))
     return m_member, tl.where(m_member, b_score, 0.0)
-
-
-@triton.jit
-def _run_of(p_group, row, batch, stride_group, group, BLOCK: tl.constexpr):
-    """The nearest rows before and after `row` that are of another group; -1 and `batch` where there is none."""
-    offsets = tl.arange(0, BLOCK)
-    first = tl.full([], -1, tl.int32)
-    last = tl.full([], 0, tl.int32) + batch
-    for start in range(0, batch, BLOCK):
-        o_b = start + offsets
-        inside = o_b < batch
-        b_group = tl.load(p_group + o_b.to(tl.int64) * stride_group, mask=inside, other=0).to(tl.int64)
-        m_other = inside & (b_group != group)
-        first = tl.maximum(first, tl.max(tl.where(m_other & (o_b < row), o_b, -1), 0))
-        last = tl.minimum(last, tl.min(tl.where(m_other & (o_b > row), o_b, batch), 0))
-    return first, last
 
 
 @triton.jit
@@ -41,8 +35,6 @@ def _projection_shift(
     batch,
     stride_group,
     group,
-    first,
-    last,
     members,
     low,
     span,
@@ -62,9 +54,7 @@ def _projection_shift(
             middle = (below + above) * 0.5
             b_sum = tl.full([BLOCK], 0, tl.float64)
             for start in range(0, batch, BLOCK):
-                m_member, b_score = _load_members(
-                    p_score, p_group, start + offsets, batch, stride_group, group, first, last
-                )
+                m_member, b_score = _load_members(p_score, p_group, start + offsets, batch, stride_group, group)
                 b_x = 1.0 + ((b_score - low) / span - mean) + middle
                 b_sum += tl.where(m_member, tl.minimum(tl.maximum(b_x, LOW), HIGH), 0.0)
             short = tl.sum(b_sum, 0) < members.to(tl.float64)
@@ -85,7 +75,6 @@ def weights_group_kernel(
     stride_advantage,
     strength,
     SIGNED: tl.constexpr,
-    CONSECUTIVE: tl.constexpr,
     CLAMP: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -97,18 +86,13 @@ def weights_group_kernel(
     offsets = tl.arange(0, BLOCK)
     group = tl.load(group_ptr + o_row * stride_group).to(tl.int64)
     own = tl.load(group_score_ptr + o_row)
-    first, last = -1, batch
-    if CONSECUTIVE:
-        first, last = _run_of(group_ptr, row, batch, stride_group, group, BLOCK)
 
     members = 0
     low = tl.full([], float("inf"), tl.float64)
     high = tl.full([], float("-inf"), tl.float64)
     b_total = tl.full([BLOCK], 0, tl.float64)
     for start in range(0, batch, BLOCK):
-        m_member, b_score = _load_members(
-            group_score_ptr, group_ptr, start + offsets, batch, stride_group, group, first, last
-        )
+        m_member, b_score = _load_members(group_score_ptr, group_ptr, start + offsets, batch, stride_group, group)
         members += tl.sum(m_member.to(tl.int32), 0)
         low = tl.minimum(low, tl.min(tl.where(m_member, b_score, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(m_member, b_score, float("-inf")), 0))
@@ -129,8 +113,6 @@ def weights_group_kernel(
             batch,
             stride_group,
             group,
-            first,
-            last,
             members,
             low,
             span,
@@ -147,3 +129,18 @@ def weights_group_kernel(
     factor = tl.where(differ, scaled(factor, strength.to(tl.float64)), 1.0)
     factor = tl.where(own != own, float("nan"), factor)
     tl.store(trajectory_ptr + o_row, factor.to(tl.float32))
+
+
+@tunable("weights group", case="weights_group[balanced]", candidates=candidates((128, 4), (256, 1), (256, 8), (512, 4)))
+def group_tiles(target: str) -> Tiles:
+    """Returns the tile of trajectories that a program looks for its group in, chosen by registers, not timed."""
+    return bounded({"BLOCK": 256, "num_warps": 4}, target)
+
+
+def group_options(config: VGPOConfig, signed: bool) -> dict[str, Any]:
+    """Returns the group kernel's compile-time arguments."""
+    return {
+        "SIGNED": signed,
+        "NEGATIVE": float(config.negative_strength),
+        **clamp_options(config.trajectory_clamp, config.preserve_mean),
+    }

@@ -1,6 +1,6 @@
 // What token and trajectory weights share, and the weights of trajectories within their groups.
 #pragma once
-#include "rows.h"
+#include "../simd/row_loads.h"
 
 namespace vgpo::VGPO_TARGET {
 
@@ -46,7 +46,7 @@ VGPO_INLINE T scaled(T factor, double strength) {
 inline void sort_by_group(int64_t* rows, int64_t* spare, int64_t count, const View<int64_t, 1>& groups) {
     for (int64_t width = 1; width < count; width *= 2) {
         for (int64_t start = 0; start < count; start += 2 * width) {
-            const int64_t middle = smaller(start + width, count), end = smaller(start + 2 * width, count);
+            const int64_t middle = min(start + width, count), end = min(start + 2 * width, count);
             int64_t left = start, right = middle;
             for (int64_t i = start; i < end; ++i) {
                 const bool from_left = left < middle && (right == end || *groups.at(rows[left]) <= *groups.at(rows[right]));
@@ -57,15 +57,15 @@ inline void sort_by_group(int64_t* rows, int64_t* spare, int64_t count, const Vi
     }
 }
 
-// Turns the scores of a group's `count` rows into 1 + phi. An infinite score takes no part, and becomes 1.
+// Turns the scores of a group's `count` rows into 1 + phi. A row with an infinite score is left out and gets 1.
 inline void weigh_group(double* scores, const int64_t* rows, int64_t count, const Bounds& bounds) {
     double low = INFINITY, high = -INFINITY, members = 0.0;
     for (int64_t i = 0; i < count; ++i) {
         const double score = scores[rows[i]];
         if (score == INFINITY) continue;
-        low = smaller(low, score), high = larger(high, score), members += 1.0;
+        low = min(low, score), high = max(high, score), members += 1.0;
     }
-    const bool differ = high - low > SCORE_RESOLUTION * larger(std::fabs(low), std::fabs(high));
+    const bool differ = high - low > SCORE_RESOLUTION * max(std::fabs(low), std::fabs(high));
     double mean = 0.0;
     for (int64_t i = 0; i < count; ++i) {
         double& score = scores[rows[i]];
@@ -73,7 +73,7 @@ inline void weigh_group(double* scores, const int64_t* rows, int64_t count, cons
         score = differ ? (score - low) / (high - low) : 0.0;
         mean += score;
     }
-    mean /= larger(members, 1.0);
+    mean /= max(members, 1.0);
     bool clipped = false;
     for (int64_t i = 0; i < count; ++i) {
         double& score = scores[rows[i]];
@@ -98,13 +98,13 @@ inline void weigh_group(double* scores, const int64_t* rows, int64_t count, cons
     }
 }
 
-// The same for every group: all rows with one label, or a run of neighbours.
-inline void weigh_groups(double* scores, const View<int64_t, 1>& groups, bool consecutive, const Bounds& bounds) {
+// The same for every group of rows with one label.
+inline void weigh_groups(double* scores, const View<int64_t, 1>& groups, const Bounds& bounds) {
     const int64_t count = groups.size[0];
     Scratch<int64_t> order(count, 2);
     int64_t* rows = order.of(0);
     for (int64_t i = 0; i < count; ++i) rows[i] = i;
-    if (!consecutive) sort_by_group(rows, order.of(1), count, groups);
+    sort_by_group(rows, order.of(1), count, groups);
     for (int64_t first = 0, last; first < count; first = last) {
         for (last = first + 1; last < count && *groups.at(rows[last]) == *groups.at(rows[first]);) ++last;
         weigh_group(scores, rows + first, last - first, bounds);

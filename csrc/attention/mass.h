@@ -1,10 +1,10 @@
 // attention_mass: probabilities summed over the keys of each segment.
 #pragma once
-#include "attention_tile.h"
+#include "probability_tile.h"
 
 namespace vgpo::VGPO_TARGET {
 
-constexpr int64_t FEWEST_ROWS = 256, MOST_ROWS = 1024;  // of a task: packing its keys must not show
+constexpr int64_t MIN_ROWS = 256, MAX_ROWS = 1024;  // of a task: enough to hide the time of packing its keys
 
 // The memory of a worker.
 struct MassScratch {
@@ -20,7 +20,7 @@ struct Mass {
     MassScratch memory;
     int64_t b, head, first, last;  // a row of the batch, a key head, queries
 
-    // Sorts the wanted keys in [from, to) by segment: order[starts[s]], ..., order[starts[s + 1] - 1] are in segment s.
+    // Sorts the keys in [from, to) by segment: order[starts[s]], ..., order[starts[s + 1] - 1] are in segment s.
     void sort_keys(int64_t from, int64_t to) {
         const int32_t segments = static_cast<int32_t>(out.size[3]);
         int32_t* starts = memory.starts;
@@ -40,43 +40,44 @@ struct Mass {
         const int64_t segments = out.size[3], group = out.size[1] / in.k.size[1], Lk = in.k.size[2];
         int64_t from = Lk, to = 0;
         for (int64_t i = first; i < last; ++i) {
-            const int64_t start = larger(0, *in.key_start.at(b, i)), end = smaller<int64_t>(Lk, *in.key_end.at(b, i));
-            if (start < end) from = smaller(from, start), to = larger(to, end);
+            const int64_t start = max(0, *in.key_start.at(b, i)), end = min<int64_t>(Lk, *in.key_end.at(b, i));
+            if (start < end) from = min(from, start), to = max(to, end);
             for (int64_t h = head * group; h < (head + 1) * group; ++h)
                 for (int64_t s = 0; s < segments; ++s) *out.at(b, h, i, s) = 0.0f;
         }
         sort_keys(from, to);
         const int64_t depth = in.k.size[3], most = panels_in_block(depth, PANEL_FLOATS);
-        Panel panels[MOST_PANELS];
+        Panel panels[MAX_PANELS];
         int64_t count = 0;
         for (int64_t s = 0; s < segments; ++s)
             for (int32_t at = memory.starts[s]; at < memory.starts[s + 1]; at += TILE_COLUMNS) {
-                const int64_t some = smaller(TILE_COLUMNS, memory.starts[s + 1] - at);
-                panels[count] = pack_keys(memory.keys + count * TILE_COLUMNS * depth, memory.positions + count * TILE_COLUMNS,
-                                          in.k, b, head, memory.order + at, some, static_cast<int32_t>(s));
+                const int64_t some = min(TILE_COLUMNS, memory.starts[s + 1] - at);
+                panels[count] = pack_keys(memory.keys + count * TILE_COLUMNS * depth,
+                                          memory.positions + count * TILE_COLUMNS, in.k, b, head, memory.order + at, some,
+                                          static_cast<int32_t>(s));
                 if (++count < most) continue;
-                pass_over(panels, count);
+                accumulate(panels, count);
                 count = 0;
             }
-        if (count > 0) pass_over(panels, count);
+        if (count > 0) accumulate(panels, count);
     }
 
     // All queries over a block of panels.
-    void pass_over(const Panel* panels, int64_t count) {
+    void accumulate(const Panel* panels, int64_t count) {
         const int64_t group = out.size[1] / in.k.size[1];
         for (int64_t h = head * group; h < (head + 1) * group; ++h)
-            for (int64_t i = first; i < last; i += TILE_ROWS) pass_over(panels, count, h, i);
+            for (int64_t i = first; i < last; i += TILE_ROWS) accumulate(panels, count, h, i);
     }
 
-    void pass_over(const Panel* panels, int64_t count, int64_t h, int64_t i) {
-        const int64_t depth = in.k.size[3], rows = smaller<int64_t>(TILE_ROWS, last - i);
+    void accumulate(const Panel* panels, int64_t count, int64_t h, int64_t i) {
+        const int64_t depth = in.k.size[3], rows = min<int64_t>(TILE_ROWS, last - i);
         const QueryTile queries = read_queries(memory.packed, in, b, h, i, rows);
         F sums[TILE_ROWS] = {};
         for (int64_t panel = 0; panel < count; ++panel) {
-            const Seen what = seen(queries, panels[panel]);
-            if (what != Seen::none)
+            const Visibility visible = visibility_of(queries, panels[panel]);
+            if (visible != NONE)
                 each_probability<CAPPED>(memory.packed, queries, memory.keys + panel * TILE_COLUMNS * depth, depth,
-                                         memory.positions + panel * TILE_COLUMNS, what == Seen::some, in.formula,
+                                         memory.positions + panel * TILE_COLUMNS, visible == PARTIAL, in.formula,
                                          [&](int r, const F* p) { sums[r] += p[0] + p[1] + p[2]; });
             const int32_t segment = panels[panel].segment;
             if (panel + 1 < count && panels[panel + 1].segment == segment) continue;
@@ -94,22 +95,22 @@ void attention_mass(View<float, 4> out, Floats<4> q, Floats<4> k, View<float, 3>
     expect_attention(q, k, lse, key_start, key_end);
     expect_size("out", out, {B, Hq, Lq, segments});
     expect_size("segment_ids", segment_ids, {B, Lk});
-    expect(segments < NOWHERE, "out: expected fewer segments");
+    expect(segments < NO_POSITION, "out: expected fewer segments");
     if (B * Hq * Lq * segments == 0) return;
     const int64_t group = Hq / Hkv;
-    const int64_t rows = smaller(MOST_ROWS, larger(FEWEST_ROWS, B * Hq * Lq / FEWEST_TASKS));
+    const int64_t rows = min(MAX_ROWS, max(MIN_ROWS, B * Hq * Lq / MIN_TASKS));
     const int64_t chunk = divide_up(divide_up(rows, group), TILE_ROWS) * TILE_ROWS, chunks = divide_up(Lq, chunk);
     const int64_t panels = panels_in_block(D, PANEL_FLOATS);
     Scratch<float> packed(TILE_ROWS * D, threads), keys(panels * TILE_COLUMNS * D, threads);
     Scratch<int32_t> positions(panels * TILE_COLUMNS, threads), order(Lk, threads), starts(segments + 1, threads);
     with_type(q.type, [&](auto t) {
         using T = decltype(t);
-        const Attention formula{static_cast<float>(scale), static_cast<float>(softcap)};
+        const ScoreFormula formula{static_cast<float>(scale), static_cast<float>(softcap)};
         const AttentionInputs<T> in{q.as<T>(), k.as<T>(), lse, key_start, key_end, formula};
         auto body = [&](int64_t task, int64_t worker) {
             // Later queries see more keys where masks are causal: the longest tasks come first.
             const int64_t pair = task % (B * Hkv), first = (chunks - 1 - task / (B * Hkv)) * chunk;
-            const int64_t last = smaller(Lq, first + chunk);
+            const int64_t last = min(Lq, first + chunk);
             const MassScratch memory{packed.of(worker), keys.of(worker), positions.of(worker), order.of(worker),
                                      starts.of(worker)};
             if (softcap > 0.0)
