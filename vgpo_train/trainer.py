@@ -11,24 +11,23 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
-from vgpo_train import distributed
-from vgpo_train.algorithms import ScoredRollout, Weighting, build_algorithm
-from vgpo_train.batching import build_companion, with_picture
-from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable
 from vgpo_train.config import ConfigError, TrainConfig, save_config
 from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
-from vgpo_train.data_check import open_datasets, usable
-from vgpo_train.engine import build_policy, build_reference, deepspeed_options
-from vgpo_train.experience import group_advantages, kept_rows
-from vgpo_train.export import check_weights, export
-from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
 from vgpo_train.model import end_tokens, limit_pixels, load_processor, visual_token_ids
-from vgpo_train.plan import check_divisible, check_layers, total_steps
-from vgpo_train.report import write_report
+from vgpo_train.model.engine import build_policy, build_reference, deepspeed_options
+from vgpo_train.model.export import check_weights, export
+from vgpo_train.preflight import check_divisible, check_layers, open_datasets, total_steps, usable
 from vgpo_train.rewards import RewardMixer, Rewards
-from vgpo_train.rollout import Completions, build_rollout_engine
-from vgpo_train.scoring import Scorer, Scores, focus_of
-from vgpo_train.updates import Experience, Update
+from vgpo_train.rl.advantages import group_advantages, kept_rows
+from vgpo_train.rl.algorithms import ScoredRollout, Weighting, build_algorithm
+from vgpo_train.rl.micro_batches import build_companion, with_picture
+from vgpo_train.rl.rollout import Completions, build_rollout_engine
+from vgpo_train.rl.scoring import Scorer, Scores, focus_of
+from vgpo_train.rl.update import Experience, Update
+from vgpo_train.run import distributed
+from vgpo_train.run.checkpoint import CheckpointStore, RunState, check_resumable
+from vgpo_train.run.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
+from vgpo_train.run.report import write_report
 
 _SEED_STRIDE = 1_000_003  # keeps the random streams of neighbouring seeds, steps and ranks apart
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from train_launch import WORKERS, Finished, launch
-from train_stand_ins import write_odd_data
+from train_tools import write_odd_data
 
-from vgpo_train.make_pictures import make_pictures
+from vgpo_train.quickstart.pictures import make_pictures
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,7 +31,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a tiny Qwen2.5-VL that has just learnt that completions end."""
-    from vgpo_train.tiny_model import build_tiny_model
+    from vgpo_train.quickstart.tiny_model import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("checkpoint"), pictures=pictures, warm_start_steps=8)
 

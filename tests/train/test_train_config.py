@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from vgpo_train.algorithms import GRPO, VGPO, Weighting, build_algorithm, register
 from vgpo_train.config import ConfigError, FocusConfig, ModelConfig, TrainConfig, load_config, save_config
 from vgpo_train.main import main
-from vgpo_train.plan import check_layers
+from vgpo_train.preflight import check_layers
+from vgpo_train.rl.algorithms import GRPO, VGPO, Weighting, build_algorithm, register
 
 CONFIGS = Path(__file__).resolve().parents[2] / "vgpo_train" / "configs"
 SMALLEST = {
@@ -282,7 +282,7 @@ def _deepspeed_file(path: Path, content: str) -> list[str]:
     ],
 )
 def test_a_wrong_deepspeed_file_is_named(smallest: Path, tmp_path: Path, content: str, message: str) -> None:
-    from vgpo_train.engine import deepspeed_options
+    from vgpo_train.model.engine import deepspeed_options
 
     config = load_config(smallest, _deepspeed_file(tmp_path / "ds.json", content))
     with pytest.raises(ConfigError, match=f"deepspeed: .*{message}"):
@@ -290,14 +290,14 @@ def test_a_wrong_deepspeed_file_is_named(smallest: Path, tmp_path: Path, content
 
 
 def test_a_missing_deepspeed_file_is_named(smallest: Path) -> None:
-    from vgpo_train.engine import deepspeed_options
+    from vgpo_train.model.engine import deepspeed_options
 
     with pytest.raises(ConfigError, match=r"deepspeed: cannot read .*zero3.json: No such file.*; copy vgpo_train/"):
         deepspeed_options(load_config(smallest, []))
 
 
 def test_deepspeed_gets_what_the_yaml_file_says(smallest: Path, tmp_path: Path) -> None:
-    from vgpo_train.engine import deepspeed_options
+    from vgpo_train.model.engine import deepspeed_options
 
     ours = {"zero_optimization": {"stage": 3, "overlap_comm": False}, "communication_data_type": "fp32"}
     arguments = _deepspeed_file(tmp_path / "ds.json", json.dumps(ours))
@@ -310,7 +310,7 @@ def test_deepspeed_gets_what_the_yaml_file_says(smallest: Path, tmp_path: Path) 
 
 
 def test_liger_on_a_cpu_is_refused(smallest: Path, monkeypatch) -> None:
-    from vgpo_train.engine import _apply_liger
+    from vgpo_train.model.engine import _apply_liger
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     config = load_config(smallest, ["model.liger=on"])
@@ -320,7 +320,7 @@ def test_liger_on_a_cpu_is_refused(smallest: Path, monkeypatch) -> None:
 
 def test_liger_gets_only_what_a_family_has(smallest: Path, monkeypatch) -> None:
     monkey_patch = pytest.importorskip("liger_kernel.transformers.monkey_patch")
-    from vgpo_train.engine import _apply_liger
+    from vgpo_train.model.engine import _apply_liger
 
     calls = []
 

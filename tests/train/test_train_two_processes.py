@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 from train_launch import WORKERS
-from train_stand_ins import PlainEngine, collator, dense_logps, eager_attention, mixed_samples
+from train_tools import PlainEngine, collator, dense_logps, eager_attention, mixed_samples
 from transformers import AutoModelForImageTextToText
 
 from vgpo_kernels import VGPOConfig, policy_loss, vgpo_weights
-from vgpo_train import policy
-from vgpo_train.algorithms import SEGMENTS
-from vgpo_train.experience import group_advantages
-from vgpo_train.metrics import read_metrics
 from vgpo_train.model import load_model, load_processor
-from vgpo_train.rollout import Completions
+from vgpo_train.rl import policy
+from vgpo_train.rl.advantages import group_advantages
+from vgpo_train.rl.algorithms import SEGMENTS
+from vgpo_train.rl.rollout import Completions
+from vgpo_train.run.metrics import read_metrics
 
 sys.path.insert(0, str(WORKERS))
 import scenario

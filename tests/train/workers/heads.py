@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from train_stand_ins import dense_logps, no_head
+from train_tools import dense_logps, no_head
 
 from vgpo_kernels import PolicyLossConfig
 from vgpo_kernels.integrations.transformers import fused_logprobs
 from vgpo_kernels.policy_loss import products
-from vgpo_train import distributed, policy
 from vgpo_train.data import PromptBatch
-from vgpo_train.rollout import Completions
+from vgpo_train.rl import policy
+from vgpo_train.rl.rollout import Completions
+from vgpo_train.run import distributed
 
 # Bytes for the logits of a few tokens; the default holds all of them.
 BUDGETS = {"one chunk": None, "many chunks": 4_210_000}

@@ -15,20 +15,21 @@ import parts  # noqa: F401
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 from scenario import FIRST_RANK, HEAD_ROWS, KINDS, LEARNING_RATE, LENGTHS, LOSSES
-from train_stand_ins import collator, end_and_pad, experience, mixed_samples, no_head, random_completions
+from train_tools import collator, end_and_pad, experience, mixed_samples, no_head, random_completions
 from transformers import set_seed
 
-from vgpo_train import distributed, engine
 from vgpo_train import main as program
-from vgpo_train.algorithms import ScoredRollout, Weighting
-from vgpo_train.batching import build_companion, with_picture
 from vgpo_train.config import ConfigError, TrainConfig, load_config
 from vgpo_train.data import DataError
-from vgpo_train.engine import build_policy, start_distributed
-from vgpo_train.rollout import Completions, RolloutConfig, build_rollout_engine
-from vgpo_train.scoring import Scores
+from vgpo_train.model import engine
+from vgpo_train.model.engine import build_policy, start_distributed
+from vgpo_train.rl.algorithms import ScoredRollout, Weighting
+from vgpo_train.rl.micro_batches import build_companion, with_picture
+from vgpo_train.rl.rollout import Completions, RolloutConfig, build_rollout_engine
+from vgpo_train.rl.scoring import Scores
+from vgpo_train.rl.update import Experience, Update
+from vgpo_train.run import distributed
 from vgpo_train.trainer import Rollout, Trainer
-from vgpo_train.updates import Experience, Update
 
 FOLDER, CHECKPOINT, LEAKY, PICTURES = (Path(argument) for argument in sys.argv[-4:])
 
