@@ -15,14 +15,25 @@ logger = logging.getLogger(__name__)
 
 
 def total_steps(config: TrainConfig, samples: int) -> int:
-    """Returns how many steps the run takes."""
+    """Returns how many steps the run takes over this many samples."""
     if config.steps is not None:
         return config.steps
     return max(1, math.floor(config.epochs * samples / config.rollout.prompts))
 
 
-def check_divisible(config: TrainConfig, world: int) -> None:
-    """Raises ConfigError unless every rank gets the same number of rows of every update."""
+def check_sizes(config: TrainConfig, samples: int, world: int) -> None:
+    """Raises ConfigError unless the prompts of a step can differ and every rank gets as many rows of every update.
+
+    Args:
+        config: of the run.
+        samples: usable rows of the training data.
+        world: number of processes.
+    """
+    if config.rollout.prompts > samples:
+        raise ConfigError(
+            f"rollout.prompts: expected at most the {samples} usable rows of data.train ({config.data.train}), "
+            f"got {config.rollout.prompts}"
+        )
     rows = config.optim.update_prompts * config.rollout.completions
     if rows % world:
         raise ConfigError(

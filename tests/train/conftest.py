@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from train_launch import WORKERS, Finished, launch
-from train_tools import write_odd_data
+from train_tools import SMALLEST, write_odd_data
 
 from vgpo_train.quickstart.pictures import make_pictures
 
@@ -20,6 +21,14 @@ def _copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    """A YAML file of the fewest keys that make a configuration."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,19 @@ from typing import Any
 
 import torch
 
+from vgpo_kernels.integrations.transformers import model_logprobs
 from vgpo_train.data import PromptBatch, PromptCollator, Sample, epoch_order
 from vgpo_train.model import load_processor
-from vgpo_train.rl import policy
-from vgpo_train.rl.rollout import Completions
-from vgpo_train.rl.update import Experience
+from vgpo_train.rl.scoring import model_inputs
+from vgpo_train.rl.types import Batch, Completions
+
+# The fewest keys that make a configuration.
+SMALLEST = {
+    "model": {"path": "m"},
+    "data": {"train": "d.jsonl"},
+    "rewards": {"weights": {"exact_match": 1.0}, "accuracy": "exact_match"},
+    "output_dir": "out",
+}
 
 
 class PlainEngine(torch.nn.Module):
@@ -101,7 +109,7 @@ def random_completions(lengths: list[int], seed: int = 0) -> Completions:
 
 @contextmanager
 def no_head(model: Any) -> Iterator[None]:
-    """Lets nobody run the forward of the model's output head."""
+    """Refuses the forward of the model's output head."""
     head, real = model.get_output_embeddings(), torch.nn.Linear.forward
 
     def forward(self: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
@@ -130,7 +138,7 @@ def eager_attention(
         (B, T, 3) fp64, on image, query and generated tokens, 0 outside the mask.
     """
     with torch.no_grad():
-        maps = model(**policy.model_inputs(inputs, completions), output_attentions=True).attentions
+        maps = model(**model_inputs(inputs, completions), output_attentions=True).attentions
     length = inputs["input_ids"].shape[1]
     mean = torch.stack([maps[layer] for layer in layers]).double().mean((0, 2))[:, length:]  # [B, T, L]
     is_image = inputs["input_ids"] == model.config.image_token_id
@@ -143,26 +151,35 @@ def eager_attention(
     return found * completions.mask[..., None]
 
 
+def logprobs(
+    engine: Any, prompts: dict[str, torch.Tensor], completions: Completions, temperature: float, **options: Any
+) -> Any:
+    """Returns what `model_logprobs` returns for prompts and completions."""
+    options |= {"completion_mask": completions.mask, "temperature": temperature}
+    length = prompts["input_ids"].shape[1]
+    return model_logprobs(engine, model_inputs(prompts, completions), prompt_length=length, **options)
+
+
 def dense_logps(
     engine: Any, prompts: dict[str, torch.Tensor], completions: Completions, temperature: float
 ) -> torch.Tensor:
     """Returns the log-probabilities (B, T) of completions, from the model's own logits."""
-    logits = engine(**policy.model_inputs(prompts, completions), use_cache=False).logits
+    logits = engine(**model_inputs(prompts, completions), use_cache=False).logits
     log_p = (logits[:, -completions.ids.shape[1] - 1 : -1].float() / temperature).log_softmax(-1)
     return log_p.gather(-1, completions.ids[..., None])[..., 0]
 
 
-def experience(engine: Any, prompts: PromptBatch, completions: Completions) -> Experience:
-    """Returns an experience with random advantages and factors, sampled by a policy not far from the engine's."""
+def weighted_batch(engine: Any, prompts: PromptBatch, completions: Completions) -> Batch:
+    """Returns a batch with random advantages and factors, sampled by a policy not far from the engine's."""
     generator = torch.Generator().manual_seed(0)
     shape = completions.mask.shape
     with torch.no_grad():
-        logps = policy.logprobs(engine, prompts.tensors(), completions, temperature=0.8).logps
+        logps = logprobs(engine, prompts.tensors(), completions, 0.8).logps
 
     def draw(*size: int) -> torch.Tensor:
         return torch.rand(*size, generator=generator)
 
-    return Experience(
+    return Batch(
         prompts,
         completions,
         advantages=draw(shape[0]) * 4 - 2,

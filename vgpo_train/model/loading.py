@@ -248,10 +248,5 @@ def _describes_weights(name: str) -> bool:
 
 
 def _as_ids(value: Any) -> set[int]:
-    if isinstance(value, bool) or value is None:
-        return set()
-    if isinstance(value, int):
-        return {value}
-    if isinstance(value, (list, tuple)):
-        return {int(item) for item in value if isinstance(item, int)}
-    return set()
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return {item for item in values if type(item) is int}  # a bool is no id

@@ -3,48 +3,14 @@
 Adding one is a class with `wants` and `weigh`, registered by name; the trainer knows no other detail.
 """
 
-from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
-
-from torch import Tensor
 
 from vgpo_kernels import vgpo_weights
 from vgpo_train.config import ConfigError, TrainConfig
 from vgpo_train.registry import Registry
+from vgpo_train.rl.types import ScoredRollout, Weighting
 
 SCORES = frozenset({"focus"})  # from both sources; what the scoring pass can give beyond log-probabilities
-
-SEGMENTS = ("image", "query", "generated")  # what attention goes to: pictures, the rest of the prompt, the completion
-
-
-@dataclass(frozen=True)
-class ScoredRollout:
-    """A whole rollout, all ranks' rows together, groups side by side, in the same order on every rank.
-
-    Shapes: B rows, T completion tokens. What nothing asked for is None; `attention` also where the policy's attention
-    cannot be recorded.
-    """
-
-    group_ids: Tensor  # (B,) int64: which prompt a row answers
-    completion_mask: Tensor  # (B, T) bool
-    advantages: Tensor  # (B,) fp32
-    old_logps: Tensor  # (B, T) fp32
-    rewards: Tensor  # (B,) fp32
-    accuracies: Tensor  # (B,) fp32: the reward that counts as being right
-    focus: Tensor | None = None  # (B, T) fp32: the one that focus.source names
-    focus_similarity: Tensor | None = None  # (B, T) fp32: cosine to the mean visual state
-    attention: Tensor | None = None  # (B, T, 3) fp32: mass on each of SEGMENTS; the first is a focus
-    has_visual: Tensor | None = None  # (B,) bool
-    entropy: Tensor | None = None  # (B, T) fp32: of the distributions that the tokens were drawn from
-
-
-@dataclass(frozen=True)
-class Weighting:
-    """Factors on the advantages; None means 1."""
-
-    token_weights: Tensor | None = None  # (B, T) fp32
-    trajectory_weights: Tensor | None = None  # (B,) fp32
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class Algorithm(Protocol):

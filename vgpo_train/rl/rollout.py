@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -13,17 +13,11 @@ from transformers import GenerationConfig
 
 from vgpo_train.config import RolloutConfig
 from vgpo_train.registry import Registry
+from vgpo_train.rl.types import Completions
 from vgpo_train.run import distributed
 
 # What generation needs beside the parameters themselves (KV cache, activations) is left this share of free memory.
 _PARAMETER_SHARE = 0.5
-
-
-class Completions(NamedTuple):
-    """Sampled tokens, right-padded; the mask includes the end-of-sequence token."""
-
-    ids: Tensor  # (B, T) int64
-    mask: Tensor  # (B, T) bool
 
 
 class RolloutEngine(Protocol):

@@ -1,48 +1,40 @@
-"""Updates: micro-batches of weighted experience through the policy loss, accumulated exactly over ranks."""
+"""Updates: micro-batches of weighted rows through the policy loss, accumulated exactly over ranks."""
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vgpo_kernels import PolicyLossConfig, PolicyLossOutput
 from vgpo_kernels.integrations.transformers import FusedHead, fused_logprobs
 from vgpo_train.data import PromptBatch
-from vgpo_train.rl import policy
-from vgpo_train.rl.micro_batches import MicroBatch, micro_batches
-from vgpo_train.rl.rollout import Completions
+from vgpo_train.rl.scoring import model_inputs
+from vgpo_train.rl.types import Batch
 from vgpo_train.run import distributed
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Experience:
-    """A rank's B rows, ready for updates; factors of None are 1."""
-
-    prompts: PromptBatch
-    completions: Completions
-    advantages: Tensor  # (B,) fp32
-    old_logps: Tensor  # (B, T) fp32
-    ref_logps: Tensor | None  # (B, T) fp32
-    token_weights: Tensor | None  # (B, T) fp32
-    trajectory_weights: Tensor | None  # (B,) fp32
-
-
 class Update:
-    """One optimizer step over given rows of the experience.
+    """One optimizer step over given rows of a rank's batch.
 
     Every rank runs the same number of micro-batches, so that the collectives of ZeRO-3 meet; a rank without rows left
-    runs the companion, whose tokens are all masked.
+    runs the dummy, whose tokens are all masked.
+
+    Args:
+        engine: the policy.
+        loss_config: terms of the loss.
+        dummy: a prompt with a picture, for micro-batches without any.
+        micro_batch: rows of one forward.
+        temperature: of the rollout; divides the logits.
+        memory_budget: bytes for logits and their gradient; None takes the library's default.
     """
 
     def __init__(
         self,
         engine: Any,
         loss_config: PolicyLossConfig,
-        companion: PromptBatch,
+        dummy: PromptBatch,
         *,
         micro_batch: int,
         temperature: float,
@@ -50,41 +42,34 @@ class Update:
     ) -> None:
         self.engine = engine
         self.loss_config = loss_config
-        self.companion = companion
+        self.dummy = dummy
         self.micro_batch = micro_batch
         self.temperature = temperature
         self.memory_budget = memory_budget
         self.device = engine.device
 
-    def __call__(self, experience: Experience, rows: list[int]) -> dict[str, float]:
-        """Steps the optimizer once; returns metrics over all ranks' rows, empty where no rank has a row.
+    def __call__(self, batch: Batch, rows: list[int]) -> dict[str, float]:
+        """Steps the optimizer once; returns metrics over all ranks' rows, empty if no rank has a token.
 
         Args:
-            experience: this rank's.
-            rows: this rank's rows of the update.
+            batch: this rank's rows of the step.
+            rows: those of the update.
         """
-        mask = experience.completions.mask
+        mask = batch.completions.mask
         total_rows = distributed.sum_over_ranks(len(rows), self.device)
         total_tokens = distributed.sum_over_ranks(int(mask[rows].sum()), self.device)
         if not total_tokens:
             return {}
-        own_count = -(-len(rows) // self.micro_batch)
-        count = int(distributed.max_over_ranks(own_count, self.device))
-        batches = micro_batches(
-            experience.prompts,
-            experience.completions,
-            rows,
-            self.companion,
-            size=self.micro_batch,
-            count=count,
-        )
+        count = int(distributed.max_over_ranks(-(-len(rows) // self.micro_batch), self.device))
         totals = _Totals()
         with fused_logprobs(self.engine) as fused:
-            for index, batch in enumerate(batches):
+            for index in range(count):
+                own = rows[index * self.micro_batch : (index + 1) * self.micro_batch]
+                part = batch.take(own, self.dummy)
                 self.engine.set_gradient_accumulation_boundary(index == count - 1)
-                output, scale = self._loss(fused, experience, batch, total_rows, total_tokens)
+                output, scale = self._loss(fused, part, total_rows, total_tokens)
                 self.engine.backward(output.loss * scale)
-                totals.add(output, float(scale), int(batch.completions.mask.sum()))
+                totals.add(output, float(scale), int(part.completions.mask.sum()))
         self.engine.step()
         applied = bool(self.engine.was_step_applied())
         if not applied and distributed.is_main():
@@ -95,30 +80,31 @@ class Update:
         }
 
     def _loss(
-        self, fused: FusedHead, experience: Experience, batch: MicroBatch, total_rows: float, total_tokens: float
+        self, fused: FusedHead, batch: Batch, total_rows: float, total_tokens: float
     ) -> tuple[PolicyLossOutput, float]:
+        """Returns the loss of a micro-batch, and what it is multiplied by to add up to that of one large batch."""
         world = distributed.world_size()  # DeepSpeed averages gradients over ranks
-        rows, tokens = batch.completions.mask.shape[0], float(batch.completions.mask.sum())
-        per_token_count = self.loss_config.loss_type in ("dapo", "cispo")
-        output = policy.loss(
-            fused,
-            batch.prompts.tensors(device=self.device),
-            batch.completions,
-            batch.take(experience.old_logps),
-            batch.take(experience.advantages),
-            ref_logps=batch.take(experience.ref_logps),
-            token_weights=batch.take(experience.token_weights),
-            trajectory_weights=batch.take(experience.trajectory_weights),
+        prompts, mask = batch.prompts.tensors(device=self.device), batch.completions.mask
+        by_items = self.loss_config.divides_by_num_items
+        output = fused.policy_loss(
+            model_inputs(prompts, batch.completions),
+            batch.old_logps,
+            batch.advantages,
+            mask,
+            prompt_length=prompts["input_ids"].shape[1],
+            ref_logps=batch.ref_logps,
+            token_weights=batch.token_weights,
+            trajectory_weights=batch.trajectory_weights,
             temperature=self.temperature,
             config=self.loss_config,
             memory_budget=self.memory_budget,
-            num_items_in_batch=total_tokens / world if per_token_count else None,
+            num_items_in_batch=total_tokens / world if by_items else None,
         )
-        if per_token_count:
+        if by_items:
             return output, 1.0
         if self.loss_config.loss_type == "bnpo":
-            return output, tokens * world / total_tokens
-        return output, rows * world / total_rows
+            return output, float(mask.sum()) * world / total_tokens
+        return output, mask.shape[0] * world / total_rows
 
 
 class _Totals:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,23 @@ class CheckpointStore:
                 shutil.rmtree(path)
 
     def latest(self) -> RunState | None:
-        """Returns the state of the last whole checkpoint, or None."""
+        """Returns the state of the last whole checkpoint, or None; ConfigError names a file that cannot be read."""
         path = self.folder / "latest.json"
-        return RunState(**json.loads(path.read_text("utf-8"))) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return RunState(**json.loads(path.read_text("utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"resume: cannot read {path}: {error}; choose another output_dir") from error
+
+    def check_whole(self, state: RunState) -> None:
+        """Raises ConfigError with its path if a file of the checkpoint of `state` is cut."""
+        for file in sorted((self.folder / state.tag).rglob("*.pt")):
+            if not zipfile.is_zipfile(file):  # torch saves zip files, whose directory is at their end
+                raise ConfigError(
+                    f"resume: {file} is cut or damaged: expected a file that torch saved, got {file.stat().st_size} "
+                    "bytes that are none; restore it, or choose another output_dir"
+                )
 
     def load(self, engine: Any, state: RunState) -> None:
         """Loads the checkpoint of `state` into `engine`.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from vgpo_train.rl.algorithms import SEGMENTS, ScoredRollout, Weighting
+from vgpo_train.rl.types import SEGMENTS, ScoredRollout, Weighting
 from vgpo_train.run import distributed
 from vgpo_train.run.checkpoint import write_text
 

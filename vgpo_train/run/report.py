@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from vgpo_train.rl.algorithms import SEGMENTS
+from vgpo_train.rl.types import SEGMENTS
 from vgpo_train.run.checkpoint import write_json
 from vgpo_train.run.metrics import TENTHS, read_metrics
 

@@ -22,10 +22,10 @@ from vgpo_train.data import (
     epoch_order,
     examine,
     report,
+    step_order,
     unusable,
 )
 from vgpo_train.model import load_model, load_processor
-from vgpo_train.preflight import usable
 
 
 def _png(colour: str = "red", size: tuple[int, int] = (56, 84)) -> bytes:
@@ -233,34 +233,28 @@ def test_all_that_is_wrong_is_found_at_once(tmp_path: Path, collator: PromptColl
     assert [sample.id for sample in data.without({row.place for row in bad})] == ["fine", "also fine"]
 
 
+def test_a_column_that_no_row_has_is_said_once_with_the_columns_there_are(tmp_path: Path, collator) -> None:
+    row = {"question": "?", "answer": "1", "images": []}
+    path = _jsonl(tmp_path, row, row | {"extra": 1})
+
+    def said(*rows: dict) -> list[str]:
+        data = PictureDataset(_jsonl(tmp_path, *rows), columns={"problem": "prompt"})
+        return report("data.train", len(rows), unusable(examine(data, collator, range(len(rows))))).splitlines()
+
+    assert said(row, row | {"extra": 1}) == [
+        "data.train: 2 of 2 rows cannot be used",
+        "  no row has the column 'prompt'; data.columns and data.test_columns map fields to columns",
+        f"    {path}, line 1: id '0': field 'prompt' is missing; the row has ['answer', 'images', 'question']",
+    ]
+    assert said(row, {"prompt": "?", "answer": "1", "images": []})[1] == "  rows without the column 'prompt': 1"
+
+
 def test_a_report_lists_twenty_rows_of_a_kind_and_counts_all(tmp_path: Path, collator: PromptCollator) -> None:
     data = PictureDataset(_jsonl(tmp_path, *["{"] * 25))
     lines = report("data.test", 25, unusable(examine(data, collator, range(25)))).splitlines()
     assert lines[1] == "  rows that cannot be read: 25"
     assert len(lines) == 2 + 20 + 1
     assert lines[-1] == "    ... and 5 more"
-
-
-@pytest.mark.usefixtures("lone_process")
-def test_unusable_rows_stop_a_run_or_are_dropped(tmp_path: Path, collator: PromptCollator, caplog) -> None:
-    row = {"problem": "?", "answer": "1", "images": []}
-    datasets = {
-        "data.train": PictureDataset(_jsonl(tmp_path, row, row | {"answer": None})),
-        "data.test": PictureDataset(_jsonl(tmp_path / "test", row | {"problem": "<image>"}, row)),
-    }
-    with pytest.raises(DataError) as raised:
-        usable(datasets, collator, "refuse")
-    assert "data.train" in str(raised.value)
-    assert "data.test" in str(raised.value)
-    assert str(raised.value).splitlines()[-1] == "mend these rows, or leave them out with data.invalid=drop"
-    caplog.clear()
-    kept = usable(datasets, collator, "drop")
-    assert {key: [sample.id for sample in data] for key, data in kept.items()} == {
-        "data.train": ["0"],
-        "data.test": ["1"],
-    }
-    assert caplog.text.count("1 of 2 rows cannot be used") == 2
-    assert caplog.text.count("no row has a picture, so every focus is 0") == 2, "once a data set"
 
 
 def test_an_epochs_order_depends_on_epoch_and_seed_alone() -> None:
@@ -270,6 +264,15 @@ def test_an_epochs_order_depends_on_epoch_and_seed_alone() -> None:
     assert epoch_order(50, 3, 1) == order
     assert epoch_order(50, 4, 1) != order
     assert epoch_order(50, 3, 2) != order
+
+
+def test_the_prompts_of_a_step_are_a_function_of_seed_and_step_alone() -> None:
+    # Ten samples in steps of six: the second step reaches into the next epoch.
+    steps = [step_order(10, step, 6, seed=5) for step in range(5)]
+    order = [sample for step in steps for sample in step]
+    for epoch in range(3):
+        assert order[epoch * 10 : epoch * 10 + 10] == epoch_order(10, epoch, 5), "each epoch has each sample once"
+    assert step_order(10, 0, 6, seed=6) != steps[0]
 
 
 def test_pictures_stand_where_the_problem_says(collator: PromptCollator) -> None:

@@ -1,21 +1,20 @@
-"""The policy's forward on a real tiny Qwen2.5-VL: inputs, log-probabilities, focus, the companion."""
+"""The policy's forward on a real tiny Qwen2.5-VL: inputs, log-probabilities, focus, the dummy."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from train_tools import PlainEngine, collator, eager_attention, mixed_samples, no_head, random_completions
+from train_tools import PlainEngine, collator, eager_attention, logprobs, mixed_samples, no_head, random_completions
 from transformers import Idefics3Config, Qwen2Config, Qwen2ForCausalLM
 
 from vgpo_kernels.integrations.transformers import focus_from_attention, record_visual_attention
-from vgpo_train.config import ConfigError, FocusConfig, ModelConfig, OptimConfig, TrainConfig
-from vgpo_train.data import PromptBatch
+from vgpo_train.config import ConfigError, FocusConfig, ModelConfig, OptimConfig, RolloutConfig, TrainConfig
+from vgpo_train.data import PromptBatch, dummy_prompt
 from vgpo_train.model import load_model
-from vgpo_train.rl import policy, scoring
-from vgpo_train.rl.micro_batches import build_companion, micro_batches
-from vgpo_train.rl.rollout import Completions, RolloutConfig
-from vgpo_train.rl.scoring import Scorer, Scores, check_head, check_pictures, check_recordable, focus_of, score
+from vgpo_train.rl import scoring
+from vgpo_train.rl.scoring import Scorer, check_head, check_pictures, check_recordable, focus_of, model_inputs
+from vgpo_train.rl.types import Batch, Completions, Scores
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +53,19 @@ def _score(
     layers: str | list[int] | None = "last",
     reference: PlainEngine | None = None,
 ) -> Scores:
-    settings = {"temperature": 0.7, "wants_focus": True, "per_image": per_image, "layers": layers}
-    settings["images_per_row"] = prompts.images_per_row
-    return score(engine, reference, prompts.tensors(), completions, **settings)
+    config = TrainConfig(rollout=RolloutConfig(temperature=0.7), focus=FocusConfig(per_image=per_image))
+    if layers is None:
+        config.model.attn_implementation = "sdpa"
+    else:
+        config.focus.layers = layers
+    dummy = prompts.take([0])  # of a picture
+    return Scorer(config, engine, reference, dummy, wants_focus=True).forward(Batch(prompts, completions))
 
 
 def test_inputs_keep_token_types_and_leave_vision_inputs_alone(prompts: PromptBatch, completions: Completions) -> None:
     before = prompts.tensors()
     width = before["input_ids"].shape[1]
-    inputs = policy.model_inputs(before, completions)
+    inputs = model_inputs(before, completions)
     assert set(inputs) == set(before)
     assert "mm_token_type_ids" in before
     for name, tail in (
@@ -79,7 +82,7 @@ def test_inputs_keep_token_types_and_leave_vision_inputs_alone(prompts: PromptBa
 def test_a_vision_input_of_the_prompts_shape_is_not_extended(completions: Completions) -> None:
     # Three rows of five tokens, and by chance a (3, 5) floating vision input.
     inputs = {"input_ids": torch.ones(3, 5, dtype=torch.long), "pixel_values": torch.ones(3, 5)}
-    assert policy.model_inputs(inputs, completions)["pixel_values"].shape == (3, 5)
+    assert model_inputs(inputs, completions)["pixel_values"].shape == (3, 5)
 
 
 def test_dropping_token_types_would_change_log_probabilities(
@@ -88,10 +91,10 @@ def test_dropping_token_types_would_change_log_probabilities(
     # Without them the tower's patches get text positions (or the model refuses): what the first test guards.
     inputs = prompts.take([0]).tensors()
     own = _row(completions, 0)
-    right = policy.logprobs(engine, inputs, own, temperature=1.0).logps
+    right = logprobs(engine, inputs, own, 1.0).logps
     del inputs["mm_token_type_ids"]
     try:
-        wrong = policy.logprobs(engine, inputs, own, temperature=1.0).logps
+        wrong = logprobs(engine, inputs, own, 1.0).logps
     except (ValueError, TypeError):
         return
     assert not torch.allclose(right, wrong, atol=1e-3)
@@ -100,10 +103,10 @@ def test_dropping_token_types_would_change_log_probabilities(
 def test_log_probabilities_are_those_of_each_token_given_all_before(
     engine: PlainEngine, prompts: PromptBatch, completions: Completions
 ) -> None:
-    logps = policy.logprobs(engine, prompts.tensors(), completions, temperature=0.7).logps
+    logps = logprobs(engine, prompts.tensors(), completions, 0.7).logps
     for row in range(3):
         own = _row(completions, row)
-        inputs = policy.model_inputs(prompts.take([row]).tensors(), own)
+        inputs = model_inputs(prompts.take([row]).tensors(), own)
         length = own.ids.shape[1]
         logits = engine.module(**inputs).logits[0, -length - 1 : -1].double() / 0.7
         expected = torch.log_softmax(logits, -1)[torch.arange(length), own.ids[0]]
@@ -157,7 +160,7 @@ def test_attention_gives_the_focus_of_the_drop_in(
 ) -> None:
     inputs = prompts.tensors()
     with record_visual_attention(engine.module, layers="all", prompt_length=inputs["input_ids"].shape[1]) as record:
-        engine(**policy.model_inputs(inputs, completions))
+        engine(**model_inputs(inputs, completions))
     scores = _score(engine, prompts, completions, layers="all")
     focus = focus_of("attention", scores.focus_similarity, scores.attention)
     torch.testing.assert_close(focus, focus_from_attention(record, completions.mask), atol=1e-7, rtol=0)
@@ -181,12 +184,12 @@ def test_recording_changes_no_other_score_and_ends_with_the_pass(
 def test_a_micro_batch_split_changes_no_score(
     engine: PlainEngine, prompts: PromptBatch, completions: Completions, tiny_checkpoint: Path
 ) -> None:
-    companion = build_companion(collator(tiny_checkpoint))
+    dummy = dummy_prompt(collator(tiny_checkpoint))
 
     def scores(size: int) -> Scores:
-        # Rows by themselves: the one without a picture gets the companion beside it.
+        # Rows by themselves: the one without a picture gets the dummy beside it.
         config = TrainConfig(optim=OptimConfig(micro_batch=size), rollout=RolloutConfig(temperature=0.7))
-        return Scorer(config, engine, engine, companion, wants_focus=True)(prompts, completions)
+        return Scorer(config, engine, engine, dummy, wants_focus=True)(prompts, completions)
 
     whole = scores(3)
     for size in (1, 2):
@@ -213,8 +216,8 @@ def test_what_is_scored_follows_the_configuration(
     attention: bool,
 ) -> None:
     config = TrainConfig(model=ModelConfig(attn_implementation=attn_implementation))
-    companion = build_companion(collator(tiny_checkpoint))
-    scores = Scorer(config, engine, None, companion, wants_focus=wants_focus)(prompts, completions)
+    dummy = dummy_prompt(collator(tiny_checkpoint))
+    scores = Scorer(config, engine, None, dummy, wants_focus=wants_focus)(prompts, completions)
     assert (scores.focus_similarity is not None, scores.attention is not None) == (similarity, attention)
 
 
@@ -223,20 +226,20 @@ def test_a_model_whose_attention_cannot_be_recorded_is_named(tiny_checkpoint: Pa
     text_alone = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=2, num_key_value_heads=2))
     message = "model.attn_implementation: 'vgpo' .*Qwen2ForCausalLM: .*image token.*; with sdpa"
     with pytest.raises(ConfigError, match=message):
-        check_recordable(PlainEngine(text_alone), build_companion(collator(tiny_checkpoint)), "last")
+        check_recordable(PlainEngine(text_alone), dummy_prompt(collator(tiny_checkpoint)), "last")
 
 
 def test_attention_dropout_is_refused_before_the_first_rollout(tiny_checkpoint: Path) -> None:
     policy = PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32, attn_implementation="vgpo"))
-    companion = build_companion(collator(tiny_checkpoint))
+    dummy = dummy_prompt(collator(tiny_checkpoint))
     for module in policy.module.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.1
     policy.eval()
-    check_recordable(policy, companion, "last")
+    check_recordable(policy, dummy, "last")
     policy.train()
     with pytest.raises(ConfigError, match=r"'vgpo' records .* attention dropout 0.1; .*; with sdpa"):
-        check_recordable(policy, companion, "last")
+        check_recordable(policy, dummy, "last")
 
 
 def test_generating_leaves_no_trace_in_the_next_forward(
@@ -252,26 +255,26 @@ def test_generating_leaves_no_trace_in_the_next_forward(
     assert torch.equal(before.attention, after.attention)
 
 
-def test_the_companion_changes_no_gradient(tiny_checkpoint: Path, pictures: Path) -> None:
+def test_the_dummy_changes_no_gradient(tiny_checkpoint: Path, pictures: Path) -> None:
     engine = PlainEngine(load_model(tiny_checkpoint, dtype=torch.float32))
     make = collator(tiny_checkpoint)
     prompts, completions = make(mixed_samples(pictures, "tt")), random_completions([5, 3])
-    companion = build_companion(make)
-    (batch,) = micro_batches(prompts, completions, [0, 1], companion, size=2)
+    dummy = dummy_prompt(make)
+    batch = Batch(prompts, completions).take([0, 1], dummy)
     assert batch.prompts.images_per_row == [0, 0, 1]
     assert batch.completions.mask.sum(1).tolist() == [5, 3, 0]
 
     def gradients(inputs, own: Completions) -> dict[str, torch.Tensor]:
         engine.module.zero_grad()
-        logps = policy.logprobs(engine, inputs, own, temperature=1.0).logps
+        logps = logprobs(engine, inputs, own, 1.0).logps
         logps.masked_fill(~own.mask, 0.0).sum().backward()
         return {name: p.grad for name, p in engine.module.named_parameters() if p.grad is not None}
 
     without = gradients(prompts.tensors(), completions)
-    with_companion = gradients(batch.prompts.tensors(), batch.completions)
+    with_dummy = gradients(batch.prompts.tensors(), batch.completions)
     assert not any("visual" in name for name in without), "text alone does not reach the tower"
-    assert any("visual" in name for name in with_companion), "the companion runs the tower forward and backward"
-    for name, gradient in with_companion.items():
+    assert any("visual" in name for name in with_dummy), "the dummy runs the tower forward and backward"
+    for name, gradient in with_dummy.items():
         expected = without.get(name, torch.zeros_like(gradient))
         scale = expected.abs().max().item()
         torch.testing.assert_close(
@@ -293,17 +296,17 @@ class Adapted(torch.nn.Module):
 def test_an_unknown_head_is_named_before_the_first_rollout(tiny_checkpoint: Path) -> None:
     model = load_model(tiny_checkpoint, dtype=torch.float32)
     model.lm_head = Adapted(model.lm_head)
-    companion = build_companion(collator(tiny_checkpoint))
+    dummy = dummy_prompt(collator(tiny_checkpoint))
     message = r"model.path: Qwen2_5_VLForConditionalGeneration: expected a plain .*, got .*Adapted"
     with pytest.raises(ConfigError, match=message):
-        Scorer(TrainConfig(), PlainEngine(model), None, companion, wants_focus=False)
+        Scorer(TrainConfig(), PlainEngine(model), None, dummy, wants_focus=False)
 
 
 def test_scores_are_those_of_the_models_logits(
     engine: PlainEngine, prompts: PromptBatch, completions: Completions
 ) -> None:
     scores = _score(engine, prompts, completions, reference=engine)
-    inputs = policy.model_inputs(prompts.tensors(), completions)
+    inputs = model_inputs(prompts.tensors(), completions)
     with torch.no_grad():
         logits = engine.module(**inputs).logits[:, -completions.ids.shape[1] - 1 : -1].double() / 0.7
     log_p = logits.log_softmax(-1)
@@ -314,8 +317,9 @@ def test_scores_are_those_of_the_models_logits(
 
 
 def test_scoring_never_runs_the_head(engine: PlainEngine, prompts: PromptBatch, completions: Completions) -> None:
+    scorer = Scorer(TrainConfig(), engine, engine, prompts, wants_focus=True)  # a check does
     with no_head(engine.module):
-        assert _score(engine, prompts, completions, reference=engine).old_logps.any()
+        assert scorer(prompts, completions).old_logps.any()
         with pytest.raises(AssertionError, match="the head's own forward"):
             engine(**prompts.tensors())
 
@@ -323,9 +327,9 @@ def test_scoring_never_runs_the_head(engine: PlainEngine, prompts: PromptBatch, 
 def test_pictures_that_cannot_be_told_apart_are_refused_before_the_first_rollout(
     engine: PlainEngine, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    companion = build_companion(collator(tiny_checkpoint))
+    dummy = dummy_prompt(collator(tiny_checkpoint))
     config = TrainConfig(model=ModelConfig(attn_implementation="sdpa"), focus=FocusConfig(per_image=True))
-    Scorer(config, engine, None, companion, wants_focus=True)
+    Scorer(config, engine, None, dummy, wants_focus=True)
     unknown = Idefics3Config(image_token_id=engine.module.config.image_token_id)
     stand_in = SimpleNamespace(module=SimpleNamespace(config=unknown), device=engine.device)
     undescribed = SimpleNamespace(tensors=lambda device: {"input_ids": torch.ones(1, 2, dtype=torch.long)})  # noqa: ARG005
@@ -334,21 +338,21 @@ def test_pictures_that_cannot_be_told_apart_are_refused_before_the_first_rollout
         check_pictures(stand_in, undescribed)
     refused: list[object] = []
     monkeypatch.setattr(scoring, "check_pictures", lambda *given: refused.append(given))
-    Scorer(config, engine, None, companion, wants_focus=True)
-    assert refused == [(engine, companion)]
+    Scorer(config, engine, None, dummy, wants_focus=True)
+    assert refused == [(engine, dummy)]
 
 
 def test_hidden_states_that_cannot_be_had_are_refused_before_the_first_rollout(
     engine: PlainEngine, tiny_checkpoint: Path
 ) -> None:
-    companion = build_companion(collator(tiny_checkpoint))
+    dummy = dummy_prompt(collator(tiny_checkpoint))
     decoder = engine.module.get_decoder()
     cut = decoder.register_forward_hook(
         lambda _module, _args, output: type(output)(last_hidden_state=output.last_hidden_state[:, -2:])
     )
     try:
-        check_head(engine, companion)
+        check_head(engine, dummy)
         with pytest.raises(ConfigError, match=r"model.path: .*expected a last_hidden_state of all \(1, \d+\) tokens"):
-            check_head(engine, companion, hidden_states=True)
+            check_head(engine, dummy, hidden_states=True)
     finally:
         cut.remove()

@@ -9,18 +9,18 @@ from train_tools import (
     PlainEngine,
     collator,
     dense_logps,
-    experience,
     mixed_samples,
     no_head,
     random_completions,
+    weighted_batch,
 )
 
 from vgpo_kernels import PolicyLossConfig, policy_loss
+from vgpo_train.data import dummy_prompt
 from vgpo_train.model import load_model
-from vgpo_train.rl import policy
-from vgpo_train.rl.micro_batches import build_companion, micro_batches, with_picture
-from vgpo_train.rl.rollout import Completions
-from vgpo_train.rl.update import Experience, Update
+from vgpo_train.rl.scoring import model_inputs
+from vgpo_train.rl.types import Batch, Completions
+from vgpo_train.rl.update import Update
 
 LOSSES = {
     "grpo": PolicyLossConfig(loss_type="grpo"),
@@ -42,18 +42,18 @@ def engine(tiny_checkpoint: Path) -> PlainEngine:
 
 
 @pytest.fixture(scope="module")
-def made(engine: PlainEngine, tiny_checkpoint: Path, pictures: Path) -> tuple[Experience, object]:
+def made(engine: PlainEngine, tiny_checkpoint: Path, pictures: Path) -> tuple[Batch, object]:
     make = collator(tiny_checkpoint)
     # The last micro-batch of two holds text alone, and so does the second one of three.
     prompts = make(mixed_samples(pictures, "pdptttt"))
-    return experience(engine, prompts, random_completions(LENGTHS)), build_companion(make)
+    return weighted_batch(engine, prompts, random_completions(LENGTHS)), dummy_prompt(make)
 
 
 def _gradients(engine: PlainEngine) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for _, p in engine.module.named_parameters()])
 
 
-def _one_batch(engine: PlainEngine, made: Experience, config: PolicyLossConfig) -> tuple[torch.Tensor, float]:
+def _one_batch(engine: PlainEngine, made: Batch, config: PolicyLossConfig) -> tuple[torch.Tensor, float]:
     engine.module.zero_grad()
     own = Completions(made.completions.ids[ROWS], made.completions.mask[ROWS])
     output = policy_loss(
@@ -76,11 +76,11 @@ def _one_batch(engine: PlainEngine, made: Experience, config: PolicyLossConfig) 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
 def test_micro_batches_add_up_to_one_batch(engine, made, loss: str, micro_batch: int) -> None:
     config = LOSSES[loss]
-    rows, companion = made
+    rows, dummy = made
     expected, expected_loss = _one_batch(engine, rows, config)
     engine.module.zero_grad()
     engine.boundaries, steps = [], engine.steps
-    update = Update(engine, config, companion, micro_batch=micro_batch, temperature=0.8)
+    update = Update(engine, config, dummy, micro_batch=micro_batch, temperature=0.8)
     metrics = update(rows, ROWS)
     assert (_gradients(engine) - expected).norm() < 1e-5 * expected.norm()
     assert metrics["loss"] == pytest.approx(expected_loss, rel=1e-5)
@@ -91,9 +91,9 @@ def test_micro_batches_add_up_to_one_batch(engine, made, loss: str, micro_batch:
 
 @pytest.mark.usefixtures("lone_process")
 def test_metrics_are_means_over_all_tokens(engine, made) -> None:
-    rows, companion = made
+    rows, dummy = made
     config = LOSSES["dapo with KL"]
-    parts = [Update(engine, config, companion, micro_batch=n, temperature=0.8)(rows, ROWS) for n in (1, 6)]
+    parts = [Update(engine, config, dummy, micro_batch=n, temperature=0.8)(rows, ROWS) for n in (1, 6)]
     assert parts[0].keys() == parts[1].keys()
     for name in parts[0]:
         assert parts[0][name] == pytest.approx(parts[1][name], rel=1e-4, abs=1e-7), name
@@ -103,8 +103,8 @@ def test_metrics_are_means_over_all_tokens(engine, made) -> None:
 
 @pytest.mark.usefixtures("lone_process")
 def test_factors_of_none_are_ones(engine, made) -> None:
-    rows, companion = made
-    update = Update(engine, LOSSES["dapo"], companion, micro_batch=3, temperature=0.8)
+    rows, dummy = made
+    update = Update(engine, LOSSES["dapo"], dummy, micro_batch=3, temperature=0.8)
 
     def gradients(**changes) -> torch.Tensor:
         engine.module.zero_grad()
@@ -117,11 +117,11 @@ def test_factors_of_none_are_ones(engine, made) -> None:
 
 @pytest.mark.usefixtures("lone_process")
 def test_updates_never_run_the_head(engine, made) -> None:
-    rows, companion = made
+    rows, dummy = made
     engine.module.zero_grad()
     # Micro-batches of one: a row without a token, and rows of text alone, are among them.
     budget = 10_000_000  # bytes: a chunk of a few tokens
-    update = Update(engine, LOSSES["dapo"], companion, micro_batch=1, temperature=0.8, memory_budget=budget)
+    update = Update(engine, LOSSES["dapo"], dummy, micro_batch=1, temperature=0.8, memory_budget=budget)
     with no_head(engine.module):
         assert update(rows, ROWS)["loss"] != 0
     assert _gradients(engine).any()
@@ -129,45 +129,44 @@ def test_updates_never_run_the_head(engine, made) -> None:
 
 @pytest.mark.usefixtures("lone_process")
 def test_the_entropy_is_the_mean_over_tokens(engine, made) -> None:
-    rows, companion = made
+    rows, dummy = made
     own = Completions(rows.completions.ids[ROWS], rows.completions.mask[ROWS])
     with torch.no_grad():
-        inputs = policy.model_inputs(rows.prompts.take(ROWS).tensors(), own)
+        inputs = model_inputs(rows.prompts.take(ROWS).tensors(), own)
         logits = engine.module(**inputs).logits[:, -own.ids.shape[1] - 1 : -1] / 0.8
     expected = torch.distributions.Categorical(logits=logits).entropy()[own.mask].mean()
-    metrics = Update(engine, LOSSES["dapo"], companion, micro_batch=2, temperature=0.8)(rows, ROWS)
+    metrics = Update(engine, LOSSES["dapo"], dummy, micro_batch=2, temperature=0.8)(rows, ROWS)
     assert metrics["entropy"] == pytest.approx(float(expected), rel=1e-5)
     assert metrics["entropy_proxy"] != pytest.approx(metrics["entropy"], rel=1e-3)
 
 
 @pytest.mark.usefixtures("lone_process")
 def test_an_update_without_a_token_is_none(engine, made) -> None:
-    rows, companion = made
+    rows, dummy = made
     steps = engine.steps
-    update = Update(engine, LOSSES["dapo"], companion, micro_batch=2, temperature=0.8)
+    update = Update(engine, LOSSES["dapo"], dummy, micro_batch=2, temperature=0.8)
     assert update(rows, []) == {}
     assert update(rows, [3]) == {}, "row 3 has no token"
     assert engine.steps == steps
 
 
-def test_micro_batches_beyond_the_rows_hold_the_companion_alone(made) -> None:
-    rows, companion = made
-    batches = list(micro_batches(rows.prompts, rows.completions, [2, 3, 0], companion, size=2, count=3))
-    assert [batch.rows for batch in batches] == [[2, 3], [0], []]
+def test_a_micro_batch_without_rows_holds_the_dummy_alone(made) -> None:
+    rows, dummy = made
+    batches = [rows.take(own, dummy) for own in ([2, 3], [0], [])]
     assert [len(batch.prompts) for batch in batches] == [2, 1, 1]
     assert [tuple(batch.completions.ids.shape) for batch in batches] == [(2, 9), (1, 5), (1, 1)]
     assert batches[2].prompts.images_per_row == [1]
     assert not batches[2].completions.mask.any()
-    assert batches[2].take(rows.advantages).tolist() == [0.0]
-    assert torch.equal(batches[1].take(rows.old_logps), rows.old_logps[[0], :5])
-    assert batches[0].take(None) is None
+    assert batches[2].advantages.tolist() == [0.0]
+    assert torch.equal(batches[1].old_logps, rows.old_logps[[0], :5])
+    assert replace(rows, ref_logps=None).take([2], dummy).ref_logps is None
 
 
-def test_the_companion_joins_only_where_there_is_no_picture(made) -> None:
-    rows, companion = made
+def test_the_dummy_is_appended_only_to_rows_without_a_picture(made) -> None:
+    rows, dummy = made
     text, mixed = rows.prompts.take([3, 4]), rows.prompts.take([3, 0])
-    assert with_picture(mixed, companion) is mixed
-    joined = with_picture(text, companion)
-    assert [sample.id for sample in joined.samples] == ["t3", "t4", "companion"]
+    assert mixed.with_picture(dummy) is mixed
+    joined = text.with_picture(dummy)
+    assert [sample.id for sample in joined.samples] == ["t3", "t4", "dummy"]
     assert "pixel_values" in joined.tensors()
     assert "pixel_values" not in text.tensors()

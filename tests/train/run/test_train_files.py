@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from vgpo_train.config import ConfigError, OptimConfig, RewardConfig, TrainConfig
@@ -90,6 +91,21 @@ def test_a_named_checkpoint_that_is_gone_is_an_error(tmp_path: Path) -> None:
     write_json(store.folder / "latest.json", asdict(_state(9)))
     with pytest.raises(ConfigError, match=r"resume: DeepSpeed could not load .*step_000009"):
         store.load(_Engine(), store.latest())
+
+
+def test_a_cut_file_is_named_before_the_model_is_loaded(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(_Engine(), _state(2))
+    file = store.folder / "step_000002" / "rank_1_optim_states.pt"
+    torch.save({"step": torch.zeros(1000)}, file)
+    store.check_whole(store.latest())
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(ConfigError, match=rf"resume: {file} is cut or damaged: .*; restore it, or choose another"):
+        store.check_whole(store.latest())
+    latest = store.folder / "latest.json"
+    latest.write_text(latest.read_text()[:100])
+    with pytest.raises(ConfigError, match=rf"resume: cannot read {latest}: "):
+        store.latest()
 
 
 def test_a_resume_is_refused_by_name() -> None:
