@@ -50,11 +50,11 @@ train: $(DATA)/checkpoint/.ready $(NATIVE) ## Pictures, checkpoint, then the mai
 		output_dir=$(RUN) seed=$(SEED) resume=auto $(OVERRIDES)
 
 $(DATA)/pictures/.ready: | $(READY)
-	python -m vgpo_train.make_pictures $(DATA)/pictures
+	python -m vgpo_train.quickstart.pictures $(DATA)/pictures
 	@touch $@
 
 $(DATA)/checkpoint/.ready: $(DATA)/pictures/.ready
-	python -m vgpo_train.tiny_model $(DATA)/checkpoint --pictures $(DATA)/pictures --seed $(SEED)
+	python -m vgpo_train.quickstart.tiny_model $(DATA)/checkpoint --pictures $(DATA)/pictures --seed $(SEED)
 	@touch $@
 
 # The record says of which commit the tests were green: figures measured after it can be reported.

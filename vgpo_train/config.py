@@ -95,7 +95,7 @@ class OptimConfig:
     max_grad_norm: float = 1.0
     update_prompts: int = 128  # prompts per optimizer step, over all ranks
     micro_batch: int = 4  # rows in one forward and backward on a rank
-    memory_budget_mb: float | None = None  # of logits and their gradient in an update; None: 512 on a GPU, 108 on a CPU
+    memory_budget_mb: float | None = None  # of logits and their gradient in an update; None: the library's default
 
     def memory_budget(self) -> int | None:
         """Returns the budget in bytes."""
@@ -339,7 +339,7 @@ def _check_ranges(config: TrainConfig) -> None:
 def _check_focus(config: TrainConfig) -> None:
     layers = config.focus.layers
     if isinstance(layers, list):
-        known = bool(layers) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
+        known = bool(layers) and all(type(layer) is int for layer in layers)
     else:
         known = layers in ("last", "all")
     if not known:

@@ -38,9 +38,9 @@ def _train(config: TrainConfig) -> int:
     # Imported late: a mistake in the configuration shows at once, before seconds of imports.
     import torch
 
-    from vgpo_train import distributed
     from vgpo_train.data import DataError
-    from vgpo_train.engine import start_distributed
+    from vgpo_train.model.engine import start_distributed
+    from vgpo_train.run import distributed
     from vgpo_train.trainer import Trainer
 
     start_distributed()

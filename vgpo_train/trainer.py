@@ -1,8 +1,9 @@
 """The training loop: rollouts, rewards, scores, weights, updates, metrics, checkpoints."""
 
+import logging
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,36 +12,36 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
-from vgpo_train import distributed
-from vgpo_train.algorithms import ScoredRollout, Weighting, build_algorithm
-from vgpo_train.batching import build_companion, with_picture
-from vgpo_train.checkpoint import CheckpointStore, RunState, check_resumable
 from vgpo_train.config import ConfigError, TrainConfig, save_config
-from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, epoch_order
-from vgpo_train.data_check import open_datasets, usable
-from vgpo_train.engine import build_policy, build_reference, deepspeed_options
-from vgpo_train.experience import group_advantages, kept_rows
-from vgpo_train.export import check_weights, export
-from vgpo_train.metrics import MetricsLog, PhaseTimer, merge_updates, progress, rollout_metrics, weight_metrics
+from vgpo_train.data import PictureDataset, PromptBatch, PromptCollator, Sample, dummy_prompt, step_order
 from vgpo_train.model import end_tokens, limit_pixels, load_processor, visual_token_ids
-from vgpo_train.plan import check_divisible, check_layers, total_steps
-from vgpo_train.report import write_report
+from vgpo_train.model.engine import build_policy, build_reference, deepspeed_options
+from vgpo_train.model.export import check_weights, export
+from vgpo_train.preflight import check_layers, check_sizes, open_datasets, total_steps, usable
 from vgpo_train.rewards import RewardMixer, Rewards
-from vgpo_train.rollout import Completions, build_rollout_engine
-from vgpo_train.scoring import Scorer, Scores, focus_of
-from vgpo_train.updates import Experience, Update
+from vgpo_train.rl.advantages import group_advantages, kept_rows
+from vgpo_train.rl.algorithms import build_algorithm
+from vgpo_train.rl.groups import Groups
+from vgpo_train.rl.rollout import build_rollout_engine
+from vgpo_train.rl.scoring import Scorer, focus_of
+from vgpo_train.rl.types import Batch, Completions, ScoredRollout, Scores, Weighting
+from vgpo_train.rl.update import Update
+from vgpo_train.run import distributed
+from vgpo_train.run.checkpoint import CheckpointStore, RunState, check_resumable
+from vgpo_train.run.metrics import (
+    MetricsLog,
+    PhaseTimer,
+    merge_updates,
+    progress,
+    read_metrics,
+    rollout_metrics,
+    weight_metrics,
+)
+from vgpo_train.run.report import write_report
+
+logger = logging.getLogger(__name__)
 
 _SEED_STRIDE = 1_000_003  # keeps the random streams of neighbouring seeds, steps and ranks apart
-
-
-@dataclass
-class Rollout:
-    """A rank's B rows: what was asked, what came back, what it earned."""
-
-    group_ids: Tensor  # (B,) int64: which prompt of the step a row answers
-    prompts: PromptBatch
-    completions: Completions
-    rewards: Rewards  # on the CPU
 
 
 class Trainer:
@@ -59,13 +60,21 @@ class Trainer:
         self.saved = self._saved_state()
         distributed.together(lambda: deepspeed_options(config))
         self.algorithm = build_algorithm(config)
-        self.collator, self.companion, opened = distributed.together(self._open_data)
+        self.collator, self.dummy, opened = distributed.together(self._open_data)
         self.processor = self.collator.processor
         datasets = usable(opened, self.collator, config.data.invalid)
         self.train_data, self.test_data = datasets["data.train"], datasets.get("data.test")
+        check_sizes(config, len(self.train_data), self.world)
         self.steps = total_steps(config, len(self.train_data))
-        check_divisible(config, self.world)
         self.updates_per_step = config.rollout.prompts // config.optim.update_prompts
+        self.groups = Groups(
+            config.rollout.prompts,
+            config.rollout.completions,
+            self.updates_per_step,
+            rank=self.rank,
+            world=self.world,
+            device=self.device,
+        )
         self.engine = build_policy(config, self.steps * self.updates_per_step)
         self.loss_config = config.loss_config()
         self.reference = build_reference(config) if self.loss_config.beta else None
@@ -78,11 +87,11 @@ class Trainer:
             eos_token_ids=end_tokens(config.model.path, tokenizer),
         )
         wants_focus = "focus" in self.algorithm.wants or config.focus.log
-        self.scorer = Scorer(config, self.engine, self.reference, self.companion, wants_focus=wants_focus)
+        self.scorer = Scorer(config, self.engine, self.reference, self.dummy, wants_focus=wants_focus)
         self.update = Update(
             self.engine,
             self.loss_config,
-            self.companion,
+            self.dummy,
             micro_batch=config.optim.micro_batch,
             temperature=config.rollout.temperature,
             memory_budget=config.optim.memory_budget(),
@@ -125,9 +134,10 @@ class Trainer:
 
     def _saved_state(self) -> RunState | None:
         """Returns the state to go on from, if any; refuses what must not be resumed or overwritten."""
-        saved = self.store.latest() if self.config.resume == "auto" else None
+        saved = distributed.together(self.store.latest) if self.config.resume == "auto" else None
         if saved is not None:
             check_resumable(saved, self.config)
+            distributed.together(lambda: self.store.check_whole(saved))
         # Every rank looks before the main one begins to write, and all take the same answer.
         found = distributed.max_over_ranks(float((self.output_dir / "metrics.jsonl").exists()), self.device) > 0
         if found and self.config.resume == "no":
@@ -137,7 +147,7 @@ class Trainer:
         return saved
 
     def _open_data(self) -> tuple[PromptCollator, PromptBatch, dict[str, PictureDataset]]:
-        """Returns what makes the prompts, the companion of prompts without a picture, and the data sets by key."""
+        """Returns what makes the prompts, the dummy of prompts without a picture, and the data sets by key."""
         model, data = self.config.model, self.config.data
         check_weights(model.path)
         check_layers(self.config)
@@ -149,8 +159,8 @@ class Trainer:
             suffix=data.suffix,
             max_prompt_length=data.max_prompt_length,
         )
-        companion = build_companion(collator)  # a family whose prompts cannot be joined shows here
-        return collator, companion, open_datasets(data)
+        dummy = dummy_prompt(collator)  # a family whose prompts cannot be joined shows here
+        return collator, dummy, open_datasets(data)
 
     def _finish(self, accuracy_after: float | None, seconds: float) -> dict[str, Any]:
         export(self.engine.module, self.config.model.path, self.output_dir / "final")
@@ -166,6 +176,14 @@ class Trainer:
         }
         if distributed.is_main():
             summary = write_report(self.output_dir, summary)
+            updates = sum(line["updates"] for line in read_metrics(self.output_dir / "metrics.jsonl"))
+            if updates == self.state.skipped_updates:
+                logger.warning(
+                    "no update changed the policy in %d steps: either the gradients were not finite "
+                    "(skipped_updates: %d), or no group passed rewards.filter_equal and rewards.filter_accuracy",
+                    self.steps,
+                    updates,
+                )
         return summary
 
     def _is_due(self, every: int) -> bool:
@@ -178,54 +196,44 @@ class Trainer:
         timer = PhaseTimer()
         # A function of seed, step and rank alone: a resumed run draws what the killed one would have drawn.
         set_seed((self.config.seed * _SEED_STRIDE + step) * _SEED_STRIDE % 2**31 + self.rank)
-        group_ids = self._own_groups()
-        prompts_of_step = self._prompts(step)
-        own = [prompts_of_step[group] for group in group_ids.tolist()]
+        places = step_order(len(self.train_data), step, self.config.rollout.prompts, self.config.seed)
+        own = [places[group] for group in self.groups.own_ids.tolist()]
         samples = distributed.together(lambda: self._samples(own))
         with timer("rollout"):
             prompts, completions = self.sample(samples, temperature=self.config.rollout.temperature)
         with timer("reward"):
             rewards = self.rewards(self.decode(completions), samples)
-            rollout = Rollout(group_ids, prompts, completions, rewards)
         with timer("score"):
-            scores = self._score(rollout)
+            scores = self.scorer(prompts, completions)
         with timer("weight"):
-            whole, weighting, kept = self._weigh(rollout, scores, step)
+            rollout, weighting, kept = self._weigh(completions, rewards, scores, step)
         with timer("update"):
-            update_metrics = self._update(rollout, scores, whole, weighting, kept)
+            own = self.groups.own
+            batch = Batch(
+                prompts,
+                completions,
+                own(rollout.advantages),
+                scores.old_logps,
+                scores.ref_logps,
+                own(weighting.token_weights),
+                own(weighting.trajectory_weights),
+            )
+            update_metrics = self._update(batch, own(kept).tolist())
         return {
             "step": step + 1,
-            **rollout_metrics(whole, kept, self.config.rollout.max_new_tokens),
+            **rollout_metrics(rollout, kept, self.config.rollout.max_new_tokens),
             **self._reward_metrics(rewards),
-            **weight_metrics(weighting, whole.completion_mask),
+            **weight_metrics(weighting, rollout.completion_mask),
             **update_metrics,
             "learning_rate": self.engine.get_lr()[0],
             "skipped_updates": self.state.skipped_updates,
-            **timer.metrics(tokens=int(whole.completion_mask.sum())),
+            **timer.metrics(tokens=int(rollout.completion_mask.sum())),
         }
-
-    def _prompts(self, step: int) -> list[int]:
-        """Returns the places of a step's prompts in the training data."""
-        n, count = len(self.train_data), self.config.rollout.prompts
-        orders: dict[int, list[int]] = {}
-        chosen = []
-        for position in range(step * count, (step + 1) * count):
-            epoch, place = divmod(position, n)
-            if epoch not in orders:
-                orders[epoch] = epoch_order(n, epoch, self.config.seed)
-            chosen.append(orders[epoch][place])
-        return chosen
 
     def _samples(self, places: list[int]) -> list[Sample]:
         """Reads the training samples at these places, each once."""
         read = {place: self.train_data[place] for place in dict.fromkeys(places)}
         return [read[place] for place in places]
-
-    def _own_groups(self) -> Tensor:
-        """Returns the group (prompt of the step) of each of this rank's rows, an equal part of every update."""
-        completions, world = self.config.rollout.completions, self.world
-        groups = torch.arange(self.config.rollout.prompts).repeat_interleave(completions)
-        return groups.view(self.updates_per_step, world, -1)[:, self.rank].reshape(-1).to(self.device)
 
     def sample(self, samples: list[Sample], *, temperature: float) -> tuple[PromptBatch, Completions]:
         """Completes one prompt a sample; returns the prompts with the completions."""
@@ -242,7 +250,7 @@ class Trainer:
         parts = []
         with self.rollout_engine.session():
             for batch in batches:
-                inputs = with_picture(batch, self.companion).tensors(device=self.device)
+                inputs = batch.with_picture(self.dummy).tensors(device=self.device)
                 part = self.rollout_engine.generate(inputs, temperature=temperature)
                 parts.append(Completions(part.ids[: len(batch)], part.mask[: len(batch)]))
         longest = max(part.ids.shape[1] for part in parts)
@@ -265,78 +273,50 @@ class Trainer:
         rows = [ids[mask].tolist() for ids, mask in zip(completions.ids, completions.mask, strict=True)]
         return self.processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
-    def _score(self, rollout: Rollout) -> Scores:
-        """Runs the scoring pass over this rank's rows."""
-        return self.scorer(rollout.prompts, rollout.completions)
+    def _weigh(
+        self, completions: Completions, rewards: Rewards, scores: Scores, step: int
+    ) -> tuple[ScoredRollout, Weighting, Tensor]:
+        """Gathers the rollout over the ranks and weighs whole groups; every rank gets the same result.
 
-    def _weigh(self, rollout: Rollout, scores: Scores, step: int) -> tuple[ScoredRollout, Weighting, Tensor]:
-        """Gathers the rollout over the ranks and weighs whole groups; every rank gets the same result."""
-        order = self._group_order(rollout.group_ids)
-
-        def gather(rows: Tensor | None) -> Tensor | None:
-            return None if rows is None else distributed.gather_rows(rows)[order]
-
-        rewards = gather(rollout.rewards.total.to(self.device))
-        accuracies = gather(rollout.rewards.accuracy.to(self.device))
-        group_ids = gather(rollout.group_ids)
+        Returns:
+            The rollout, its factors, and (N,) bool: the rows that updates learn from.
+        """
+        gather, group_ids = self.groups.gather, self.groups.ids
+        totals, accuracies = gather(rewards.total.to(self.device)), gather(rewards.accuracy.to(self.device))
         similarity, attention = gather(scores.focus_similarity), gather(scores.attention)
-        whole = ScoredRollout(
+        rollout = ScoredRollout(
             group_ids=group_ids,
-            completion_mask=gather(rollout.completions.mask),
-            advantages=group_advantages(rewards, group_ids, normalize_std=self.config.rewards.normalize_std),
+            completion_mask=gather(completions.mask),
+            advantages=group_advantages(totals, group_ids, normalize_std=self.config.rewards.normalize_std),
             old_logps=gather(scores.old_logps),
             focus=focus_of(self.config.focus.source, similarity, attention),
             focus_similarity=similarity,
             attention=attention,
             has_visual=gather(scores.has_visual),
             entropy=gather(scores.entropy),
-            rewards=rewards,
+            rewards=totals,
             accuracies=accuracies,
         )
         kept = kept_rows(
-            rewards,
+            totals,
             accuracies,
             group_ids,
             filter_equal=self.config.rewards.filter_equal,
             filter_accuracy=self.config.rewards.filter_accuracy,
         )
-        return whole, self.algorithm.weigh(whole, step), kept
+        return rollout, self.algorithm.weigh(rollout, step), kept
 
-    def _update(
-        self, rollout: Rollout, scores: Scores, whole: ScoredRollout, weighting: Weighting, kept: Tensor
-    ) -> dict[str, float]:
-        """Runs the step's optimizer steps over the kept rows; returns the mean of their metrics."""
-        own = self._own_rows(rollout.group_ids)
-        experience = Experience(
-            rollout.prompts,
-            rollout.completions,
-            own(whole.advantages),
-            scores.old_logps,
-            scores.ref_logps,
-            own(weighting.token_weights),
-            own(weighting.trajectory_weights),
-        )
-        keeps = own(kept).tolist()
-        per_update = len(keeps) // self.updates_per_step
+    def _update(self, batch: Batch, kept: list[bool]) -> dict[str, float]:
+        """Runs the step's optimizer steps over the kept rows of this rank; returns the mean of their metrics."""
+        per_update = len(kept) // self.updates_per_step
         results = []
-        for start in range(0, len(keeps), per_update):
-            rows = [row for row in range(start, start + per_update) if keeps[row]]
-            result = self.update(experience, rows)
+        for start in range(0, len(kept), per_update):
+            rows = [row for row in range(start, start + per_update) if kept[row]]
+            result = self.update(batch, rows)
             if result:
                 results.append(result)
                 self.state.skipped_updates += int(result["skipped_updates"])
         return merge_updates(results)
-
-    def _group_order(self, own_groups: Tensor) -> Tensor:
-        """Returns the places of the gathered rows, sorted so that groups stand side by side."""
-        return torch.argsort(distributed.gather_rows(own_groups), stable=True)
-
-    def _own_rows(self, own_groups: Tensor) -> Callable[[Tensor | None], Tensor | None]:
-        """Returns what takes this rank's rows out of values of the whole rollout, as `_weigh` orders it."""
-        places = torch.argsort(self._group_order(own_groups))
-        count = len(own_groups)
-        own = places[self.rank * count : (self.rank + 1) * count]
-        return lambda values: None if values is None else values[own]
 
     # Between steps
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from train_launch import WORKERS, Finished, launch
-from train_stand_ins import write_odd_data
+from train_tools import SMALLEST, write_odd_data
 
-from vgpo_train.make_pictures import make_pictures
+from vgpo_train.quickstart.pictures import make_pictures
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +21,14 @@ def _copies(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def smallest(tmp_path: Path) -> Path:
+    """A YAML file of the fewest keys that make a configuration."""
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(SMALLEST))
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +40,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_checkpoint(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoint folder of a tiny Qwen2.5-VL that has just learnt that completions end."""
-    from vgpo_train.tiny_model import build_tiny_model
+    from vgpo_train.quickstart.tiny_model import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("checkpoint"), pictures=pictures, warm_start_steps=8)
 

@@ -15,8 +15,8 @@ from train_launch import WORKERS, Finished, launch
 from transformers import AutoModelForImageTextToText
 
 from vgpo_train.config import load_config
-from vgpo_train.metrics import read_metrics
 from vgpo_train.model import load_processor
+from vgpo_train.run.metrics import read_metrics
 
 pytestmark = pytest.mark.deepspeed
 

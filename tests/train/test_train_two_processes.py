@@ -9,16 +9,15 @@ import pytest
 import torch
 from PIL import Image
 from train_launch import WORKERS
-from train_stand_ins import PlainEngine, collator, dense_logps, eager_attention, mixed_samples
+from train_tools import PlainEngine, collator, dense_logps, eager_attention, mixed_samples
 from transformers import AutoModelForImageTextToText
 
 from vgpo_kernels import VGPOConfig, policy_loss, vgpo_weights
-from vgpo_train import policy
-from vgpo_train.algorithms import SEGMENTS
-from vgpo_train.experience import group_advantages
-from vgpo_train.metrics import read_metrics
 from vgpo_train.model import load_model, load_processor
-from vgpo_train.rollout import Completions
+from vgpo_train.rl.advantages import group_advantages
+from vgpo_train.rl.scoring import model_inputs
+from vgpo_train.rl.types import SEGMENTS, Completions
+from vgpo_train.run.metrics import read_metrics
 
 sys.path.insert(0, str(WORKERS))
 import scenario
@@ -106,7 +105,7 @@ def test_log_probabilities_and_entropies_have_the_gradients_of_one_process(ranks
     rows = [row for rank in scenario.HEAD_ROWS for row in rank]
     whole = record["experience"]
     mask, ids = whole.completions.mask[rows], whole.completions.ids[rows]
-    logits = engine(**policy.model_inputs(whole.prompts.take(rows).tensors(), Completions(ids, mask))).logits
+    logits = engine(**model_inputs(whole.prompts.take(rows).tensors(), Completions(ids, mask))).logits
     log_p = (logits[:, -ids.shape[1] - 1 : -1] / 0.8).log_softmax(-1)
     logps, entropy = log_p.gather(-1, ids[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
     (whole.advantages[rows][:, None] / 10 * (logps + entropy / 2))[mask].sum().backward()
@@ -254,7 +253,7 @@ def test_a_group_on_two_ranks_is_weighed_side_by_side(ranks) -> None:
     first, second = (set(rank["weighted"][0]["rows"]["group_ids"].tolist()) for rank in ranks)
     assert first & second == {1, 4}
     for rank in ranks:
-        assert rank["weighted"][0]["weighed_groups"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+        assert rank["weighted"][0]["whole"].group_ids.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
 def test_both_ranks_record_what_an_eager_forward_attends_to(ranks, tiny_checkpoint) -> None:

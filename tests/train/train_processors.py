@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from vgpo_train.model import pictures_only
+from vgpo_train.model.loading import pictures_only
 
 SIZE = {"height": 28, "width": 28}
 GRID = {"image_grid_pinpoints": [[28, 56], [56, 28], [56, 56]]}

@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parents[1] / "integrations"))  # for trl_trai
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from vgpo_train.make_pictures import make_pictures
+    from vgpo_train.quickstart.pictures import make_pictures
 
     return make_pictures(tmp_path_factory.mktemp("pictures"), train=16, test=4, seed=0)
 
@@ -28,6 +28,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny Qwen2.5-VL whose words are still nearly random."""
-    from vgpo_train.tiny_model import build_tiny_model
+    from vgpo_train.quickstart.tiny_model import build_tiny_model
 
     return build_tiny_model(tmp_path_factory.mktemp("checkpoint"), pictures=pictures, warm_start_steps=6)

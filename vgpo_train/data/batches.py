@@ -61,6 +61,13 @@ class PromptBatch:
         """Return each row `times` times, copies side by side."""
         return self.take([i for i in range(len(self)) for _ in range(times)])
 
+    def with_picture(self, dummy: PromptBatch) -> PromptBatch:
+        """Return the rows, followed by the dummy, a prompt with a picture, if none of them has one.
+
+        Under ZeRO-3 every rank must run the vision tower, forward and backward, or the others wait for ever.
+        """
+        return self if any(self.images_per_row) else self + dummy
+
     def tensors(self, *, length: int | None = None, device: torch.device | str | None = None) -> dict[str, Tensor]:
         """Join the rows into the arguments of a model's forward, as the processor joins a batch padded on the left.
 

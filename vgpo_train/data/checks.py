@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from vgpo_train.data.errors import DataError, FieldError
+from vgpo_train.data.errors import WITHOUT_COLUMN, DataError, FieldError
 from vgpo_train.data.prompts import PromptCollator
 from vgpo_train.data.samples import PictureDataset
 
@@ -60,6 +60,8 @@ def unusable(rows: Iterable[Examined]) -> list[Examined]:
 def report(name: str, count: int, bad: Sequence[Examined]) -> str:
     """Return what is wrong with a data set: how many rows of each kind, and the first of them.
 
+    A column that no row has is said once, with the columns of the first row.
+
     Args:
         name: of the data set.
         count: its rows.
@@ -68,6 +70,11 @@ def report(name: str, count: int, bad: Sequence[Examined]) -> str:
     lines = [f"{name}: {len(bad)} of {count} rows cannot be used"]
     for kind, rows in groupby(sorted(bad, key=lambda row: row.kind), key=lambda row: row.kind):
         messages = [row.message for row in rows]
+        if len(messages) == count and kind.startswith(WITHOUT_COLUMN):
+            column = kind.removeprefix(WITHOUT_COLUMN)
+            lines.append(f"  no row has the column{column}; data.columns and data.test_columns map fields to columns")
+            lines.append(f"    {messages[0]}")
+            continue
         lines.append(f"  {kind}: {len(messages)}")
         lines.extend(f"    {message}" for message in messages[:_LISTED])
         if len(messages) > _LISTED:

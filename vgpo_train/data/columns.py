@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from vgpo_train.data.errors import FieldError
+from vgpo_train.data.errors import ColumnError, FieldError
 
 FIELDS = ("id", "problem", "answer", "images")
 AUTO: Mapping[str, tuple[str, ...]] = {
@@ -82,7 +82,8 @@ class Columns:
         try:
             value = row[self._one(row, "images")]
         except FieldError as error:
-            raise FieldError(f"{error}; a row of text alone says null or []") from None
+            error.args = (f"{error}; a row of text alone says null or []",)
+            raise
         if value is None:
             return ()
         return value if isinstance(value, (list, tuple)) else (value,)
@@ -96,8 +97,7 @@ class Columns:
         names = self._names[field]
         present = [name for name in names if name in row]
         if not present:
-            either = " or ".join(map(repr, names))
-            raise FieldError(f"field {either} is missing; the row has {sorted(row)}")
+            raise ColumnError(names, row)
         # A table with a column of each name holds null in the one that a row does not use.
         given = [name for name in present if row[name] is not None]
         if len(given) > 1:

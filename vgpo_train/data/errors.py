@@ -1,5 +1,9 @@
 """What can be wrong with a data set, each kind with the words that a report counts it under."""
 
+from collections.abc import Iterable, Sequence
+
+WITHOUT_COLUMN = "rows without the column"
+
 
 class DataError(ValueError):
     """A file, a row or a prompt that cannot be used; the message says which and why."""
@@ -11,6 +15,20 @@ class FieldError(DataError):
     """A field of a row is missing, empty or of another type than expected, or an id appears twice."""
 
     kind = "rows with a field that cannot be used"
+
+
+class ColumnError(FieldError):
+    """A row lacks the column that a field is read from.
+
+    Args:
+        columns: any of them would do.
+        row: what the row has.
+    """
+
+    def __init__(self, columns: Sequence[str], row: Iterable[str]) -> None:
+        either = " or ".join(map(repr, columns))
+        super().__init__(f"field {either} is missing; the row has {sorted(row)}")
+        self.kind = f"{WITHOUT_COLUMN} {either}"
 
 
 class PictureError(DataError):

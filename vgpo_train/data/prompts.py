@@ -18,6 +18,7 @@ IMAGE_PLACEHOLDER = "<image>"
 _MARKS = ("image_token", "boi_token", "video_token")  # what processors call the text that they put pictures in place of
 # Width and height of pictures that show how a processor joins them; the first has several tiles, if any has.
 _UNLIKE = {"red": (1200, 400), "green": (84, 112), "blue": (56, 168)}
+_DUMMY_SIZE = (56, 56)  # enough for one token of every patch size in use
 
 
 class PromptCollator:
@@ -143,6 +144,11 @@ class PromptCollator:
         for part, picture in zip(places, sample.open_images(), strict=True):
             part["image"] = picture
         return messages
+
+
+def dummy_prompt(collator: PromptCollator) -> PromptBatch:
+    """Return a prompt with a black picture, for forwards of rows without any: see `PromptBatch.with_picture`."""
+    return collator([Sample(id="dummy", problem="", answer="", images=(_png("black", _DUMMY_SIZE),))])
 
 
 def _png(colour: str, size: tuple[int, int]) -> bytes:

@@ -112,7 +112,8 @@ class PictureDataset(Dataset):
             row = file.read(place)
             given = self._columns.id(row)
         except DataError as error:
-            raise type(error)(f"{where}: {error}") from error
+            error.args = (f"{where}: {error}",)
+            raise
         name = str(number) if given is None else given
         try:
             return Sample(
@@ -124,7 +125,8 @@ class PictureDataset(Dataset):
                 source=where,
             )
         except DataError as error:
-            raise type(error)(f"{where}: id {name!r}: {error}") from error
+            error.args = (f"{where}: id {name!r}: {error}",)
+            raise
 
     def without(self, places: Collection[int]) -> PictureDataset:
         """Return the data set less the samples at these places, in the same order.
@@ -147,6 +149,18 @@ def epoch_order(n: int, epoch: int, seed: int) -> list[int]:
     """Return the order of `n` samples in an epoch: the same on every rank and after a resume."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(n, generator=generator).tolist()
+
+
+def step_order(n: int, step: int, count: int, seed: int) -> list[int]:
+    """Return which of `n` samples the `count` prompts of a step are: epoch after epoch, each in its own order."""
+    orders: dict[int, list[int]] = {}
+    chosen = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, place = divmod(position, n)
+        if epoch not in orders:
+            orders[epoch] = epoch_order(n, epoch, seed)
+        chosen.append(orders[epoch][place])
+    return chosen
 
 
 def _image(image: Any, folder: Path) -> Path | bytes:

@@ -3,7 +3,7 @@
 import torch
 
 from vgpo_train.config import TrainConfig
-from vgpo_train.engine import build_policy
+from vgpo_train.model.engine import build_policy
 
 MICRO_BATCHES = (1, 512)
 

@@ -8,10 +8,10 @@ from deepspeed.runtime.zero import GatheredParameters
 from published import PUBLISHED, published_tensors, write_checkpoint
 from torch import Tensor
 
-from vgpo_train import distributed
 from vgpo_train.config import ConfigError, TrainConfig
-from vgpo_train.engine import deepspeed_options, load_sharded
-from vgpo_train.export import check_exportable, export
+from vgpo_train.model.engine import deepspeed_options, load_sharded
+from vgpo_train.model.export import check_exportable, export
+from vgpo_train.run import distributed
 
 ADDED = 1.0  # to every parameter
 

@@ -1,4 +1,4 @@
-"""What the stand-in for a head that ZeRO-3 has sharded does: its gradients, and how often the weight is gathered."""
+"""What replaces a head that ZeRO-3 has sharded: its gradients, and how often the weight is gathered."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
-from train_stand_ins import dense_logps, no_head
+from train_tools import dense_logps, logprobs, no_head
 
 from vgpo_kernels import PolicyLossConfig
 from vgpo_kernels.integrations.transformers import fused_logprobs
 from vgpo_kernels.policy_loss import products
-from vgpo_train import distributed, policy
 from vgpo_train.data import PromptBatch
-from vgpo_train.rollout import Completions
+from vgpo_train.rl.scoring import model_inputs
+from vgpo_train.rl.types import Completions
+from vgpo_train.run import distributed
 
 # Bytes for the logits of a few tokens; the default holds all of them.
 BUDGETS = {"one chunk": None, "many chunks": 4_210_000}
@@ -38,7 +39,7 @@ def counted(owner: Any, name: str, counts: Callable[..., int]) -> Iterator[list[
 def step_on_logprobs(engine: Any, prompts: PromptBatch, completions: Completions, weights: torch.Tensor) -> None:
     """Descends the sum of weights * (logps + entropy / 2) of this rank's rows, added up over the ranks."""
     with no_head(engine.module):
-        found = policy.logprobs(engine, prompts.tensors(), completions, temperature=0.8, with_entropy=True)
+        found = logprobs(engine, prompts.tensors(), completions, 0.8, entropy=True)
     loss = (weights * (found.logps + found.entropy / 2)).sum()
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(loss * distributed.world_size())
@@ -61,8 +62,11 @@ def gathers(engine: Any, prompts: PromptBatch, completions: Completions) -> dict
     def fused(budget: int | None) -> torch.Tensor:
         ones = torch.ones(len(completions.mask))
         given = {"temperature": 0.8, "config": PolicyLossConfig(), "memory_budget": budget}
+        inputs = prompts.tensors()
+        length = inputs["input_ids"].shape[1]
         with fused_logprobs(engine) as head:
-            return policy.loss(head, prompts.tensors(), completions, None, ones, **given).loss
+            inputs = model_inputs(inputs, completions)
+            return head.policy_loss(inputs, None, ones, completions.mask, prompt_length=length, **given).loss
 
     losses = {"dense": dense} | {name: lambda budget=budget: fused(budget) for name, budget in BUDGETS.items()}
     found = {}

@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 from scenario import factors
 
-from vgpo_train import algorithms, rewards, rollout
-from vgpo_train.algorithms import VGPO, ScoredRollout, Weighting
-from vgpo_train.rollout import Completions, completion_mask
+from vgpo_train import rewards
+from vgpo_train.rl import algorithms, rollout
+from vgpo_train.rl.algorithms import VGPO, ScoredRollout, Weighting
+from vgpo_train.rl.rollout import Completions, completion_mask
 
 
 @rewards.register("even_length")

@@ -15,20 +15,20 @@ import parts  # noqa: F401
 import torch
 from deepspeed.runtime.zero import GatheredParameters
 from scenario import FIRST_RANK, HEAD_ROWS, KINDS, LEARNING_RATE, LENGTHS, LOSSES
-from train_stand_ins import collator, end_and_pad, experience, mixed_samples, no_head, random_completions
+from train_tools import collator, end_and_pad, mixed_samples, no_head, random_completions, weighted_batch
 from transformers import set_seed
 
-from vgpo_train import distributed, engine
 from vgpo_train import main as program
-from vgpo_train.algorithms import ScoredRollout, Weighting
-from vgpo_train.batching import build_companion, with_picture
-from vgpo_train.config import ConfigError, TrainConfig, load_config
-from vgpo_train.data import DataError
-from vgpo_train.engine import build_policy, start_distributed
-from vgpo_train.rollout import Completions, RolloutConfig, build_rollout_engine
-from vgpo_train.scoring import Scores
-from vgpo_train.trainer import Rollout, Trainer
-from vgpo_train.updates import Experience, Update
+from vgpo_train.config import ConfigError, RolloutConfig, TrainConfig, load_config
+from vgpo_train.data import DataError, PromptBatch, dummy_prompt
+from vgpo_train.model import engine
+from vgpo_train.model.engine import build_policy, start_distributed
+from vgpo_train.rewards import Rewards
+from vgpo_train.rl.rollout import build_rollout_engine
+from vgpo_train.rl.types import Batch, Completions, ScoredRollout, Scores, Weighting
+from vgpo_train.rl.update import Update
+from vgpo_train.run import distributed
+from vgpo_train.trainer import Trainer
 
 FOLDER, CHECKPOINT, LEAKY, PICTURES = (Path(argument) for argument in sys.argv[-4:])
 
@@ -46,17 +46,17 @@ def parameters(of: Any) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in found.items()}
 
 
-def whole_experience(policy_engine: Any) -> Experience:
+def whole_experience(policy_engine: Any) -> Batch:
     """Returns the rows of both ranks together, sampled by a policy not far from this one."""
     prompts = collator(CHECKPOINT)(mixed_samples(PICTURES, KINDS))
-    return experience(policy_engine, prompts, random_completions(LENGTHS))
+    return weighted_batch(policy_engine, prompts, random_completions(LENGTHS))
 
 
-def own_experience(whole: Experience) -> Experience:
+def own_experience(whole: Batch) -> Batch:
     """Returns this rank's rows."""
     rows = range(FIRST_RANK) if distributed.rank() == 0 else range(FIRST_RANK, len(KINDS))
     rows = list(rows)
-    return Experience(
+    return Batch(
         whole.prompts.take(rows),
         Completions(whole.completions.ids[rows], whole.completions.mask[rows]),
         *(getattr(whole, name)[rows] for name in ("advantages", "old_logps", "ref_logps")),
@@ -71,14 +71,14 @@ def rollouts_and_updates() -> dict[str, Any]:
     for loss, loss_config in LOSSES.items():
         given = ("optim.max_grad_norm=1e9", "optim.schedule=constant", "deepspeed=zero3_any_optimizer.json")
         policy_engine = build_policy(config_of("none", *given), 10)
-        companion = build_companion(collator(CHECKPOINT))
+        dummy = dummy_prompt(collator(CHECKPOINT))
         whole = whole_experience(policy_engine)
         own = own_experience(whole)
-        inputs = with_picture(own.prompts, companion).tensors()
+        inputs = own.prompts.with_picture(dummy).tensors()
         if loss in ("grpo", "cispo"):
             happened["completions"].append(_sample_both_ways(policy_engine, inputs))
         before = parameters(policy_engine)
-        update = Update(policy_engine, loss_config, companion, micro_batch=2, temperature=0.8)
+        update = Update(policy_engine, loss_config, dummy, micro_batch=2, temperature=0.8)
         metrics = update(own, list(range(len(own.prompts))))
         happened["updates"][loss] = (before, parameters(policy_engine), metrics)
     happened["completions"].append(_sample_both_ways(policy_engine, inputs))
@@ -173,31 +173,33 @@ class RecordingTrainer(Trainer):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         self.records: list[dict[str, Any]] = []
-        self._apply, self.update = self.update, self._record
+        self._score, self.scorer = self.scorer, self._record_scores
+        self._apply, self.update = self.update, self._record_update
 
-    def _score(self, rollout: Rollout) -> Scores:
+    def _record_scores(self, prompts: PromptBatch, completions: Completions) -> Scores:
         with no_head(self.engine.module):
-            scores = super()._score(rollout)
+            scores = self._score(prompts, completions)
+        self.records.append({"prompts": prompts, "completions": completions, "scores": scores, "updates": []})
+        return scores
+
+    def _weigh(
+        self, completions: Completions, rewards: Rewards, scores: Scores, step: int
+    ) -> tuple[ScoredRollout, Weighting, torch.Tensor]:
+        weighed = super()._weigh(completions, rewards, scores, step)
+        whole, weighting, _ = weighed
         rows = {
-            "group_ids": rollout.group_ids,
-            "completion_mask": rollout.completions.mask,
+            "group_ids": self.groups.own_ids,
+            "completion_mask": completions.mask,
             "old_logps": scores.old_logps,
             "focus": scores.focus_similarity,
             "has_visual": scores.has_visual,
-            "rewards": rollout.rewards.total,
-            "accuracies": rollout.rewards.accuracy,
+            "rewards": rewards.total,
+            "accuracies": rewards.accuracy,
         }
-        given = {"prompts": rollout.prompts, "completions": rollout.completions}
-        self.records.append({"rows": rows, "scores": scores, "updates": []} | given)
-        return scores
-
-    def _weigh(self, rollout: Rollout, scores: Scores, step: int) -> tuple[ScoredRollout, Weighting, torch.Tensor]:
-        weighed = super()._weigh(rollout, scores, step)
-        whole, weighting, _ = weighed
-        self.records[-1] |= {"weighed_groups": whole.group_ids, "whole": whole, "weighting": weighting}
+        self.records[-1] |= {"rows": rows, "whole": whole, "weighting": weighting}
         return weighed
 
-    def _record(self, given: Experience, rows: list[int]) -> dict[str, float]:
+    def _record_update(self, given: Batch, rows: list[int]) -> dict[str, float]:
         names = ("advantages", "old_logps", "token_weights", "trajectory_weights")
         tensors = {name: getattr(given, name) for name in names}
         self.records[-1]["updates"].append(tensors | {"mask": given.completions.mask, "rows": rows})
