@@ -8,7 +8,9 @@ import pytest
 MODULES = (
     "vgpo_kernels.attention.api",
     "vgpo_kernels.attention.stock_api",
-    "vgpo_kernels.integrations.transformers",
+    "vgpo_kernels.integrations.transformers.api",
+    "vgpo_kernels.integrations.transformers.pictures",
+    "vgpo_kernels.integrations.transformers.visual_tokens",
     "vgpo_kernels.focus.api",
     "vgpo_kernels.weights.api",
     "vgpo_kernels.weights.config",

@@ -25,7 +25,7 @@ from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 
-from vgpo_kernels.integrations._trl_vllm import unexpanded_prompts
+from vgpo_kernels.integrations.trl.vllm import unexpanded_prompts
 
 SIZE = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
 VISION = {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **SIZE}

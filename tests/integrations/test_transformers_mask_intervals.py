@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils as theirs
 
-from vgpo_kernels.integrations import _masks
-from vgpo_kernels.integrations._masks import MaskShape
+from vgpo_kernels.integrations.transformers import mask_intervals
+from vgpo_kernels.integrations.transformers.mask_intervals import MaskShape
 
 BATCH, LENGTH = 2, 13
 PICTURES = torch.tensor([[-1, -1, 0, 0, 0, -1, -1, 1, 1, -1, -1, -1, -1], [-1] * 11 + [0, 0]])
@@ -31,7 +31,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def whole(mask: _masks.KeyIntervals) -> Tensor:
+def whole(mask: mask_intervals.KeyIntervals) -> Tensor:
     """Returns (B, Lq, Lk) bool."""
     position = torch.arange(mask.kv_length)
     visible = (position >= mask.key_start[..., None]) & (position < mask.key_end[..., None])
@@ -50,7 +50,7 @@ def given(function: Callable[..., Tensor], shape: MaskShape, padding: Tensor | N
 @pytest.mark.parametrize("use_vmap", [False, True], ids=["", "vmap"])
 def test_intervals_are_the_mask(function: Callable[..., Tensor], padding: Tensor | None, use_vmap: bool) -> None:
     shape = MaskShape(BATCH, LENGTH, LENGTH)
-    mask = _masks.evaluate(function, shape, name="", attention_mask=padding, use_vmap=use_vmap)
+    mask = mask_intervals.evaluate(function, shape, name="", attention_mask=padding, use_vmap=use_vmap)
     assert torch.equal(whole(mask), given(function, shape, padding, use_vmap))
     assert mask.usable is None  # padding at the edges ends intervals
     assert mask.key_start.dtype == mask.key_end.dtype == torch.int32
@@ -68,7 +68,7 @@ def test_blocks_of_queries_leave_no_edge(rows: int) -> None:
 
     shape = MaskShape(BATCH, LENGTH, LENGTH)
     limit = rows * BATCH * LENGTH
-    mask = _masks.evaluate(function, shape, name="", block_elements=limit)
+    mask = mask_intervals.evaluate(function, shape, name="", block_elements=limit)
     assert torch.equal(whole(mask), given(FUNCTIONS["sliding pictures"], shape, None))
     assert max(seen) <= limit
     assert len(seen) == -(-LENGTH // rows)
@@ -83,14 +83,16 @@ def test_offsets_of_caches(shape: MaskShape, as_tensor: bool) -> None:
     if as_tensor:
         shape = shape._replace(q_offset=torch.tensor(shape.q_offset))
     for function in (FUNCTIONS["causal"], FUNCTIONS["sliding"]):
-        mask = _masks.evaluate(function, shape, name="", attention_mask=LEFT_PADDED)
+        mask = mask_intervals.evaluate(function, shape, name="", attention_mask=LEFT_PADDED)
         assert torch.equal(whole(mask), given(function, shape, LEFT_PADDED))
         assert mask.kv_offset == shape.kv_offset
 
 
 def test_room_that_a_static_cache_has_left_is_not_seen() -> None:
     shape = MaskShape(BATCH, 3, 20, 0)
-    mask = _masks.evaluate(FUNCTIONS["causal"], shape, name="", attention_mask=torch.ones(BATCH, 3, dtype=torch.bool))
+    mask = mask_intervals.evaluate(
+        FUNCTIONS["causal"], shape, name="", attention_mask=torch.ones(BATCH, 3, dtype=torch.bool)
+    )
     assert mask.key_end.tolist() == [[1, 2, 3]] * BATCH
     assert not mask.causal  # the last query does not stand at the last key
 
@@ -102,19 +104,19 @@ def test_keys_masked_in_the_middle_become_holes() -> None:
     padding[1, :2] = False
     shape = MaskShape(BATCH, LENGTH, LENGTH)
     for function in FUNCTIONS.values():
-        mask = _masks.evaluate(function, shape, name="", attention_mask=padding)
+        mask = mask_intervals.evaluate(function, shape, name="", attention_mask=padding)
         assert mask.usable is not None
         assert torch.equal(whole(mask), given(function, shape, padding))
 
 
 def test_plain_causal_mask_is_told_apart() -> None:
     shape = MaskShape(BATCH, 5, LENGTH, LENGTH - 5)
-    assert _masks.evaluate(FUNCTIONS["causal"], shape, name="").options() == {"causal": True}
-    assert not _masks.evaluate(FUNCTIONS["causal"], shape, name="", attention_mask=LEFT_PADDED).causal
-    assert not _masks.evaluate(FUNCTIONS["sliding"], shape, name="").causal
+    assert mask_intervals.evaluate(FUNCTIONS["causal"], shape, name="").options() == {"causal": True}
+    assert not mask_intervals.evaluate(FUNCTIONS["causal"], shape, name="", attention_mask=LEFT_PADDED).causal
+    assert not mask_intervals.evaluate(FUNCTIONS["sliding"], shape, name="").causal
     hole = torch.ones(BATCH, LENGTH, dtype=torch.bool)
     hole[:, 4] = False
-    assert not _masks.evaluate(FUNCTIONS["causal"], shape, name="", attention_mask=hole).causal
+    assert not mask_intervals.evaluate(FUNCTIONS["causal"], shape, name="", attention_mask=hole).causal
 
 
 def test_what_is_no_interval_raises_and_names_the_model() -> None:
@@ -124,7 +126,7 @@ def test_what_is_no_interval_raises_and_names_the_model() -> None:
     with pytest.raises(
         ValueError, match=r"MyConfig is no interval.* query 2 of row 0 sees 2 of the 3 keys from 0 to 2"
     ):
-        _masks.evaluate(every_other, MaskShape(BATCH, LENGTH, LENGTH), name="MyConfig")
+        mask_intervals.evaluate(every_other, MaskShape(BATCH, LENGTH, LENGTH), name="MyConfig")
 
 
 @pytest.mark.parametrize("holes", [False, True])
@@ -132,12 +134,12 @@ def test_encoded_mask_needs_nothing_but_its_numbers(holes: bool) -> None:
     padding = LEFT_PADDED.clone()
     padding[0, 10] = not holes
     shape = MaskShape(BATCH, 4, 11, 9, 2)
-    mask = _masks.evaluate(FUNCTIONS["sliding"], shape, name="", attention_mask=padding)
+    mask = mask_intervals.evaluate(FUNCTIONS["sliding"], shape, name="", attention_mask=padding)
     mask.layers = (1, 27)
-    packed = _masks.encode(mask)
-    assert _masks.is_encoded(packed)
-    assert _masks.decode(packed) is mask
-    read = _masks.decode(packed.clone())
+    packed = mask_intervals.encode(mask)
+    assert mask_intervals.is_encoded(packed)
+    assert mask_intervals.decode(packed) is mask
+    read = mask_intervals.decode(packed.clone())
     assert read is not mask
     assert torch.equal(whole(read), whole(mask))
     assert (read.layers, read.kv_offset, read.kv_length, read.causal) == ((1, 27), 2, 11, False)
@@ -146,24 +148,26 @@ def test_encoded_mask_needs_nothing_but_its_numbers(holes: bool) -> None:
 
 
 def test_encoded_mask_that_a_model_cut() -> None:
-    packed = _masks.encode(_masks.evaluate(FUNCTIONS["causal"], MaskShape(BATCH, LENGTH, LENGTH), name=""))
+    packed = mask_intervals.encode(
+        mask_intervals.evaluate(FUNCTIONS["causal"], MaskShape(BATCH, LENGTH, LENGTH), name="")
+    )
     with pytest.raises(
         ValueError, match=r"attention_mask: expected all 32 numbers of .*, got 13: the model cuts its masks"
     ):
-        _masks.decode(packed[:, :, :, :LENGTH])
+        mask_intervals.decode(packed[:, :, :, :LENGTH])
 
 
 def test_no_mask_of_transformers_is_taken_for_an_encoded_one() -> None:
     for mask in (None, torch.ones(1, 1, 1, 9, dtype=torch.bool), torch.zeros(1, 1, 1, 9), torch.ones(1, 9).int()):
-        assert not _masks.is_encoded(mask)
+        assert not mask_intervals.is_encoded(mask)
 
 
 def test_masks_made_whole_by_others() -> None:
     dense = given(FUNCTIONS["pictures"], MaskShape(BATCH, LENGTH, LENGTH), LEFT_PADDED)[:, None]
     additive = torch.where(dense, 0.0, torch.finfo(torch.float32).min)
     for mask in (dense, additive, additive.half().clamp(min=-65504), dense.expand(-1, 4, -1, -1)):
-        assert torch.equal(whole(_masks.from_dense(mask, BATCH, "", block_elements=50)), dense[:, 0])
-    one_row = _masks.from_dense(dense[:1], BATCH, "")
+        assert torch.equal(whole(mask_intervals.from_dense(mask, BATCH, "", block_elements=50)), dense[:, 0])
+    one_row = mask_intervals.from_dense(dense[:1], BATCH, "")
     assert torch.equal(whole(one_row), dense[:1, 0].expand(BATCH, -1, -1))
 
 
@@ -172,28 +176,28 @@ def test_masks_made_whole_by_others_that_hold_more() -> None:
     by_head = dense.repeat(1, 2, 1, 1)
     by_head[:, 1, 5, 5] = False
     with pytest.raises(ValueError, match="MyAttention: expected one mask for all heads, got one for each of 2"):
-        _masks.from_dense(by_head, BATCH, "MyAttention")
+        mask_intervals.from_dense(by_head, BATCH, "MyAttention")
     with pytest.raises(ValueError, match="MyAttention: expected a mask of 0 and the smallest number, got a bias"):
-        _masks.from_dense(torch.where(dense, -0.5, -torch.inf), BATCH, "MyAttention")
+        mask_intervals.from_dense(torch.where(dense, -0.5, -torch.inf), BATCH, "MyAttention")
     with pytest.raises(ValueError, match=r"MyAttention: expected a mask \(B, 1, Lq, Lk\) for a batch of 3"):
-        _masks.from_dense(dense, 3, "MyAttention")
+        mask_intervals.from_dense(dense, 3, "MyAttention")
 
 
 def test_missing_mask_means_what_it_means_to_sdpa() -> None:
     device = torch.device("cpu")
-    causal = _masks.without_mask(MaskShape(1, 3, 3), causal=True, device=device)
+    causal = mask_intervals.without_mask(MaskShape(1, 3, 3), causal=True, device=device)
     assert causal.key_end.tolist() == [[1, 2, 3]]
     assert causal.causal
     # A static cache being filled: sdpa aligns its causal mask with the first key.
-    filling = _masks.without_mask(MaskShape(1, 3, 8), causal=True, device=device)
+    filling = mask_intervals.without_mask(MaskShape(1, 3, 8), causal=True, device=device)
     assert filling.key_end.tolist() == [[1, 2, 3]]
     assert not filling.causal
-    decoding = _masks.without_mask(MaskShape(1, 1, 8), causal=True, device=device)
+    decoding = mask_intervals.without_mask(MaskShape(1, 1, 8), causal=True, device=device)
     assert decoding.key_end.tolist() == [[8]]
-    both_ways = _masks.without_mask(MaskShape(1, 3, 3), causal=False, device=device)
+    both_ways = mask_intervals.without_mask(MaskShape(1, 3, 3), causal=False, device=device)
     assert both_ways.key_end.tolist() == [[3, 3, 3]]
 
 
 def test_last_queries_of_a_mask() -> None:
-    mask = _masks.evaluate(FUNCTIONS["sliding"], MaskShape(BATCH, LENGTH, LENGTH), name="")
+    mask = mask_intervals.evaluate(FUNCTIONS["sliding"], MaskShape(BATCH, LENGTH, LENGTH), name="")
     assert torch.equal(whole(mask.last_queries(2)), whole(mask)[:, -2:])

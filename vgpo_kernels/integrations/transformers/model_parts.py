@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vgpo_kernels.attention.arguments import HEAD_DIM
-from vgpo_kernels.integrations._visual import IMAGE_TOKEN_FIELDS, VisualTokens, find_visual_tokens
+from vgpo_kernels.integrations.transformers.visual_tokens import IMAGE_TOKEN_FIELDS, VisualTokens, find_visual_tokens
 
 # Names of classes: of attention, and of what is called so without a softmax.
 _ATTENTION = re.compile("attention|attn|mla$", re.IGNORECASE)

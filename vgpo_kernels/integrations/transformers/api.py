@@ -1,26 +1,4 @@
-"""What VGPO asks of a transformers model: where it looks, and log-probabilities and loss of completions without logits.
-
-`record_visual_attention` records how much each token looks at the pictures, exactly and without attention maps:
-
-    from vgpo_kernels.integrations.transformers import record_visual_attention
-
-    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation={"text_config": "vgpo"})
-    with record_visual_attention(model, layers="all", queries="predicting") as rec:
-        sequences = model.generate(**inputs)
-    rec.mass  # (layers, B, tokens, 1): attention on visual tokens, one entry for each token of the completion
-
-`fused_logprobs` stands in for the output head, so that the logits of a sequence never exist:
-
-    with fused_logprobs(model) as fused:
-        out = fused.policy_loss(inputs, old_logps, advantages, completion_mask, prompt_length=prompt_length)
-    out.loss.backward()
-
-`visual_token_mask` and `image_ids` say which tokens are visual, and which picture each of them belongs to.
-
-Importing this module makes "vgpo" known to transformers. It is transformers' own "sdpa", mask and all, while no
-recorder is active; only models with a soft-cap on their attention, which "sdpa" refuses, attend with our kernels
-throughout. The vision tower stays on "sdpa" even where "vgpo" is set for the whole model.
-"""
+"""The entry points of recording and of the fused output head: arguments checked, then the context manager."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,29 +9,11 @@ from torch import Tensor, nn
 
 from vgpo_kernels._dispatch import checks_values
 from vgpo_kernels._validate import MASK, check_choice, check_tensor
-from vgpo_kernels.integrations import _interface
-from vgpo_kernels.integrations._fused import FusedHead, ModelLogprobs
-from vgpo_kernels.integrations._modules import check_layers, chosen_layers, find_parts
-from vgpo_kernels.integrations._pictures import check_separable, image_ids
-from vgpo_kernels.integrations._recording import Recorder
-from vgpo_kernels.integrations._segments import SEGMENTS
-from vgpo_kernels.integrations._sequence import Wishes
-from vgpo_kernels.integrations._visual import visual_token_mask
-
-__all__ = [
-    "FusedHead",
-    "ModelLogprobs",
-    "Recorder",
-    "check_separable",
-    "focus_from_attention",
-    "fused_logprobs",
-    "image_ids",
-    "model_logprobs",
-    "record_visual_attention",
-    "visual_token_mask",
-]
-
-_interface.register()
+from vgpo_kernels.integrations.transformers.fused_head import FusedHead, ModelLogprobs
+from vgpo_kernels.integrations.transformers.model_parts import check_layers, chosen_layers, find_parts
+from vgpo_kernels.integrations.transformers.recorder import Recorder
+from vgpo_kernels.integrations.transformers.segments import SEGMENTS
+from vgpo_kernels.integrations.transformers.sequence import Wishes
 
 
 @contextmanager

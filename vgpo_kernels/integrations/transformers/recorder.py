@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgpo_kernels.integrations import _interface
-from vgpo_kernels.integrations._generating import FOLLOWERS, Prompt, follow, read_prompt, unfollow
-from vgpo_kernels.integrations._masks import KeyIntervals
-from vgpo_kernels.integrations._modules import Parts
-from vgpo_kernels.integrations._pictures import described, find_picture, lay_out
-from vgpo_kernels.integrations._segments import SEGMENTS, Tokens
-from vgpo_kernels.integrations._sequence import Sequence, Wishes
+from vgpo_kernels.integrations.transformers import attention_function
+from vgpo_kernels.integrations.transformers.generate_patch import FOLLOWERS, Prompt, follow, read_prompt, unfollow
+from vgpo_kernels.integrations.transformers.mask_intervals import KeyIntervals
+from vgpo_kernels.integrations.transformers.model_parts import Parts
+from vgpo_kernels.integrations.transformers.pictures import described, find_picture, lay_out
+from vgpo_kernels.integrations.transformers.segments import SEGMENTS, Tokens
+from vgpo_kernels.integrations.transformers.sequence import Sequence, Wishes
 
 _STANCE: list[Any] = []  # torch.compile's, as long as anything records
 
@@ -105,7 +105,7 @@ class Recorder:
         return lay_out(values[is_image], picture)
 
     def __enter__(self) -> "Recorder":
-        if not _interface.LISTENERS:
+        if not attention_function.LISTENERS:
             # A compiled forward would call hooks and attention of the time when it was traced.
             _STANCE.append(torch.compiler.set_stance("force_eager"))
             _STANCE[-1].__enter__()
@@ -116,14 +116,14 @@ class Recorder:
             if callable(getattr(module, "generate", None)):
                 follow(module)
                 self._undo.append(functools.partial(unfollow, module))
-        _interface.LISTENERS.append(self)
+        attention_function.LISTENERS.append(self)
         FOLLOWERS.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _interface.LISTENERS.remove(self)
+        attention_function.LISTENERS.remove(self)
         FOLLOWERS.remove(self)
-        if not _interface.LISTENERS:  # recorders may end in any order
+        if not attention_function.LISTENERS:  # recorders may end in any order
             _STANCE.pop().__exit__(None, None, None)
         while self._undo:
             self._undo.pop()()
@@ -199,8 +199,8 @@ class Recorder:
     def _why_not_called(self, missing: list[int]) -> str:
         name = self._parts.name
         used = getattr(self._parts.config.get_text_config(), "_attn_implementation", None)
-        if used != _interface.NAME:
-            wanted: Any = _interface.NAME
+        if used != attention_function.NAME:
+            wanted: Any = attention_function.NAME
             if "text_config" in self._parts.config.sub_configs:
                 wanted = {"text_config": wanted}
             return (

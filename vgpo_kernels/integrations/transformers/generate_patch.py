@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from vgpo_kernels.integrations._pictures import described
+from vgpo_kernels.integrations.transformers.pictures import described
 
 
 class Prompt(NamedTuple):

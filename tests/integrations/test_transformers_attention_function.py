@@ -13,16 +13,15 @@ from torch.testing import assert_close
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForImageTextToText
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
 
-from vgpo_kernels.integrations import _interface
-from vgpo_kernels.integrations.transformers import record_visual_attention
+from vgpo_kernels.integrations.transformers import attention_function, record_visual_attention
 
 SDPA_FAMILIES = [name for name in tiny_vlms.FAMILIES if name != "soft_capped"]
 PADDED = torch.tensor([[False, False, True, True, True], [True] * 5])
 
 
 def test_both_functions_are_registered() -> None:
-    assert AttentionInterface()["vgpo"] is _interface.vgpo_attention
-    assert AttentionMaskInterface()["vgpo"] is _interface.vgpo_mask
+    assert AttentionInterface()["vgpo"] is attention_function.vgpo_attention
+    assert AttentionMaskInterface()["vgpo"] is attention_function.vgpo_mask
 
 
 @pytest.mark.parametrize("attention_mask", [None, torch.ones(2, 5, dtype=torch.bool), PADDED])
@@ -43,7 +42,7 @@ def test_mask_is_sdpas_while_nobody_records(attention_mask: Any, mask_function: 
         "use_vmap": False,
         "device": torch.device("cpu"),
     }
-    expected, got = sdpa_mask(**arguments), _interface.vgpo_mask(**arguments)
+    expected, got = sdpa_mask(**arguments), attention_function.vgpo_mask(**arguments)
     assert (expected is None) == (got is None)
     assert expected is None or torch.equal(expected, got)
 
@@ -65,14 +64,14 @@ def test_model_is_bit_identical_to_sdpa_while_nobody_records(name: str) -> None:
 @pytest.mark.parametrize("name", SDPA_FAMILIES)
 def test_layers_that_are_not_recorded_get_what_sdpa_gets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     masks: dict[str, list[Any]] = {"plain": [], "recorded": []}
-    real = _interface.sdpa_attention_forward
+    real = attention_function.sdpa_attention_forward
 
     def spy(module: nn.Module, q: Any, k: Any, v: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(module, "layer_idx", None) in (0, 1) and "Vision" not in type(module).__name__:
             masks[now].append(mask)
         return real(module, q, k, v, mask, *args, **kwargs)
 
-    monkeypatch.setattr(_interface, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(attention_function, "sdpa_attention_forward", spy)
     model, batch = tiny_vlms.make(name), tiny_vlms.make_batch(name)
     model.set_attn_implementation({"text_config": "vgpo"})
     with torch.no_grad():
@@ -143,7 +142,7 @@ class Attention(nn.Module):
 def call(softcap: float | None = None, lengths: tuple[int, int] = (4, 4), **options: Any) -> Any:
     q, k = torch.randn(1, 2, lengths[0], 8), torch.randn(1, 2, lengths[1], 8)
     mask = options.pop("attention_mask", None)
-    return _interface.vgpo_attention(Attention(), q, k, k, mask, softcap=softcap, **options)
+    return attention_function.vgpo_attention(Attention(), q, k, k, mask, softcap=softcap, **options)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +176,7 @@ def test_what_attention_cannot_take_is_said(options: dict[str, Any], message: st
 def test_values_may_be_shorter_than_keys() -> None:
     """As in latent attention."""
     q, v = torch.randn(1, 2, 4, 8), torch.randn(1, 2, 4, 5)
-    out, _ = _interface.vgpo_attention(Attention(), q, q, v, None, softcap=50.0)
+    out, _ = attention_function.vgpo_attention(Attention(), q, q, v, None, softcap=50.0)
     scores = torch.tanh(q @ q.mT * 8**-0.5 / 50.0) * 50.0
     probabilities = scores.masked_fill(~torch.ones(4, 4, dtype=torch.bool).tril(), -torch.inf).softmax(-1)
     assert_close(out, (probabilities @ v).transpose(1, 2))

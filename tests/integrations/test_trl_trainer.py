@@ -182,7 +182,7 @@ def test_a_batch_without_any_picture_warns_once(make, pictures, caplog):
     data = dataset(pictures).rename_column("images", "picture")
     trainer = make(data=data, num_iterations=1, steps_per_generation=2, max_steps=4)
     trainer.train()
-    said = [record.message for record in caplog.records if record.name == "vgpo_kernels.integrations.trl"]
+    said = [record.message for record in caplog.records if record.name.startswith("vgpo_kernels.integrations.trl")]
     assert len(said) == 1
     assert "no row has a picture" in said[0]
     assert "'image' or 'images'" in said[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vgpo_kernels import PolicyLossConfig, PolicyLossOutput, linear_logprobs, linear_policy_loss
 from vgpo_kernels._validate import INTEGER, MASK, check_tensor
-from vgpo_kernels.integrations._head import StandIn, find_head
+from vgpo_kernels.integrations.transformers.head_patch import StandIn, find_head
 
 
 class ModelLogprobs(NamedTuple):

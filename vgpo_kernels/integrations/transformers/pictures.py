@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._validate import INTEGER, check_tensor
-from vgpo_kernels.integrations._visual import among, find_visual_tokens
+from vgpo_kernels.integrations.transformers.visual_tokens import among, find_visual_tokens
 
 # The model's arguments that describe its pictures, beside the pixels themselves.
 DESCRIPTIONS = ("image_grid_thw", "image_sizes")

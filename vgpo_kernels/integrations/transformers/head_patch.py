@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vgpo_kernels.integrations._modules import find_decoder, is_encoder_decoder, outermost_model
+from vgpo_kernels.integrations.transformers.model_parts import find_decoder, is_encoder_decoder, outermost_model
 
 # Fields of configurations: each is a factor of the logits, or what they are divided by.
 SCALE_FIELDS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")

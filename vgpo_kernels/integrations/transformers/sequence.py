@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import Cache
 
 from vgpo_kernels.attention import attention_column_sum, attention_mass
-from vgpo_kernels.integrations._masks import KeyIntervals
-from vgpo_kernels.integrations._segments import SEGMENTS, Tokens, visual_positions
+from vgpo_kernels.integrations.transformers.mask_intervals import KeyIntervals
+from vgpo_kernels.integrations.transformers.segments import SEGMENTS, Tokens, visual_positions
 
 
 @dataclass(frozen=True)

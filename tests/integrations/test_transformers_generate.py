@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import Cache, DynamicCache, GenerationConfig, StaticCache
 
-from vgpo_kernels.integrations import _sequence
-from vgpo_kernels.integrations.transformers import Recorder, focus_from_attention, record_visual_attention
+from vgpo_kernels.integrations.transformers import Recorder, focus_from_attention, record_visual_attention, sequence
 
 GREEDY = {"max_new_tokens": 7, "do_sample": False, "suppress_tokens": tiny_vlms.NOT_WORDS}
 
@@ -36,7 +35,7 @@ def generate(model: Any, batch: dict[str, Any], queries: str, **options: Any) ->
 def over_the_whole(
     model: Any, family: str, batch: dict[str, Any], completion: Tensor, queries: str, mask: Tensor | None = None
 ) -> Recorder:
-    """Records one forward over prompts and completions, which test_integrations_exactness compares with eager maps."""
+    """Records one forward over prompts and completions, which test_transformers_recorded_mass compares with eager maps."""
     whole = tiny_vlms.continued(family, batch, completion, mask)
     with (
         torch.no_grad(),
@@ -142,13 +141,13 @@ def test_several_samples_of_a_prompt(model: Any, family: str) -> None:
 
 def test_assisted_decoding_forgets_refused_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = []
-    real = _sequence.Sequence._truncate
+    real = sequence.Sequence._truncate
 
     def spy(self: Any, length: int) -> None:
         refused.append(self.tokens.length - length)
         real(self, length)
 
-    monkeypatch.setattr(_sequence.Sequence, "_truncate", spy)
+    monkeypatch.setattr(sequence.Sequence, "_truncate", spy)
     family = "internvl"
     model, batch = tiny_vlms.make(family), tiny_vlms.make_batch(family)
     model.set_attn_implementation("vgpo")

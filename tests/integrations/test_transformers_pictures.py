@@ -23,8 +23,8 @@ from transformers import (
     VideoLlama3Config,
 )
 
-from vgpo_kernels.integrations._pictures import find_picture, lay_out
 from vgpo_kernels.integrations.transformers import check_separable, image_ids, visual_token_mask
+from vgpo_kernels.integrations.transformers.pictures import find_picture, lay_out
 
 IMAGE, VIDEO, BEGIN, END, BREAK = 8, 9, 6, 7, 5
 TOWER = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4}

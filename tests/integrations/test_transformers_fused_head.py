@@ -220,11 +220,11 @@ def test_a_batch_whose_tokens_are_all_masked_runs_backward() -> None:
 
 
 def test_the_model_may_be_asked_again_and_is_only_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vgpo_kernels.integrations import _head
+    from vgpo_kernels.integrations.transformers import head_patch
 
     readings, forwards = [], []
-    real = _head.StandIn._read
-    monkeypatch.setattr(_head.StandIn, "_read", lambda self, shown: readings.append(1) or real(self, shown))
+    real = head_patch.StandIn._read
+    monkeypatch.setattr(head_patch.StandIn, "_read", lambda self, shown: readings.append(1) or real(self, shown))
     case = Case("multiplying")
     case.model.register_forward_hook(lambda *_: forwards.append(1))
     with fused_logprobs(case.model) as fused:

@@ -14,9 +14,8 @@ from trl import GRPOTrainer
 from trl.generation import vllm_generation
 from trl_trainers import dataset
 
-from vgpo_kernels.integrations import _trl_vllm
-from vgpo_kernels.integrations._trl_vllm import UnexpandedEngine, unexpanded_prompts, without_placeholders
-from vgpo_kernels.integrations.trl import VGPOTrainer
+from vgpo_kernels.integrations.trl import VGPOTrainer, vllm
+from vgpo_kernels.integrations.trl.vllm import UnexpandedEngine, unexpanded_prompts, without_placeholders
 
 
 class StandIn:
@@ -116,13 +115,13 @@ def test_placeholders_are_never_sampled(trainer_of):
 
 
 def test_the_defects_are_looked_for_in_the_installed_trl(trainer_of, monkeypatch):
-    assert _trl_vllm.expands_twice()
-    assert _trl_vllm.samples_placeholders()
+    assert vllm.expands_twice()
+    assert vllm.samples_placeholders()
     source = inspect.getsource(vllm_generation)
     mended = source.replace('{"prompt_token_ids": ids}', '{"prompt_token_ids": collapse(ids)}') + "# logit_bias"
     monkeypatch.setattr(inspect, "getsource", lambda _: mended)
-    assert not _trl_vllm.expands_twice()
-    assert not _trl_vllm.samples_placeholders()
+    assert not vllm.expands_twice()
+    assert not vllm.samples_placeholders()
     trainer = trainer_of(VGPOTrainer)
     assert trainer.vllm_generation.generation_kwargs == {}
     with pytest.raises(RuntimeError, match="prompt 0"):  # sent as they are, to a vLLM that expands them again

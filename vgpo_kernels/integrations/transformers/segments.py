@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels.integrations._visual import VisualTokens, among
+from vgpo_kernels.integrations.transformers.visual_tokens import VisualTokens, among
 
 SEGMENTS = {"visual": ("visual",), "image/query/generated": ("image", "query", "generated")}
 

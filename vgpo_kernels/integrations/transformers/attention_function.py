@@ -14,8 +14,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from vgpo_kernels.attention import attention_with_lse
-from vgpo_kernels.integrations import _masks
-from vgpo_kernels.integrations._masks import KeyIntervals, MaskShape
+from vgpo_kernels.integrations.transformers import mask_intervals
+from vgpo_kernels.integrations.transformers.mask_intervals import KeyIntervals, MaskShape
 
 NAME = "vgpo"
 
@@ -89,14 +89,14 @@ def _encoded(
         "use_vmap": use_vmap,
         "device": device,
     }
-    mask = _masks.evaluate(shape=shape, name=type(kwargs["config"]).__name__, **described)
+    mask = mask_intervals.evaluate(shape=shape, name=type(kwargs["config"]).__name__, **described)
     mask.layers = tuple(sorted({layer for listener in listeners for layer in listener.layers}))
 
     def as_sdpa_gets_it() -> Tensor | None:
         return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **described, **kwargs)
 
     mask.sdpa_mask = as_sdpa_gets_it
-    return _masks.encode(mask)
+    return mask_intervals.encode(mask)
 
 
 def vgpo_attention(
@@ -128,7 +128,7 @@ def vgpo_attention(
     """
     listeners = [listener for listener in LISTENERS if listener.hears(module)]
     softcap = kwargs.get("softcap")
-    encoded = _masks.is_encoded(attention_mask)
+    encoded = mask_intervals.is_encoded(attention_mask)
     _check_known(module, kwargs)
     chosen = kwargs.pop("indices", None)
     if chosen is not None:
@@ -137,13 +137,13 @@ def vgpo_attention(
         if chosen.dim() != 3 or chosen.shape[:2] != (query.shape[0], query.shape[2]):
             _refuse(module, f"chosen keys (indices) of shape {tuple(chosen.shape)}", "expected (B, Lq, n)")
         # These layers put their choice into the mask only for "eager" and "sdpa", by name.
-        attention_mask = _masks.only_chosen(attention_mask, chosen, key.shape[2])
+        attention_mask = mask_intervals.only_chosen(attention_mask, chosen, key.shape[2])
     if not listeners and softcap is None and not encoded:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
         )
     layer: Any = getattr(module, "layer_idx", None)
-    mask = _masks.decode(attention_mask) if encoded else None  # type: ignore[arg-type]
+    mask = mask_intervals.decode(attention_mask) if encoded else None  # type: ignore[arg-type]
     recorded = listeners and any(layer in listener.layers for listener in listeners)
     # An encoded mask says which layers are recorded, so that a layer run again for its gradient takes the same route.
     ours = softcap is not None or (mask is not None and layer in mask.layers)
@@ -185,10 +185,10 @@ def _mask_from_outside(
     module: nn.Module, mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool | None, first_key: int
 ) -> KeyIntervals:
     if mask is not None:
-        return _masks.from_dense(mask, query.shape[0], _named(module), kv_offset=first_key)
+        return mask_intervals.from_dense(mask, query.shape[0], _named(module), kv_offset=first_key)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     shape = MaskShape(query.shape[0], query.shape[2], key.shape[2], kv_offset=first_key)
-    return _masks.without_mask(shape, causal=causal, device=query.device)
+    return mask_intervals.without_mask(shape, causal=causal, device=query.device)
 
 
 def _check_known(module: nn.Module, kwargs: dict[str, Any]) -> None:

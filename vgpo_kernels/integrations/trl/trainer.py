@@ -1,13 +1,4 @@
-"""Trains vision-language models by VGPO with TRL: its GRPO trainer with visual weights, and without logits.
-
-    from vgpo_kernels import VGPOConfig
-    from vgpo_kernels.integrations.trl import VGPOTrainer
-
-    trainer = VGPOTrainer(model, reward_funcs, args=GRPOConfig(...), vgpo_config=VGPOConfig.balanced(), ...)
-    trainer.train()
-
-Needs TRL 1.16: `pip install 'vgpo-kernels[trl]'`. `docs/trl.md` has a whole program, and what is refused.
-"""
+"""`VGPOTrainer`: TRL's GRPO trainer with advantages weighted by focus on the images, and without logits."""
 
 import inspect
 import logging
@@ -22,21 +13,19 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels._validate import check_choice
-from vgpo_kernels.integrations._modules import find_parts
-from vgpo_kernels.integrations._trl_options import check_arguments, check_options, loss_config
-from vgpo_kernels.integrations._trl_stand_ins import Loss, Scoring
-from vgpo_kernels.integrations._trl_vllm import (
+from vgpo_kernels.integrations.transformers import fused_logprobs, record_visual_attention
+from vgpo_kernels.integrations.transformers.model_parts import find_parts
+from vgpo_kernels.integrations.trl.model_proxies import Loss, Scoring
+from vgpo_kernels.integrations.trl.options import check_arguments, check_options, loss_config
+from vgpo_kernels.integrations.trl.vllm import (
     UnexpandedEngine,
     expands_twice,
     samples_placeholders,
     unexpanded_prompts,
     without_placeholders,
 )
-from vgpo_kernels.integrations.transformers import fused_logprobs, record_visual_attention
 from vgpo_kernels.weights import VGPOConfig, VGPOWeights, vgpo_weights
 from vgpo_kernels.weights.checks import SOURCES
-
-__all__ = ["VGPOTrainer"]
 
 logger = logging.getLogger(__name__)
 

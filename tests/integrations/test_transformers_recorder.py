@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from vgpo_kernels.integrations import _generating, _interface
-from vgpo_kernels.integrations.transformers import focus_from_attention, record_visual_attention
+from vgpo_kernels.integrations.transformers import (
+    attention_function,
+    focus_from_attention,
+    generate_patch,
+    record_visual_attention,
+)
 
 FAMILY = "qwen2_5_vl"  # sliding and full layers
 
@@ -31,7 +35,7 @@ def batch() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def nothing_stays_behind(model: Any) -> Iterator[None]:
     yield
-    assert _interface.LISTENERS == _generating.FOLLOWERS == []
+    assert attention_function.LISTENERS == generate_patch.FOLLOWERS == []
     assert "generate" not in model.__dict__
     for module in model.modules():
         assert not module._forward_hooks

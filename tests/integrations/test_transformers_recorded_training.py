@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from vgpo_kernels.integrations import _sequence
-from vgpo_kernels.integrations.transformers import record_visual_attention
+from vgpo_kernels.integrations.transformers import record_visual_attention, sequence
 
 FAMILY = "qwen2_5_vl"  # sliding and full layers
 
@@ -27,7 +26,7 @@ def test_training_step_under_checkpointing(
     reentrant: bool, inside: bool, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    real = _sequence.attention_mass
+    real = sequence.attention_mass
 
     def counting(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(1)
@@ -40,7 +39,7 @@ def test_training_step_under_checkpointing(
         expected = None
         if attention == "vgpo":
             expected = recorded(model, batch, [0, 2], prompt_length=9)
-            monkeypatch.setattr(_sequence, "attention_mass", counting)
+            monkeypatch.setattr(sequence, "attention_mass", counting)
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             if reentrant:
                 model.enable_input_require_grads()
