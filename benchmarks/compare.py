@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from result_file import BOUND, PEER, Results, read_results
+from benchmarks.result_file import BOUND, PEER, Results, read_results
 
 FALL = 0.25
 BANNER = "!" * 100

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
 import pytest
 import torch
-from measuring import Outcome, measure
-from room import LEVELS, Case, Room
-from timing import give_memory_back, keep_memory
-from working_tree import ROOT
+
+from benchmarks.harness import provenance
+from benchmarks.harness.cases import LEVELS, Case, Task
+from benchmarks.harness.measure import Outcome, measure
+from benchmarks.harness.timing import give_memory_back, keep_memory
+from tests.tools.working_tree import ROOT
 
 CHOICES = {level: (level,) for level in LEVELS} | {"all": ("small", "paper")}
 # A run that leaves the checkout alone names another place for the tests' record.
 TESTS_RECORD = Path(os.environ.get("VGPO_TESTS_RECORD", ROOT / ".tests.json"))
-pytest_plugins = ["cuda_faults"]
+pytest_plugins = ["tests.tools.cuda_faults"]
 
 OUTCOMES, SESSION = pytest.StashKey[dict](), pytest.StashKey[pytest.Session]()
 SKIPPED, FAILED = pytest.StashKey[list](), pytest.StashKey[list]()
@@ -50,7 +51,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_report_header() -> list[str]:
     """Says what the figures will depend on, and what a report of them would miss."""
-    facts, state = machine.description(device()), machine.checkout()
+    facts, state = provenance.description(device()), provenance.checkout()
     files = {True: "with uncommitted changes", False: "clean", None: "unknown to git"}[state["dirty"]]
     record = tests_record(TESTS_RECORD)
     tests = "no record of its tests (make test leaves one)"
@@ -65,7 +66,7 @@ def pytest_report_header() -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Makes an entry of each provider of each case that `--cases` asks for."""
-    marker = metafunc.definition.get_closest_marker("room")
+    marker = metafunc.definition.get_closest_marker("task")
     if marker is None:
         return
     chosen = marker.args[0].chosen(CHOICES[metafunc.config.getoption("cases")], device().type)
@@ -79,7 +80,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     items.sort(key=_importance)
     for item in items:
-        if item.get_closest_marker("room"):
+        if item.get_closest_marker("task"):
             item.add_marker(pytest.mark.benchmark(timer=Replay().read))
 
 
@@ -102,7 +103,7 @@ class Replay:
 class Entry:
     """One provider of one case."""
 
-    room: Room
+    task: Task
     case: Case
     provider: str
     request: pytest.FixtureRequest
@@ -118,7 +119,7 @@ class Entry:
         if outcome.wrong is not None:
             stash[FAILED].append(facts | {"reason": outcome.wrong})
             pytest.fail(f"{self.provider}: {outcome.wrong}", pytrace=False)
-        self.benchmark.group = f"{self.room.name} | {self.case.name}"
+        self.benchmark.group = f"{self.task.name} | {self.case.name}"
         self.benchmark.extra_info |= outcome.info
         clock = self.request.node.get_closest_marker("benchmark").kwargs["timer"].__self__
         clock.times.extend(time for seconds in outcome.samples for time in (0.0, seconds))
@@ -126,9 +127,9 @@ class Entry:
 
     def _outcome(self) -> Outcome:
         outcomes, module = self.request.config.stash[OUTCOMES], self.request.module.__name__
-        group = (self.room.name, self.case.name)
+        group = (self.task.name, self.case.name)
         if (*group, self.provider) not in outcomes:
-            found = measure(self.room, self.case, self._selected(), device(), module, timed=not self.benchmark.disabled)
+            found = measure(self.task, self.case, self._selected(), device(), module, timed=not self.benchmark.disabled)
             outcomes |= {(*group, name): outcome for name, outcome in found.items()}
             give_memory_back()
             torch._dynamo.reset()
@@ -138,20 +139,20 @@ class Entry:
 
     def _selected(self) -> list[str]:
         """Returns the providers of this case among the entries that run."""
-        items = [item for item in self.request.session.items if item.get_closest_marker("room")]
+        items = [item for item in self.request.session.items if item.get_closest_marker("task")]
         return [item.callspec.params["provider"] for item in items if item.callspec.params["case"] is self.case]
 
 
 def named(item: pytest.Item) -> dict[str, str]:
-    """Returns the names of an entry's room, case and provider."""
+    """Returns the names of an entry's task, case and provider."""
     case, provider = (item.callspec.params[name] for name in ("case", "provider"))
-    return {"room": item.get_closest_marker("room").args[0].name, "case": case.name, "provider": provider}
+    return {"task": item.get_closest_marker("task").args[0].name, "case": case.name, "provider": provider}
 
 
 @pytest.fixture
 def entry(request: pytest.FixtureRequest, case: Case, provider: str, benchmark: Any) -> Entry:
-    """One provider of one case of the room that marks the test."""
-    return Entry(request.node.get_closest_marker("room").args[0], case, provider, request, benchmark)
+    """One provider of one case of the task that marks the test."""
+    return Entry(request.node.get_closest_marker("task").args[0], case, provider, request, benchmark)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:  # noqa: ARG001
@@ -179,14 +180,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def unmeasured(config: pytest.Config, measured: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns what could not run, was wrong or was not reached, whether files changed, and the record of the tests."""
     skipped, failed = config.stash[SKIPPED], config.stash[FAILED]
-    names = ("room", "case", "provider")
+    names = ("task", "case", "provider")
     known = {tuple(one.get(name) for name in names) for one in (*measured, *skipped, *failed)}
-    asked = [named(item) for item in config.stash[SESSION].items if item.get_closest_marker("room")]
+    asked = [named(item) for item in config.stash[SESSION].items if item.get_closest_marker("task")]
     return {
         "skipped": skipped,
         "failed": failed,
         "not_reached": [one for one in asked if tuple(one.values()) not in known],
-        "changed_meanwhile": machine.checkout.__wrapped__() != machine.checkout(),
+        "changed_meanwhile": provenance.checkout.__wrapped__() != provenance.checkout(),
         "tests": tests_record(TESTS_RECORD),
     }
 
@@ -196,4 +197,4 @@ def tests_record(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     record = json.loads(path.read_text())
-    return record if record.get("commit") == machine.checkout()["commit"] else None
+    return record if record.get("commit") == provenance.checkout()["commit"] else None

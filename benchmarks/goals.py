@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from result_file import BOUND, HEADLINE, OURS, PEER, Entry, Group, Results
+from benchmarks.result_file import BOUND, HEADLINE, OURS, PEER, Entry, Group, Results
 
 DEVICE = "H200"
 MASS, COLUMN = "attention mass, given the LSE", "attention column sum, given the LSE"

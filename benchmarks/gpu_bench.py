@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_steps import Clocks, Outcome, Step, run
+from benchmarks.gpu_steps import Clocks, Outcome, Step, run
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_FILES = 8  # that OUT holds; those beyond `FILES` go into rest.tar
@@ -28,19 +28,19 @@ TEST_FOLDERS = ("weights", "focus", "attention", "policy_loss")
 NOT_OF_GPUS = ("native", "reference", "errors", "arguments", "memory", "targets", "trl")
 # The benchmarks by task, the most valuable first, and seconds for ours and all that is not compiled.
 TASKS = {
-    "mass": ("test_bench_attention.py::test_attention_mass", 40),
-    "forward": ("test_bench_attention.py::test_attention_with_mass", 45),
-    "backward": ("test_bench_attention.py::test_attention_backward", 45),
-    "decode": ("test_bench_decode.py::test_decode", 30),
-    "column": ("test_bench_attention.py::test_attention_column_sum", 40),
-    "logits": ("test_bench_policy_loss.py::test_logits_policy_loss", 40),
-    "linear-logprobs": ("test_bench_linear_policy_loss.py::test_linear_logprobs", 40),
-    "linear-loss": ("test_bench_linear_policy_loss.py::test_linear_policy_loss", 50),
-    "focus": ("test_bench_focus.py::test_focus", 40),
-    "weights": ("test_bench_weights.py::test_weights", 40),
-    "selective": ("test_bench_policy_loss.py::test_selective_logprobs", 25),
-    "logprobs-loss": ("test_bench_policy_loss.py::test_policy_loss", 25),
-    "step": ("test_bench_training_step.py::test_training_step", 80),
+    "mass": ("test_attention.py::test_attention_mass", 40),
+    "forward": ("test_attention.py::test_attention_with_mass", 45),
+    "backward": ("test_attention.py::test_attention_backward", 45),
+    "decode": ("test_decode.py::test_decode", 30),
+    "column": ("test_attention.py::test_attention_column_sum", 40),
+    "logits": ("test_policy_loss.py::test_logits_policy_loss", 40),
+    "linear-logprobs": ("test_hidden_loss.py::test_linear_logprobs", 40),
+    "linear-loss": ("test_hidden_loss.py::test_linear_policy_loss", 50),
+    "focus": ("test_focus.py::test_focus", 40),
+    "weights": ("test_weights.py::test_weights", 40),
+    "selective": ("test_policy_loss.py::test_selective_logprobs", 25),
+    "logprobs-loss": ("test_policy_loss.py::test_policy_loss", 25),
+    "step": ("test_training_step.py::test_training_step", 80),
 }
 NOTHING_COMPILED = ("weights", "step")
 # Kernels by the names of `tune.py`, those with the largest expected gain first.
@@ -146,7 +146,7 @@ def benchmarks(call: Call, stage: str, cases: str, chosen: str, tasks: Iterable[
         node, seconds = TASKS[task]
         part = call.parts / f"{stage}-{task}.json"
         options = ("--benchmark-only", "--cases", "tiny" if call.trial else cases, "--benchmark-json", str(part))
-        command = pytest(f"benchmarks/{node}", "-v", *options, "-k", chosen)
+        command = pytest(f"benchmarks/tasks/{node}", "-v", *options, "-k", chosen)
         steps.append(Step(f"{stage}/{task}", command, int(seconds * times), record, part))
     return steps
 

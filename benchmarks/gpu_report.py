@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from goals import DEVICE as DEVICE_OF_GOALS
-from goals import GOALS
-from predictions import DEVICE, PEAKS, PREDICTIONS, Prediction
-from report_text import ABSENT, failures, percent_text, rate_text, seconds_text, sections, table
-from result_file import Entry, Results, read_results
+from benchmarks.goals import DEVICE as DEVICE_OF_GOALS
+from benchmarks.goals import GOALS
+from benchmarks.predictions import DEVICE, PEAKS, PREDICTIONS, Prediction
+from benchmarks.report_text import ABSENT, failures, percent_text, rate_text, seconds_text, sections, table
+from benchmarks.result_file import Entry, Results, read_results
 
 UNJUDGED = "not judged"
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from report_text import ABSENT, bytes_text, percent_text, ratio_text, seconds_text, table
-from result_file import BOUND, PLAIN, Entry, Group, Results
+from benchmarks.report_text import ABSENT, bytes_text, percent_text, ratio_text, seconds_text, table
+from benchmarks.result_file import BOUND, PLAIN, Entry, Group, Results
 
 PAGES = ("README.md", "docs/dev/performance.md")
 PLACE = re.compile(r"<!-- of (?P<file>[\w.-]+)(?P<wide>, wide)? -->\n.*?<!-- end of (?P=file) -->", re.DOTALL)

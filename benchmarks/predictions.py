@@ -6,8 +6,8 @@ operations, 16 exp2, 4 instructions of a warp, 15 bytes of memory.
 
 from dataclasses import dataclass
 
-from goals import BACKWARD, COLUMN, FOCUS, FORWARD, LOGITS, LOGPROBS, MASS
-from result_file import HEADLINE
+from benchmarks.goals import BACKWARD, COLUMN, FOCUS, FORWARD, LOGITS, LOGPROBS, MASS
+from benchmarks.result_file import HEADLINE
 
 DEVICE = "H100"
 # Of the data sheet: operations a second of dense bf16 products, bytes a second of memory.

@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu_bench import TEST_FOLDERS, gpu_test_files
-from headlines import fill_pages
-from report_text import report_text
-from result_file import HEADLINE, Results, read_results
-from working_tree import RESULTS, ROOT, read_working_tree
+from benchmarks.gpu_bench import TEST_FOLDERS, gpu_test_files
+from benchmarks.headlines import fill_pages
+from benchmarks.report_text import report_text
+from benchmarks.result_file import HEADLINE, Results, read_results
+from tests.tools.working_tree import RESULTS, ROOT, read_working_tree
 
 # The tests that say of every kernel measured that its results are right; on a GPU the files of them that run it.
 NEEDED = tuple(f"tests/{folder}" for folder in TEST_FOLDERS)
@@ -34,7 +34,7 @@ def write_report(files: Sequence[Results], folder: Path) -> Path:
     Returns:
         The report's path.
     """
-    from report_plots import draw  # which needs matplotlib, as a check does not
+    from benchmarks.report_plots import draw  # which needs matplotlib, as a check does not
 
     folder.mkdir(parents=True, exist_ok=True)
     figures = {results.path: draw(results, folder) for results in files}
@@ -54,7 +54,7 @@ def objections(results: Results) -> list[str]:
         found.append("measured on a tree with uncommitted changes")
     if results.machine.get("impl", "by device") != "by device" or results.machine.get("interpreter"):
         found.append("VGPO_BENCH_IMPL or TRITON_INTERPRET had other kernels run than those that callers get")
-    if wrong := [f"{one['room']}, {one['case']}" for one in results.failed if one["provider"] == HEADLINE]:
+    if wrong := [f"{one['task']}, {one['case']}" for one in results.failed if one["provider"] == HEADLINE]:
         found.append(f"{HEADLINE} itself failed: {'; '.join(wrong)}")
     found += _objections_to_tests(results)
     return [f"{results.path}: {objection}" for objection in found]

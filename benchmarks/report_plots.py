@@ -10,9 +10,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, NullFormatter
-from report_text import caption
-from result_file import OURS, PLAIN, Entry, Results
-from scaling import sweeps
+
+from benchmarks.report_text import caption
+from benchmarks.result_file import OURS, PLAIN, Entry, Results
+from benchmarks.scaling import sweeps
 
 LENGTH = "T"  # the axis whose sweeps are drawn
 COLUMNS = 3

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from goals import DEVICE, Verdict, verdicts
-from result_file import OURS, Entry, Group, Results
-from scaling import MARGIN, Growth, growths
+from benchmarks.goals import DEVICE, Verdict, verdicts
+from benchmarks.result_file import OURS, Entry, Group, Results
+from benchmarks.scaling import MARGIN, Growth, growths
 
 ABSENT = "-"
 READING = (
@@ -137,7 +137,7 @@ def _worst_first(results: Results) -> list[str]:
         )
         for group, ours in groups
     ]
-    head = ("room", "case", "ours", "best peer over ours", "our plain torch over ours", "ours over the floor")
+    head = ("task", "case", "ours", "best peer over ours", "our plain torch over ours", "ours over the floor")
     return ["### Ratios, worst first\n", table((*head, "memory of the leanest peer over ours"), rows)]
 
 
@@ -222,7 +222,7 @@ def _left_out(results: Results) -> list[str]:
 
 
 def _reasons(entries: Iterable[Mapping[str, str]]) -> str:
-    names = ("room", "case", "provider", "reason")
+    names = ("task", "case", "provider", "reason")
     return table(names, [[one[name] for name in names] for one in entries])
 
 
@@ -234,7 +234,7 @@ def _scaling(results: Results) -> list[str]:
         f"Exponents e of time ~ size^e and memory ~ size^e, by least squares of logarithms, beside those of the floor "
         f"and of the bytes that must be moved. Ours is flagged where it grows faster by more than {MARGIN}.\n"
     )
-    head = ("room", "size", "from, to", "cases", "entry", "time", "floor", "memory", "bytes moved", "grows too fast")
+    head = ("task", "size", "from, to", "cases", "entry", "time", "floor", "memory", "bytes moved", "grows too fast")
     rows = [_growth_row(growth) for growth in sorted(found, key=lambda x: not x.too_fast)]
     return ["### Scaling\n", text, table(head, rows)]
 

@@ -172,7 +172,7 @@ def _entry(path: Path, one: Mapping[str, Any]) -> Entry:
         for needed in ("machine", "versions", "commit", "dirty", "floor", "bound_by", "achieved", "levels"):
             facts[needed]
         return Entry(
-            room=facts["room"],
+            room=facts["task"],
             case=facts["case"],
             provider=facts["provider"],
             role=facts["role"],

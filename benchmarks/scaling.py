@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from result_file import OURS, Entry, Results
+from benchmarks.result_file import OURS, Entry, Results
 
 MARGIN = 0.15  # of an exponent: what a fit may differ by before growth counts as faster than the floor's
 

@@ -19,12 +19,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import room as rooms
-from cuda_faults import LOST, context_is_lost
-from room import OURS, PLAIN, Case, Room
 from torch import Tensor
-from tune_timing import ROOMS, checked_case, promoted, results_of, room_named
 
+from benchmarks.harness import cases as rooms
+from benchmarks.harness.cases import OURS, PLAIN, Case
+from benchmarks.harness.cases import Task as Room
+from benchmarks.tune_timing import ROOMS, checked_case, promoted, results_of, room_named
+from tests.tools.cuda_faults import LOST, context_is_lost
 from vgpo_kernels import attention_with_lse, visual_attention
 from vgpo_kernels.policy_loss import products
 from vgpo_kernels.testing import assert_error_budget

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import machine
 import torch
-import tune_timing
-from tune_timing import Timing
 
+from benchmarks import tune_timing
+from benchmarks.harness import provenance as machine
+from benchmarks.tune_timing import Timing
 from vgpo_kernels import _compile, _tuning
 from vgpo_kernels._compile import Attempt, Row
 

@@ -6,14 +6,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import memory
-import room as rooms
 import torch
-from measuring import cold_copies
-from room import OURS, PLAIN, Case, Room
-from timing import interleaved
 from torch import Tensor
 
+from benchmarks.harness import cases as rooms
+from benchmarks.harness import memory
+from benchmarks.harness.cases import OURS, PLAIN, Case
+from benchmarks.harness.cases import Task as Room
+from benchmarks.harness.measure import cold_copies
+from benchmarks.harness.timing import interleaved
 from vgpo_kernels._tuning import Tiles, chosen_tiles
 from vgpo_kernels.testing import assert_error_budget
 
@@ -49,12 +50,12 @@ def room_named(name: str) -> Room:
     """Returns a room of these benchmarks.
 
     Raises:
-        KeyError: none of the `test_bench_*.py` defines it.
+        KeyError: none of the modules of `tasks` defines it.
     """
-    for path in sorted(Path(__file__).parent.glob("test_bench_*.py")):
-        if name not in rooms.ROOMS:
-            importlib.import_module(path.stem)
-    return rooms.ROOMS[name]
+    for path in sorted(Path(__file__).parent.glob("tasks/test_*.py")):
+        if name not in rooms.TASKS:
+            importlib.import_module(f"benchmarks.tasks.{path.stem}")
+    return rooms.TASKS[name]
 
 
 def timed_cases(room: Room) -> list[Case]:

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import tune_timing
-from result_file import OURS, Entry, read_results
-from room import OURS as OUR_PROVIDER
 
+from benchmarks import tune_timing
+from benchmarks.harness.cases import OURS as OUR_PROVIDER
+from benchmarks.result_file import OURS, Entry, read_results
 from vgpo_kernels import _compile, _tuning
 
 FILES = ("small.json", "paper.json")

@@ -1,8 +1,6 @@
 """Every test sees poisoned uninitialised memory; kernels run on the GPU if there is one, else interpreted."""
 
 import os
-import sys
-from pathlib import Path
 
 import torch
 
@@ -10,16 +8,13 @@ if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, so it is set before any kernel module is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Last of all, so that its plain names hide nobody's.
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-
 import conformance
 import pytest
 import without_hypothesis
 
 from vgpo_kernels import _native
 
-pytest_plugins = ["record", "cuda_faults", "gpu_arithmetic"]
+pytest_plugins = ["tests.tools.record", "tests.tools.cuda_faults", "gpu_arithmetic"]
 HAS_HYPOTHESIS = not without_hypothesis.install()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -26,7 +26,7 @@ def entry(
     """One entry; `length` makes it a point of a sweep over T."""
     case = case if length is None else f"{case}, T {length}"
     extra = {
-        "room": room,
+        "task": room,
         "case": case,
         "levels": ["small", "paper"],
         "provider": provider,

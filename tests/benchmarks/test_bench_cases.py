@@ -2,24 +2,24 @@
 
 import warnings
 
-import attention_cases
-import goals
-import peers
 import pytest
-import result_file
-import test_bench_attention as attention
-import test_bench_decode as decode
-import test_bench_focus as focus
-import test_bench_linear_policy_loss as linear
-import test_bench_policy_loss as policy_loss
-import test_bench_training_step as training_step
-import test_bench_weights as weights
 import torch
-from room import OURS, PLAIN, Case, Room
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import goals, result_file
+from benchmarks.harness.cases import OURS, PLAIN, Case, Task
+from benchmarks.peers import attention as peers
+from benchmarks.tasks import attention_cases
+from benchmarks.tasks import test_attention as attention
+from benchmarks.tasks import test_decode as decode
+from benchmarks.tasks import test_focus as focus
+from benchmarks.tasks import test_hidden_loss as linear
+from benchmarks.tasks import test_policy_loss as policy_loss
+from benchmarks.tasks import test_training_step as training_step
+from benchmarks.tasks import test_weights as weights
+
 CPU = torch.device("cpu")
-ROOMS = [
+TASKS = [
     attention.MASS,
     attention.COLUMN,
     attention.FORWARD,
@@ -33,7 +33,7 @@ ROOMS = [
     linear.LOGPROBS,
     linear.LOSS,
 ]
-every_room = pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.name)
+every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 
 # The table of the paper's cases, worked out for 790 TFLOP/s: attention of whole sequences, then mass, in ms; the linear
 # loss in ms; one copy of bf16 logits in GB.
@@ -48,9 +48,9 @@ TABLE = [
 
 @pytest.mark.parametrize("number", range(1, 6))
 def test_counted_work_is_that_of_the_papers_table(number: int):
-    def flops(room: Room) -> float:
-        case = next(case for case in room.cases if case.name.startswith(f"{number}:") and case.kind == "cuda")
-        return room.work(case).flops
+    def flops(task: Task) -> float:
+        case = next(case for case in task.cases if case.name.startswith(f"{number}:") and case.kind == "cuda")
+        return task.work(case).flops
 
     whole, mass, loss, _ = TABLE[number - 1]
     assert flops(attention.FORWARD) / 790e9 == pytest.approx(whole, rel=0.01)
@@ -76,30 +76,30 @@ def test_pairs_are_counted_right(case: Case, whole: bool):
     assert attention_cases.visible_pairs(case, whole=whole or bool(case.sizes.get("packed"))) == found
 
 
-@pytest.mark.parametrize("room", [room for room in ROOMS if room is not decode.DECODE], ids=lambda room: room.name)
-def test_every_case_fits_our_function(room: Room):
+@pytest.mark.parametrize("task", [task for task in TASKS if task is not decode.DECODE], ids=lambda task: task.name)
+def test_every_case_fits_our_function(task: Task):
     """Every size, the paper's, too, on tensors without memory; masks and lengths are read for errors: not theirs."""
-    for case in room.cases:
+    for case in task.cases:
         if case.sizes.get("packed") or case.sizes.get("left_padded"):
             continue
         with FakeTensorMode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            room.providers[OURS].run(room.inputs(case, CPU))
+            task.providers[OURS].run(task.inputs(case, CPU))
 
 
-@every_room
-def test_names_are_unique_on_each_kind_of_device(room: Room):
+@every_task
+def test_names_are_unique_on_each_kind_of_device(task: Task):
     for kind in ("cpu", "cuda"):
         for level in ("tiny", "small", "paper"):
-            entries = list(room.chosen([level], kind))
+            entries = list(task.chosen([level], kind))
             assert len({(case.name, provider) for case, provider in entries}) == len(entries) > 0
-            assert {provider for case, provider in entries if case.providers is None} == set(room.providers)
-    assert {PLAIN, OURS} <= set(room.providers)
+            assert {provider for case, provider in entries if case.providers is None} == set(task.providers)
+    assert {PLAIN, OURS} <= set(task.providers)
 
 
-@every_room
-def test_inputs_are_the_same_in_every_process(room: Room):
-    first, again = (room.inputs(room.tiny, CPU) for _ in range(2))
+@every_task
+def test_inputs_are_the_same_in_every_process(task: Task):
+    first, again = (task.inputs(task.tiny, CPU) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else True
 
@@ -120,6 +120,6 @@ def test_flex_attention_with_output_agrees():
 
 
 def test_goals_speak_of_rooms_that_there_are():
-    named = {room.name for room in [*ROOMS, training_step.ROOM]}
+    named = {task.name for task in [*TASKS, training_step.TASK]}
     assert {goal.room for goal in goals.GOALS} <= named
     assert result_file.HEADLINE == OURS

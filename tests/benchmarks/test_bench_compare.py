@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import compare
 import pytest
 from result_factory import entry, write_results
+
+from benchmarks import compare
 
 ROOM = "focus"
 

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import cuda_faults
-import gpu_bench
 import pytest
-import smoke
 import torch
+
+from benchmarks import gpu_bench, smoke
+from tests.tools import cuda_faults
 
 pytest_plugins = ["pytester"]
 
@@ -48,7 +48,7 @@ def test_a_session_ends_after_the_test_that_lost_the_context(pytester: pytest.Py
         "def test_breaks(): torch.gpu_of_this_test.lost = True\n"
         "def test_after(): pass\n"
     )
-    found = pytester.runpytest_inprocess("-p", "cuda_faults")
+    found = pytester.runpytest_inprocess("-p", "tests.tools.cuda_faults")
     # The broken test passed; its fault showed when it was waited for.
     found.assert_outcomes(passed=2, errors=1)
     found.stdout.fnmatch_lines([f"*{FAULT}*", f"*{cuda_faults.LOST} since *::test_breaks*"])
@@ -154,9 +154,9 @@ def test_the_script_asks_for_checks_that_there_are(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_task_of_the_benchmarks_has_a_smoke_check() -> None:
-    import room
+    from benchmarks.harness import cases as room
 
     smoke.room_named("weights")
     for name in smoke.ROOMS.values():
         smoke.room_named(name)
-    assert set(room.ROOMS) - {"training step"} <= set(smoke.checks())
+    assert set(room.TASKS) - {"training step"} <= set(smoke.checks())

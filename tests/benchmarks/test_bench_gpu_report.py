@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import goals
-import gpu_report
 import pytest
-from predictions import DECODE, PREDICTIONS
 from result_factory import COMMIT, entry, green_tests, write_results
+
+from benchmarks import goals, gpu_report
+from benchmarks.predictions import DECODE, PREDICTIONS
 
 CARD = "NVIDIA H100 80GB HBM3"
 CLOCKS = """epoch_seconds,step,sm_mhz,memory_mhz,power_w,power_limit_w,celsius,utilization
@@ -93,7 +93,7 @@ def test_on_another_card_nothing_is_held_to_predictions(folder: Path) -> None:
 
 
 def test_predictions_name_tasks_that_are_measured() -> None:
-    import tune_timing
+    from benchmarks import tune_timing
 
     for room in {prediction.room for prediction in PREDICTIONS}:
         assert tune_timing.room_named(room).name == room

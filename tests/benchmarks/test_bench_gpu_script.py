@@ -12,21 +12,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import gpu_bench
 import pytest
 import torch
-from gpu_steps import CLOCKS_HEAD, Clocks, Step
-from result_file import Entry
+
+from benchmarks import gpu_bench
+from benchmarks.gpu_steps import CLOCKS_HEAD, Clocks, Step
+from benchmarks.result_file import Entry
 
 pytest.importorskip("triton")
 pytest.importorskip("psutil")
 
-import tune_timing
-import worst
+from benchmarks import tune_timing, worst
 
 ROOT = Path(__file__).resolve().parents[2]
 # As much of the tree as the steps below need, without .git.
-COPIED = ("benchmarks/*.py", "scripts/gpu_bench.sh", "tests/*.py", "pyproject.toml")
+COPIED = ("benchmarks/**/*.py", "scripts/gpu_bench.sh", "tests/*.py", "tests/tools/*.py", "pyproject.toml")
 KILLS_ITSELF = "import os, signal\n\n\ndef test_kills():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
 
 
@@ -171,7 +171,7 @@ def test_out_holds_no_more_files_than_can_be_taken(tmp_path: Path) -> None:
 
 
 def test_stages_hold_every_task_and_every_kernel_with_tiles() -> None:
-    text = {path.name: path.read_text() for path in (ROOT / "benchmarks").glob("test_bench_*.py")}
+    text = {path.name: path.read_text() for path in (ROOT / "benchmarks/tasks").glob("test_*.py")}
     entries = {
         f"{name}::{one}" for name, code in text.items() for one in re.findall(r"^def (test_\w+)\(entry\)", code, re.M)
     }

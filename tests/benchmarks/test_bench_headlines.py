@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from headlines import PAGES, PLACE, fill_pages, filled, headlines
 from result_factory import entry, write_results
-from result_file import Results, read_results
-from working_tree import RESULTS, ROOT
+
+from benchmarks.headlines import PAGES, PLACE, fill_pages, filled, headlines
+from benchmarks.result_file import Results, read_results
+from tests.tools.working_tree import RESULTS, ROOT
 
 PAGE = "Before.\n<!-- of machine.json{} -->\n{}<!-- end of machine.json -->\nAfter.\n"
 

@@ -4,12 +4,13 @@ import dataclasses
 import math
 from typing import NamedTuple
 
-import measuring
 import pytest
-import room
 import torch
-from room import OURS, PLAIN, Case, Provider, Room, Unavailable, Work
 from torch import Tensor
+
+from benchmarks.harness import cases
+from benchmarks.harness import measure as measuring
+from benchmarks.harness.cases import OURS, PLAIN, Case, Provider, Task, Unavailable, Work
 
 CASE = Case("one case", ("small",), {"n": 40})
 CPU = torch.device("cpu")
@@ -29,25 +30,25 @@ def double(given: Given) -> Tensor:
 
 
 @pytest.fixture
-def make_room(monkeypatch: pytest.MonkeyPatch):
-    """Makes a room that the next test does not see; memory is somebody else's test."""
-    monkeypatch.setattr(room, "ROOMS", {})
+def make_task(monkeypatch: pytest.MonkeyPatch):
+    """Makes a task that the next test does not see; memory has tests of its own."""
+    monkeypatch.setattr(cases, "TASKS", {})
     monkeypatch.setattr(measuring, "_memory", lambda *_: {"peak_extra_bytes": 0, "how": "not measured"})
 
-    def make(**providers: Provider) -> Room:
+    def make(**providers: Provider) -> Task:
         named = {{"ours": OURS, "plain": PLAIN}.get(name, name): one for name, one in providers.items()}
         options = {"seconds": 0.001, "work": lambda _: Work(1e6, 1e6)}
-        return Room("a room", [CASE], inputs, {OURS: Provider(double, "ours"), **named}, **options)
+        return Task("a task", [CASE], inputs, {OURS: Provider(double, "ours"), **named}, **options)
 
     return make
 
 
-def measured(made: Room, **options: bool) -> dict[str, measuring.Outcome]:
+def measured(made: Task, **options: bool) -> dict[str, measuring.Outcome]:
     return measuring.measure(made, CASE, list(made.providers), CPU, __name__, **options)
 
 
-def test_those_that_agree_are_timed_and_described(make_room):
-    made = make_room(plain=Provider(lambda g: g.x + g.x, "ours, plain"), sum=Provider(lambda g: g.x + g.x))
+def test_those_that_agree_are_timed_and_described(make_task):
+    made = make_task(plain=Provider(lambda g: g.x + g.x, "ours, plain"), sum=Provider(lambda g: g.x + g.x))
     outcomes = measured(made)
     for name, outcome in outcomes.items():
         assert (outcome.wrong, outcome.skipped) == (None, None)
@@ -75,8 +76,8 @@ def test_those_that_agree_are_timed_and_described(make_room):
     ],
     ids=["a thousandth off", "shorter", "a NaN", "one more", "nothing", "raises"],
 )
-def test_a_wrong_peer_is_not_timed(make_room, run):
-    made = make_room(plain=Provider(double, "ours, plain"), wrong=Provider(run))
+def test_a_wrong_peer_is_not_timed(make_task, run):
+    made = make_task(plain=Provider(double, "ours, plain"), wrong=Provider(run))
     outcomes = measured(made)
     assert outcomes["wrong"].wrong
     assert not outcomes["wrong"].samples
@@ -84,8 +85,8 @@ def test_a_wrong_peer_is_not_timed(make_room, run):
     assert outcomes[PLAIN].samples
 
 
-def test_ours_is_wrong_where_our_plain_torch_says_so(make_room):
-    made = make_room(
+def test_ours_is_wrong_where_our_plain_torch_says_so(make_task):
+    made = make_task(
         ours=Provider(lambda g: g.x, "ours"),
         plain=Provider(double, "ours, plain"),
         copied=Provider(lambda g: g.x.clone()),
@@ -95,18 +96,18 @@ def test_ours_is_wrong_where_our_plain_torch_says_so(make_room):
     assert not outcomes[OURS].samples
 
 
-def test_ours_is_wrong_where_nobody_agrees(make_room):
-    outcomes = measured(make_room(ours=Provider(lambda g: g.x, "ours"), a=Provider(double), b=Provider(double)))
+def test_ours_is_wrong_where_nobody_agrees(make_task):
+    outcomes = measured(make_task(ours=Provider(lambda g: g.x, "ours"), a=Provider(double), b=Provider(double)))
     assert all(outcome.wrong for outcome in outcomes.values())
 
 
-def test_a_kernel_that_does_not_run_fails_the_case(make_room):
-    outcomes = measured(make_room(ours=Provider(lambda _: 1 / 0, "ours"), other=Provider(double)))
+def test_a_kernel_that_does_not_run_fails_the_case(make_task):
+    outcomes = measured(make_task(ours=Provider(lambda _: 1 / 0, "ours"), other=Provider(double)))
     assert all("ZeroDivisionError" in outcome.wrong for outcome in outcomes.values())
 
 
-def test_bounds_are_not_compared(make_room):
-    assert measured(make_room(copy=Provider(lambda g: g.x.clone(), "bound")))["copy"].samples
+def test_bounds_are_not_compared(make_task):
+    assert measured(make_task(copy=Provider(lambda g: g.x.clone(), "bound")))["copy"].samples
 
 
 @pytest.mark.parametrize(
@@ -118,33 +119,33 @@ def test_bounds_are_not_compared(make_room):
         (Provider(double, obstacle=lambda case: f"not {case.name}"), "not one case"),
     ],
 )
-def test_what_cannot_run_is_skipped_with_its_reason(make_room, provider, reason):
-    outcome = measured(make_room(other=provider))["other"]
+def test_what_cannot_run_is_skipped_with_its_reason(make_task, provider, reason):
+    outcome = measured(make_task(other=provider))["other"]
     assert outcome.skipped.startswith(reason)
     assert not outcome.samples
 
 
-def test_what_torch_compile_makes_needs_a_compiler_on_a_cpu(make_room, monkeypatch):
-    monkeypatch.setattr("room.shutil.which", lambda _: None)
-    assert measured(make_room(other=Provider(double, compiled=True)))["other"].skipped.endswith("needs a C++ compiler")
+def test_what_torch_compile_makes_needs_a_compiler_on_a_cpu(make_task, monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.cases.shutil.which", lambda _: None)
+    assert measured(make_task(other=Provider(double, compiled=True)))["other"].skipped.endswith("needs a C++ compiler")
 
 
-def test_out_of_memory_is_no_error_of_the_peer(make_room):
+def test_out_of_memory_is_no_error_of_the_peer(make_task):
     def exhausted(_: Given) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 77 GiB\nmore")
 
-    outcome = measured(make_room(other=Provider(exhausted)))["other"]
+    outcome = measured(make_task(other=Provider(exhausted)))["other"]
     assert outcome.skipped == "out of memory: CUDA out of memory. Tried to allocate 77 GiB"
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("no room"), ImportError("no cutlass"), Unavailable("no flash")]
+    "error", [torch.OutOfMemoryError("no memory"), ImportError("no cutlass"), Unavailable("no flash")]
 )
-def test_ours_is_not_timed_where_nobody_is_there_to_hold_it_to(make_room, error):
+def test_ours_is_not_timed_where_nobody_is_there_to_hold_it_to(make_task, error):
     def absent(_: Given) -> Tensor:
         raise error
 
-    made = make_room(plain=Provider(absent, "ours, plain"), bound=Provider(double, "bound"))
+    made = make_task(plain=Provider(absent, "ours, plain"), bound=Provider(double, "bound"))
     assert {name: bool(outcome.samples) for name, outcome in measured(made).items()} == {
         **{OURS: False, PLAIN: False, "bound": True}
     }
@@ -153,48 +154,48 @@ def test_ours_is_not_timed_where_nobody_is_there_to_hold_it_to(make_room, error)
     assert str(error) in outcome.skipped
 
 
-def test_inputs_that_cannot_be_made_leave_the_case_out(make_room):
+def test_inputs_that_cannot_be_made_leave_the_case_out(make_task):
     def exhausted(*_: object) -> Given:
         raise torch.OutOfMemoryError("too large")
 
-    outcomes = measured(dataclasses.replace(make_room(other=Provider(double)), inputs=exhausted, name="large"))
+    outcomes = measured(dataclasses.replace(make_task(other=Provider(double)), inputs=exhausted, name="large"))
     assert {outcome.skipped for outcome in outcomes.values()} == {"out of memory: too large"}
 
 
-def test_what_is_said_of_one_provider_does_not_take_the_others_along(make_room):
+def test_what_is_said_of_one_provider_does_not_take_the_others_along(make_task):
     def details(_: Given, name: str) -> dict:
         return {"length": len(name)} if name == OURS else 1 / 0
 
-    outcomes = measured(dataclasses.replace(make_room(other=Provider(double)), details=details, name="with details"))
+    outcomes = measured(dataclasses.replace(make_task(other=Provider(double)), details=details, name="with details"))
     assert outcomes[OURS].info["length"] == len(OURS)
     assert outcomes[OURS].samples
     assert "ZeroDivisionError" in outcomes["other"].wrong
 
 
 @pytest.mark.parametrize("keeps_forward", [False, True])
-def test_a_forward_that_is_kept_is_made_before_the_clock_starts(make_room, monkeypatch, keeps_forward):
+def test_a_forward_that_is_kept_is_made_before_the_clock_starts(make_task, monkeypatch, keeps_forward):
     events = []
     interleaved = measuring.interleaved
     monkeypatch.setattr(measuring, "interleaved", lambda *x: events.append("clock") or interleaved(*x))
-    made = make_room(other=Provider(lambda g: events.append("call") or double(g)))
+    made = make_task(other=Provider(lambda g: events.append("call") or double(g)))
     measured(dataclasses.replace(made, keeps_forward=keeps_forward, name="kept"))
     assert events.index("clock") == 1 + keeps_forward
 
 
-def test_a_run_without_times_only_checks(make_room):
-    outcomes = measured(make_room(wrong=Provider(lambda g: g.x)), timed=False)
+def test_a_run_without_times_only_checks(make_task):
+    outcomes = measured(make_task(wrong=Provider(lambda g: g.x)), timed=False)
     assert outcomes["wrong"].wrong
     assert not outcomes[OURS].samples
 
 
-def test_a_room_needs_ours_and_a_name_of_its_own(make_room):
-    made = make_room()
-    with pytest.raises(ValueError, match="there is a room 'a room' already"):
-        make_room()
+def test_a_task_needs_ours_and_a_name_of_its_own(make_task):
+    made = make_task()
+    with pytest.raises(ValueError, match="there is a task 'a task' already"):
+        make_task()
     with pytest.raises(ValueError, match="providers: expected 'vgpo_kernels' among them"):
-        Room("another", [CASE], inputs, {"peer": Provider(double)}, made.work)
+        Task("another", [CASE], inputs, {"peer": Provider(double)}, made.work)
     with pytest.raises(ValueError, match="role: expected one of ours"):
-        Room("another", [CASE], inputs, {OURS: Provider(double, "mine")}, made.work)
+        Task("another", [CASE], inputs, {OURS: Provider(double, "mine")}, made.work)
 
 
 def test_distance():
@@ -242,14 +243,14 @@ def test_cold_copies_outgrow_the_cache(monkeypatch: pytest.MonkeyPatch):
     assert measuring.cold_copies(given, CPU) == [given]
 
 
-def test_a_sweep_of_ours_alone_is_held_to_our_plain_torch(make_room):
-    made = make_room(ours=Provider(lambda g: g.x, "ours"), plain=Provider(double, "ours, plain"))
+def test_a_sweep_of_ours_alone_is_held_to_our_plain_torch(make_task):
+    made = make_task(ours=Provider(lambda g: g.x, "ours"), plain=Provider(double, "ours, plain"))
     outcomes = measuring.measure(made, CASE, [OURS], CPU, __name__)
     assert outcomes.keys() == {OURS}
     assert PLAIN in outcomes[OURS].wrong
 
 
-def test_what_fails_while_it_is_timed_is_said_by_all(make_room):
+def test_what_fails_while_it_is_timed_is_said_by_all(make_task):
     calls = []
 
     def fails_later(given: Given) -> Tensor:
@@ -258,5 +259,5 @@ def test_what_fails_while_it_is_timed_is_said_by_all(make_room):
             raise torch.OutOfMemoryError("too much\nand more")
         return double(given)
 
-    outcomes = measured(make_room(late=Provider(fails_later)))
+    outcomes = measured(make_task(late=Provider(fails_later)))
     assert {outcome.skipped for outcome in outcomes.values()} == {"while timed together: out of memory: too much"}

@@ -2,10 +2,11 @@
 
 import sys
 
-import memory
 import pytest
 import torch
 from torch import Tensor
+
+from benchmarks.harness import memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -29,7 +30,7 @@ def test_memory_that_was_there_before_is_not_counted():
 @linux
 def test_a_peak_in_a_process_of_its_own():
     # Dense torch makes a float32 copy of the states, ours reads them in place.
-    given = ("test_bench_focus", "focus", "T 2048")
+    given = ("benchmarks.tasks.test_focus", "focus", "T 2048")
     ours = memory.fresh_process_peak(*given, "vgpo_kernels")
     dense = memory.fresh_process_peak(*given, "dense torch")
     assert ours < 2e6 < 8e6 < dense
@@ -38,7 +39,7 @@ def test_a_peak_in_a_process_of_its_own():
 @linux
 def test_what_fails_there_is_said_here():
     with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
-        memory.fresh_process_peak("test_bench_focus", "focus", "tiny", "nobody")
+        memory.fresh_process_peak("benchmarks.tasks.test_focus", "focus", "tiny", "nobody")
 
 
 def test_bytes_of_counts_a_storage_once():

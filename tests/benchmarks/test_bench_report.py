@@ -5,15 +5,14 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import goals
 import pytest
-import report
-import scaling
-from gpu_bench import TEST_FOLDERS, gpu_test_files
 from matplotlib.image import imread
-from report_text import report_text
 from result_factory import COMMIT, MACHINE, entry, green_tests, write_results
-from result_file import Group, Results, read_results
+
+from benchmarks import goals, report, scaling
+from benchmarks.gpu_bench import TEST_FOLDERS, gpu_test_files
+from benchmarks.report_text import report_text
+from benchmarks.result_file import Group, Results, read_results
 
 MASS = goals.MASS
 
@@ -199,14 +198,14 @@ def test_no_exponent_of_one_size_or_of_no_memory() -> None:
 
 
 def test_what_was_left_out_is_said(tmp_path: Path) -> None:
-    skipped = [{"room": MASS, "case": "one case", "provider": "flash-colreduce", "reason": "needs a GPU"}]
+    skipped = [{"task": MASS, "case": "one case", "provider": "flash-colreduce", "reason": "needs a GPU"}]
     text = _text(_read(tmp_path, _mass_entries(), skipped=skipped), tmp_path)
     assert f"| {MASS} | one case | flash-colreduce | needs a GPU |" in text
 
 
 def test_what_failed_and_what_was_not_reached_is_said_first(tmp_path: Path) -> None:
-    failed = [{"room": MASS, "case": "one case", "provider": "eager", "reason": "does not run"}]
-    not_reached = [{"room": MASS, "case": "last", "provider": name} for name in ("vgpo_kernels", "eager")]
+    failed = [{"task": MASS, "case": "one case", "provider": "eager", "reason": "does not run"}]
+    not_reached = [{"task": MASS, "case": "last", "provider": name} for name in ("vgpo_kernels", "eager")]
     text = _text(_read(tmp_path, _mass_entries(), failed=failed, not_reached=not_reached), tmp_path)
     assert text.index(f"| {MASS} | one case | eager | does not run |") < text.index("### Ahead")
     assert "The run ended before 2 of its entries" in text
@@ -280,7 +279,7 @@ REFUSED = {
     "changed on the way": ({}, {"changed_meanwhile": True}, "measured on a tree with uncommitted changes"),
     "ours was wrong": (
         {},
-        {"failed": [{"room": MASS, "case": "another", "provider": "vgpo_kernels", "reason": "3e-1 away"}]},
+        {"failed": [{"task": MASS, "case": "another", "provider": "vgpo_kernels", "reason": "3e-1 away"}]},
         f"vgpo_kernels itself failed: {MASS}, another",
     ),
     "other kernels": ({"machine": MACHINE | {"impl": "triton"}}, {}, "VGPO_BENCH_IMPL or TRITON_INTERPRET had other"),

@@ -24,16 +24,16 @@ def run_benchmarks(*arguments: str, **environment: str) -> subprocess.CompletedP
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """What a run of one file leaves; the others are the same code with other functions."""
     file = tmp_path_factory.mktemp("run") / "results.json"
-    run = run_benchmarks("benchmarks/test_bench_policy_loss.py", "--benchmark-only", f"--benchmark-json={file}")
+    run = run_benchmarks("benchmarks/tasks/test_policy_loss.py", "--benchmark-only", f"--benchmark-json={file}")
     assert run.returncode == 0, run.stdout + run.stderr
     return json.loads(file.read_text())
 
 
 def test_every_entry_says_where_it_comes_from(results: dict):
-    rooms = {}
+    tasks = {}
     for entry in results["benchmarks"]:
         info, stats = entry["extra_info"], entry["stats"]
-        assert entry["group"] == f"{info['room']} | {info['case']}"
+        assert entry["group"] == f"{info['task']} | {info['case']}"
         assert 0 < stats["min"] <= stats["median"] <= stats["max"]
         assert stats["rounds"] >= 2
         assert "data" not in stats
@@ -44,20 +44,20 @@ def test_every_entry_says_where_it_comes_from(results: dict):
         assert len(info["commit"]) == 40
         assert info["dirty"] in (True, False)
         assert info["shapes"]
-        rooms.setdefault(info["room"], {})[info["provider"]] = info["role"]
-    assert set(rooms) == {
+        tasks.setdefault(info["task"], {})[info["provider"]] = info["role"]
+    assert set(tasks) == {
         "policy loss of log-probs",
         "policy loss of logits",
         "selective log-probs of logits",
     }
-    for providers in rooms.values():
+    for providers in tasks.values():
         assert providers["vgpo_kernels"] == "ours"
         assert providers["vgpo_kernels, plain torch"] == "ours, plain"
         assert providers["TRL"] == "peer"
 
 
 def test_what_could_not_run_is_listed(results: dict):
-    skipped = {(one["room"], one["provider"]): one["reason"] for one in results["skipped"]}
+    skipped = {(one["task"], one["provider"]): one["reason"] for one in results["skipped"]}
     assert skipped[("policy loss of logits", "Liger")] == "needs a GPU"
 
 
@@ -71,7 +71,7 @@ def run_broken(folder: Path, broken: str, *arguments: str) -> dict:
     file = folder / "results.json"
     run = run_benchmarks(
         *(*arguments, "-p", "breaking", "--benchmark-only", f"--benchmark-json={file}"),
-        PYTHONPATH=os.pathsep.join(map(str, (folder, ROOT, ROOT / "benchmarks"))),
+        PYTHONPATH=os.pathsep.join(map(str, (folder, ROOT))),
     )
     assert run.returncode == 1, run.stdout + run.stderr
     return json.loads(file.read_text())
@@ -79,8 +79,8 @@ def run_broken(folder: Path, broken: str, *arguments: str) -> dict:
 
 def test_what_fails_and_what_is_not_reached_is_kept(tmp_path: Path):
     """A peer that breaks, and a run that stops at it."""
-    broken = "peers.dense_focus"
-    results = run_broken(tmp_path, broken, "benchmarks/test_bench_focus.py", "-k", "not compile", "-x")
+    broken = "benchmarks.peers.focus.dense_focus"
+    results = run_broken(tmp_path, broken, "benchmarks/tasks/test_focus.py", "-k", "not compile", "-x")
     (failed,) = results["failed"]
     assert (failed["provider"], failed["reason"]) == ("dense torch", "does not run: RuntimeError: broken dense_focus")
     assert {one["extra_info"]["provider"] for one in results["benchmarks"]} >= {"vgpo_kernels"}
@@ -89,14 +89,14 @@ def test_what_fails_and_what_is_not_reached_is_kept(tmp_path: Path):
 
 
 def test_a_run_that_measures_nothing_says_why(tmp_path: Path):
-    results = run_broken(tmp_path, "torch.rand", "benchmarks/test_bench_weights.py")
+    results = run_broken(tmp_path, "torch.rand", "benchmarks/tasks/test_weights.py")
     assert (results["benchmarks"], results["not_reached"]) == ([], [])
     assert {one["reason"] for one in results["failed"]} == {"does not run: RuntimeError: broken rand"}
 
 
 @pytest.mark.timeout(900)
 def test_the_kernels_of_gpus_agree_with_every_peer():
-    """Triton kernels, interpreted, in all rooms that have them; nothing is timed."""
+    """Triton kernels, interpreted, in all tasks that have them; nothing is timed."""
     run = run_benchmarks(
         "benchmarks",
         "--benchmark-disable",

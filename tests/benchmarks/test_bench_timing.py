@@ -5,8 +5,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import timing
 import torch
+
+from benchmarks.harness import timing
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,8 @@ from torch import Tensor
 pytest.importorskip("triton")
 pytest.importorskip("psutil")
 
-import room as rooms
-import tune
-import tune_timing
-
+from benchmarks import tune, tune_timing
+from benchmarks.harness import cases as rooms
 from vgpo_kernels import _compile, _tuning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,10 +82,10 @@ class Inputs(NamedTuple):
 
 
 @pytest.fixture
-def marble(monkeypatch: pytest.MonkeyPatch) -> rooms.Room:
+def marble(monkeypatch: pytest.MonkeyPatch) -> rooms.Task:
     """A kernel that doubles: right with blocks of 16, 32 and 64, wrong in one element with 8, broken with 4."""
     monkeypatch.setattr(_tuning, "_configs", dict(_tuning.configs()))
-    monkeypatch.setattr(rooms, "ROOMS", {})
+    monkeypatch.setattr(rooms, "TASKS", {})
     monkeypatch.setitem(tune_timing.ROOMS, "marble", "cut marble")
 
     @_tuning.tunable("marble", case="none", candidates={})
@@ -103,7 +101,7 @@ def marble(monkeypatch: pytest.MonkeyPatch) -> rooms.Room:
         return doubled
 
     sizes = {"n": 1000}
-    return rooms.Room(
+    return rooms.Task(
         "cut marble",
         cases=[
             rooms.Case("a slab", ("small",), sizes, kind="cpu"),

@@ -1,14 +1,13 @@
 """What `--record` says of a session, on folders of a test or two."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import record as plugin
-import working_tree
+
+from tests.tools import working_tree
 
 pytest_plugins = ["pytester"]
 
@@ -36,7 +35,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 def _record(checkout: pytest.Pytester, *arguments: str) -> dict[str, Any]:
     # The inner session poisons no memory: only the plugin under test is loaded.
-    checkout.runpytest_inprocess("-p", "record", "--record", "out/tests.json", *arguments)
+    checkout.runpytest_inprocess("-p", "tests.tools.record", "--record", "out/tests.json", *arguments)
     return json.loads((checkout.path / "out/tests.json").read_text())
 
 
@@ -55,7 +54,7 @@ def test_a_green_session_says_what_it_ran(checkout: pytest.Pytester) -> None:
 def test_paths_are_told_from_the_root(checkout: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _record(checkout, "tests/first/test_one.py::test_one")["paths"] == ["tests/first/test_one.py::test_one"]
     monkeypatch.chdir(checkout.path / "tests")
-    checkout.runpytest_inprocess("-p", "record", "--record", "../out/tests.json", "--rootdir=..", "first")
+    checkout.runpytest_inprocess("-p", "tests.tools.record", "--record", "../out/tests.json", "--rootdir=..", "first")
     assert json.loads((checkout.path / "out/tests.json").read_text())["paths"] == ["tests/first"]
 
 
@@ -115,10 +114,8 @@ def test_an_earlier_record_does_not_outlive_a_session_that_dies(
 ) -> None:
     _record(checkout)
     (checkout.path / "tests/first/test_one.py").write_text("import os\ndef test_one(): os._exit(3)")
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join(str(Path(module.__file__).parent) for module in (plugin, working_tree))
-    )
-    assert checkout.runpytest_subprocess("-p", "record", "--record", "out/tests.json").ret == 3
+    monkeypatch.setenv("PYTHONPATH", str(working_tree.ROOT))
+    assert checkout.runpytest_subprocess("-p", "tests.tools.record", "--record", "out/tests.json").ret == 3
     assert not (checkout.path / "out/tests.json").exists()
 
 
@@ -136,6 +133,6 @@ def test_a_checkout_needs_no_name_and_takes_none(checkout: pytest.Pytester, monk
 
 
 def test_without_a_checkout_the_session_does_not_start(pytester: pytest.Pytester) -> None:
-    result = pytester.runpytest_inprocess("-p", "record", "--record", "tests.json")
+    result = pytester.runpytest_inprocess("-p", "tests.tools.record", "--record", "tests.json")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--record: *expected a git checkout with a commit*"])

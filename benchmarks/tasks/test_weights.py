@@ -2,14 +2,14 @@
 
 from typing import NamedTuple
 
-import peers
 import pytest
 import torch
-from room import Case, Provider, Room, Work, ours_of
-from sizes import LENGTHS, ROWS, paper_cases, sizes, small, sweep
 from torch import Tensor
 
 import vgpo_kernels
+from benchmarks.harness.cases import Case, Provider, Task, Work, ours_of
+from benchmarks.peers import focus as peers
+from benchmarks.tasks.sizes import LENGTHS, ROWS, paper_cases, sizes, small, sweep
 from vgpo_kernels import VGPOConfig
 from vgpo_kernels.testing import ragged_mask
 
@@ -43,7 +43,7 @@ def work(case: Case) -> Work:
 
 HELD = sizes("7B", 64, 1024, 1024, 2048)
 
-WEIGHTS = Room(
+WEIGHTS = Task(
     "weights",
     cases=[
         *small("B 64, R 2048", tiny={"B": 16, "R": 64}, **sizes("7B", 64, 1024, 1024, 2048)),
@@ -62,6 +62,6 @@ WEIGHTS = Room(
 )
 
 
-@pytest.mark.room(WEIGHTS)
+@pytest.mark.task(WEIGHTS)
 def test_weights(entry):
     entry.measure()

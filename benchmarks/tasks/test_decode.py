@@ -2,15 +2,15 @@
 
 from typing import NamedTuple
 
-import peers
 import pytest
 import torch
-from room import Case, Provider, Room, Work, half_on_gpu, ours_of
-from sizes import LENGTHS, ROWS, paper_cases, sizes, small, sweep
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import vgpo_kernels
+from benchmarks.harness.cases import Case, Provider, Task, Work, compiled, half_on_gpu, ours_of
+from benchmarks.peers import attention as peers
+from benchmarks.tasks.sizes import LENGTHS, ROWS, paper_cases, sizes, small, sweep
 
 
 class Cache(NamedTuple):
@@ -59,7 +59,7 @@ def work(case: Case) -> Work:
 
 HELD = sizes("7B", 8, 256, 256, 1792)
 
-DECODE = Room(
+DECODE = Task(
     "attention of one token to a cache",
     cases=[
         *small(
@@ -78,7 +78,7 @@ DECODE = Room(
         "two LSEs, stock kernel": Provider(two_lse),
         "eager map": Provider(lambda given: peers.eager_output(*given[:3], given.sequences, given.visual_mask)),
         "eager map, torch.compile": Provider(
-            lambda given: peers.compiled(peers.eager_output)(*given[:3], given.sequences, given.visual_mask),
+            lambda given: compiled(peers.eager_output)(*given[:3], given.sequences, given.visual_mask),
             compiled=True,
         ),
     },
@@ -86,6 +86,6 @@ DECODE = Room(
 )
 
 
-@pytest.mark.room(DECODE)
+@pytest.mark.task(DECODE)
 def test_decode(entry):
     entry.measure()

@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
-import peers
 import pytest
 import torch
-from attention_cases import (
+from torch import Tensor
+
+import vgpo_kernels
+from benchmarks.harness.cases import IMPL, OURS, Case, Provider, Task, compiled, ours_of
+from benchmarks.peers import attention as peers
+from benchmarks.tasks.attention_cases import (
     ANY_MASK,
     TINY,
     Attention,
@@ -19,11 +23,7 @@ from attention_cases import (
     whole_map_bytes,
     work_of,
 )
-from room import IMPL, OURS, Case, Provider, Room, ours_of
-from sizes import paper_cases, sizes, small
-from torch import Tensor
-
-import vgpo_kernels
+from benchmarks.tasks.sizes import paper_cases, sizes, small
 
 
 def mass(given: Attention, impl: str | None) -> Tensor:
@@ -51,7 +51,7 @@ def eager_mass(given: Attention) -> tuple[Tensor, ...]:
     return given.q, given.k, given.sequences, given.segment_ids, given.num_segments
 
 
-MASS = Room(
+MASS = Task(
     "attention mass, given the LSE",
     cases=[
         *small("7B, B 1, P 1024 (1024 visual), R 1024", tiny=TINY, **sizes("7B", 1, 1024, 1024, 1024)),
@@ -72,7 +72,7 @@ MASS = Room(
         "FlexAttention": Provider(flex_mass, gpu=True, compiled=True),
         "eager map": Provider(lambda given: peers.eager_mass(*eager_mass(given)), extra_bytes=map_bytes),
         "eager map, torch.compile": Provider(
-            lambda given: peers.compiled(peers.eager_mass)(*eager_mass(given)),
+            lambda given: compiled(peers.eager_mass)(*eager_mass(given)),
             compiled=True,
             extra_bytes=map_bytes,
         ),
@@ -81,7 +81,7 @@ MASS = Room(
 )
 
 
-@pytest.mark.room(MASS)
+@pytest.mark.task(MASS)
 def test_attention_mass(entry):
     entry.measure()
 
@@ -99,7 +99,7 @@ def given_lse(given: Attention) -> tuple[Tensor, ...]:
     return given.q, given.k, given.lse, given.sequences, given.visual_mask
 
 
-COLUMN = Room(
+COLUMN = Task(
     "attention column sum, given the LSE",
     cases=[
         *small("7B, B 1, P 1024 (1024 visual), R 1024", tiny=TINY, **sizes("7B", 1, 1024, 1024, 1024)),
@@ -114,7 +114,7 @@ COLUMN = Room(
             lambda given: peers.map_column_sum(*given_lse(given)), extra_bytes=map_bytes, obstacle=masked
         ),
         "map of the wanted keys, given the LSE, torch.compile": Provider(
-            lambda given: peers.compiled(peers.map_column_sum)(*given_lse(given)),
+            lambda given: compiled(peers.map_column_sum)(*given_lse(given)),
             compiled=True,
             extra_bytes=map_bytes,
         ),
@@ -127,7 +127,7 @@ COLUMN = Room(
         ),
         "eager map": Provider(lambda given: peers.eager_column_sum(*eager_column_sum(given)), extra_bytes=map_bytes),
         "eager map, torch.compile": Provider(
-            lambda given: peers.compiled(peers.eager_column_sum)(*eager_column_sum(given)),
+            lambda given: compiled(peers.eager_column_sum)(*eager_column_sum(given)),
             compiled=True,
             extra_bytes=map_bytes,
         ),
@@ -136,7 +136,7 @@ COLUMN = Room(
 )
 
 
-@pytest.mark.room(COLUMN)
+@pytest.mark.task(COLUMN)
 def test_attention_column_sum(entry):
     entry.measure()
 
@@ -195,7 +195,7 @@ def eager_output(given: Attention, run: Callable[..., Any] = peers.eager_output)
     return out, of_completion(given, visual_mass)
 
 
-FORWARD = Room(
+FORWARD = Task(
     "attention with LSE and mass",
     cases=[
         *small("7B, B 1, P 512 (512 visual), R 512", tiny=TINY, **sizes("7B", 1, 512, 512, 512)),
@@ -213,7 +213,7 @@ FORWARD = Room(
         "FlexAttention, twice": Provider(flex_output, gpu=True, compiled=True),
         "eager map": Provider(eager_output, extra_bytes=whole_map_bytes),
         "eager map, torch.compile": Provider(
-            lambda given: eager_output(given, peers.compiled(peers.eager_output)),
+            lambda given: eager_output(given, compiled(peers.eager_output)),
             compiled=True,
             extra_bytes=whole_map_bytes,
         ),
@@ -222,7 +222,7 @@ FORWARD = Room(
 )
 
 
-@pytest.mark.room(FORWARD)
+@pytest.mark.task(FORWARD)
 def test_attention_with_mass(entry):
     entry.measure()
 
@@ -263,7 +263,7 @@ def sdpa_forward(given: Attention) -> tuple[Tensor]:
     return (torch.nn.functional.scaled_dot_product_attention(given.q, given.k, given.v, **options),)
 
 
-BACKWARD = Room(
+BACKWARD = Task(
     "attention backward with a mass gradient",
     cases=[
         *small("7B, B 1, P 256 (256 visual), R 768", tiny=TINY, **sizes("7B", 1, 256, 256, 768)),
@@ -285,6 +285,6 @@ BACKWARD = Room(
 )
 
 
-@pytest.mark.room(BACKWARD)
+@pytest.mark.task(BACKWARD)
 def test_attention_backward(entry):
     entry.measure()

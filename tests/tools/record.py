@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from working_tree import WorkingTree, read_working_tree
+
+from tests.tools.working_tree import WorkingTree, read_working_tree
 
 _COUNTED = {"passed": "passed", "failed": "failed", "errors": "error", "skipped": "skipped", "deselected": "deselected"}
 # With pytest-xdist only the workers see what was deselected, so what was asked for counts, too.

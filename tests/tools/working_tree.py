@@ -5,7 +5,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Written by what is measured, so that one machine's results do not make the next one's dirty.
 RESULTS = "benchmarks/results"
 # Names the commit that a copy without git's own files is of, its files as they were there.

@@ -8,10 +8,10 @@ import subprocess
 from typing import Any
 
 import torch
-from peers import stock_backend
-from room import IMPL, half_on_gpu
-from working_tree import read_working_tree
 
+from benchmarks.harness.cases import IMPL, half_on_gpu
+from benchmarks.peers.attention import stock_backend
+from tests.tools.working_tree import read_working_tree
 from vgpo_kernels import _doctor, _native
 
 # Peers that the doctor does not ask about.

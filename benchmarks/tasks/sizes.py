@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from room import OURS, Case
+from benchmarks.harness.cases import OURS, Case
 
 HEAD_DIM, VOCABULARY = 128, 152_064
 

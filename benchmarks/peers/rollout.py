@@ -98,7 +98,7 @@ class MicroBatch(NamedTuple):
     visual: Tensor  # (b, L) bool
 
 
-class Task(NamedTuple):
+class Rollout(NamedTuple):
     """A policy, its optimizer and a rollout of B rows of P prompt tokens and up to R completion tokens."""
 
     model: Qwen2_5_VLForConditionalGeneration
@@ -111,7 +111,7 @@ class Task(NamedTuple):
     laps: dict[str, list[dict[str, float]]]  # seconds of each phase, a step of a method after the other
 
 
-def build(sizes: Mapping[str, Any], device: torch.device) -> Task:
+def build(sizes: Mapping[str, Any], device: torch.device) -> Rollout:
     """Returns a random policy and a random rollout, the same each time.
 
     Args:
@@ -132,7 +132,7 @@ def build(sizes: Mapping[str, Any], device: torch.device) -> Task:
             batches.append(_micro_batch(config, ids, mask, rows, sizes, device))
         advantages = torch.randn(sizes["B"]).to(device)
     groups = torch.arange(sizes["B"], device=device) // sizes["group"]
-    return Task(model, _optimizer(model), batches, sizes["P"], mask.to(device), groups, advantages, {})
+    return Rollout(model, _optimizer(model), batches, sizes["P"], mask.to(device), groups, advantages, {})
 
 
 def _policy(config: Qwen2_5_VLConfig, device: torch.device, *, checkpoints: bool) -> Qwen2_5_VLForConditionalGeneration:

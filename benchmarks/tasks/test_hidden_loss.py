@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import peers
 import pytest
 import torch
-from room import Case, Provider, Room, Work, half_on_gpu, ours_of
-from sizes import LENGTHS, ROWS, WORDS, paper_cases, sizes, small, sweep
-from test_bench_policy_loss import BNPO
 from torch import Tensor
 
 import vgpo_kernels
+from benchmarks.harness.cases import Case, Provider, Task, Work, compiled, half_on_gpu, ours_of
+from benchmarks.peers import losses as peers
+from benchmarks.tasks.sizes import LENGTHS, ROWS, WORDS, paper_cases, sizes, small, sweep
+from benchmarks.tasks.test_policy_loss import BNPO
 
 TINY = {"B": 2, "R": 24, "hidden": 40, "vocabulary": 97}
 SMALL = sizes("7B", 1, 1024, 1024, 1024, hidden=512, vocabulary=50_000)
@@ -63,7 +63,7 @@ def logprobs(given: States, impl: str | None) -> tuple[Tensor, Tensor]:
     return vgpo_kernels.linear_logprobs(*given[:3], entropy=True, impl=impl)[:2]
 
 
-LOGPROBS = Room(
+LOGPROBS = Task(
     "log-probs of hidden states",
     cases=[
         *small("B 1, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
@@ -77,7 +77,7 @@ LOGPROBS = Room(
         **ours_of(logprobs),
         "dense torch": Provider(without_gradients(peers.dense_logprobs), extra_bytes=logits_bytes(4)),
         "dense torch, torch.compile": Provider(
-            without_gradients(lambda *given: peers.compiled(peers.dense_logprobs)(*given)),
+            without_gradients(lambda *given: compiled(peers.dense_logprobs)(*given)),
             compiled=True,
             extra_bytes=logits_bytes(4),
         ),
@@ -97,7 +97,7 @@ LOGPROBS = Room(
 )
 
 
-@pytest.mark.room(LOGPROBS)
+@pytest.mark.task(LOGPROBS)
 def test_linear_logprobs(entry):
     entry.measure()
 
@@ -123,7 +123,7 @@ def cut_loss(given: States) -> Tensor:
     return peers.dense_policy_loss(peers.cut_cross_entropy(*given[:3]), *given[3:])
 
 
-LOSS = Room(
+LOSS = Task(
     "policy loss of hidden states",
     cases=[
         *small("B 1, R 1024, hidden 512, vocabulary 50,000", tiny=TINY, **SMALL),
@@ -137,7 +137,7 @@ LOSS = Room(
         **ours_of(lambda given, impl: with_gradients(linear_loss(impl))(given)),
         "dense torch": Provider(with_gradients(after(peers.dense_logprobs)), extra_bytes=logits_bytes(5)),
         "dense torch, torch.compile": Provider(
-            with_gradients(after(lambda *given: peers.compiled(peers.dense_logprobs)(*given))),
+            with_gradients(after(lambda *given: compiled(peers.dense_logprobs)(*given))),
             compiled=True,
             extra_bytes=logits_bytes(5),
         ),
@@ -154,6 +154,6 @@ LOSS = Room(
 )
 
 
-@pytest.mark.room(LOSS)
+@pytest.mark.task(LOSS)
 def test_linear_policy_loss(entry):
     entry.measure()

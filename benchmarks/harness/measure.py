@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
-import machine
-import memory
 import torch
-from room import OURS, PLAIN, Case, Room, Unavailable
-from timing import ceilings, host_seconds, interleaved, launches
 from torch import Tensor
+
+from benchmarks.harness import memory, provenance
+from benchmarks.harness.cases import OURS, PLAIN, Case, Task, Unavailable
+from benchmarks.harness.timing import ceilings, host_seconds, interleaved, launches
 
 PIECE = 1 << 24  # elements that are compared at once
 
@@ -36,34 +36,34 @@ class Outcome:
 
 
 def measure(
-    room: Room, case: Case, names: Sequence[str], device: torch.device, module: str, *, timed: bool = True
+    task: Task, case: Case, names: Sequence[str], device: torch.device, module: str, *, timed: bool = True
 ) -> dict[str, Outcome]:
     """Checks the providers of a case against ours, then measures those that agree, together.
 
     Args:
-        room, case: what is measured.
+        task, case: what is measured.
         names: of the providers wanted.
         device: where.
-        module: that defines the room, for the processes that measure memory.
+        module: that defines the task, for the processes that measure memory.
         timed: False only checks.
     """
     torch.manual_seed(0)
-    outcomes = {name: Outcome(skipped=room.providers[name].missing(case, device)) for name in names}
+    outcomes = {name: Outcome(skipped=task.providers[name].missing(case, device)) for name in names}
     running = [name for name in names if outcomes[name].skipped is None]
     if not running:
         return outcomes
     try:
-        inputs = room.inputs(case, device)
-        agreeing, objections = _compared(room, running, inputs, device)
+        inputs = task.inputs(case, device)
+        agreeing, objections = _compared(task, running, inputs, device)
     except Exception as error:  # said by each of them
         return outcomes | {name: _objected(_objection_to(error)) for name in running}
     running = [name for name in running if name not in objections]
-    facts = _facts(room, case, inputs, device) if timed and running else {}
+    facts = _facts(task, case, inputs, device) if timed and running else {}
     for name in running if timed else ():
-        provider = room.providers[name]
+        provider = task.providers[name]
         outcomes[name].info = facts | {"provider": name, "role": provider.role, "agreeing": agreeing}
         try:
-            outcomes[name].info["memory"] = _memory(room, case, name, inputs, device, module)
+            outcomes[name].info["memory"] = _memory(task, case, name, inputs, device, module)
         except Exception as error:
             objections[name] = _objection_to(error)
     outcomes |= {name: _objected(objection) for name, objection in objections.items()}
@@ -71,7 +71,7 @@ def measure(
     if not timed:
         return outcomes
     try:
-        outcomes |= _timed(room, case, inputs, device, {name: outcomes[name].info for name in running})
+        outcomes |= _timed(task, case, inputs, device, {name: outcomes[name].info for name in running})
     except Exception as error:  # said once by each of them, not met again by the next
         kind, why = _objection_to(error)
         outcomes |= {name: _objected(Objection(kind, f"while timed together: {why}")) for name in running}
@@ -83,17 +83,17 @@ def _objected(objection: Objection) -> Outcome:
 
 
 def _timed(
-    room: Room, case: Case, inputs: Any, device: torch.device, infos: Mapping[str, dict[str, Any]]
+    task: Task, case: Case, inputs: Any, device: torch.device, infos: Mapping[str, dict[str, Any]]
 ) -> dict[str, Outcome]:
     """Times providers in turns; returns what came of each, with what was known of it and what is said of its times."""
-    several = cold_copies(inputs, device) if room.rotates else [inputs]
+    several = cold_copies(inputs, device) if task.rotates else [inputs]
     copies = itertools.cycle(several)
-    calls = {name: _call(room.providers[name].run, copies) for name in infos}
-    if room.keeps_forward:
+    calls = {name: _call(task.providers[name].run, copies) for name in infos}
+    if task.keeps_forward:
         for copy, name in itertools.product(several, infos):
-            room.providers[name].run(copy)
+            task.providers[name].run(copy)
     # Sweeps are for their exponents, unusual rows for their ratios, tiny cases for the tests of these benchmarks.
-    seconds, least = (room.seconds, room.least) if case.providers is None else (room.seconds / 4, 2)
+    seconds, least = (task.seconds, task.least) if case.providers is None else (task.seconds / 4, 2)
     seconds = 0.01 if "tiny" in case.levels else seconds
     outcomes, begun = {}, time.time()
     samples_by_name = interleaved(calls, device, seconds, least)
@@ -106,8 +106,8 @@ def _timed(
                     "host_seconds": host_seconds(calls[name], device, seconds),
                     "launches": launches(calls[name], device),
                 }
-            if room.details is not None:
-                info |= room.details(inputs, name)
+            if task.details is not None:
+                info |= task.details(inputs, name)
             outcomes[name] = Outcome(samples, info)
         except Exception as error:  # of this provider alone
             outcomes[name] = _objected(_objection_to(error))
@@ -119,27 +119,27 @@ def _call(run: Callable[[Any], Any], copies: Iterator[Any]) -> Callable[[], Any]
 
 
 def _compared(
-    room: Room, names: Sequence[str], inputs: Any, device: torch.device
+    task: Task, names: Sequence[str], inputs: Any, device: torch.device
 ) -> tuple[list[str], dict[str, Objection]]:
     """Returns who comes to our result, and why some of the providers cannot be timed.
 
     They do not run, they come to another result than ours, or, of ours, no other result is at hand to compare with.
     """
-    half = room.dtype(device) != torch.float32
-    expected = _result(room, OURS, inputs)
+    half = task.dtype(device) != torch.float32
+    expected = _result(task, OURS, inputs)
     if isinstance(expected, Objection):
         return [], {name: expected._replace(why=f"{OURS}: {expected.why}") for name in names}
     objections, agreeing = {}, []
     # A sweep of ours alone is held to our plain torch, which it does not time.
-    alone = PLAIN in room.providers and all(name == OURS or room.providers[name].role == "bound" for name in names)
+    alone = PLAIN in task.providers and all(name == OURS or task.providers[name].role == "bound" for name in names)
     for name in [*names, PLAIN] if alone else names:
         if name == OURS:
             continue
-        provider, found = room.providers[name], _result(room, name, inputs)
+        provider, found = task.providers[name], _result(task, name, inputs)
         if isinstance(found, Objection):
             objections[name] = found
         elif provider.role != "bound":
-            objection = _difference(found, expected, provider.tolerance or room.tolerance[half])
+            objection = _difference(found, expected, provider.tolerance or task.tolerance[half])
             if objection is None:
                 agreeing.append(name)
             else:
@@ -180,10 +180,10 @@ def _objection_to(error: Exception) -> Objection:
     return Objection("wrong", f"does not run: {type(error).__name__}: {error}")
 
 
-def _result(room: Room, name: str, inputs: Any) -> list[Tensor] | Objection:
+def _result(task: Task, name: str, inputs: Any) -> list[Tensor] | Objection:
     """Returns what a provider comes to, or why it comes to nothing."""
     try:
-        return [x.detach() for x in memory.tensors_of(room.providers[name].run(inputs))]
+        return [x.detach() for x in memory.tensors_of(task.providers[name].run(inputs))]
     except Exception as error:  # whatever it is, the others are still measured
         return _objection_to(error)
 
@@ -225,23 +225,23 @@ def _copied(value: Any) -> Any:
     return value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
 
 
-def _memory(room: Room, case: Case, name: str, inputs: Any, device: torch.device, module: str) -> dict[str, Any]:
+def _memory(task: Task, case: Case, name: str, inputs: Any, device: torch.device, module: str) -> dict[str, Any]:
     if device.type == "cuda":
-        peak = memory.cuda_peak(lambda: room.providers[name].run(inputs), device)
+        peak = memory.cuda_peak(lambda: task.providers[name].run(inputs), device)
         return {"peak_extra_bytes": peak, "how": memory.CUDA}
-    peak = memory.fresh_process_peak(module, room.name, case.name, name)
+    peak = memory.fresh_process_peak(module, task.name, case.name, name)
     return {"peak_extra_bytes": peak, "how": memory.RESIDENT}
 
 
-def _facts(room: Room, case: Case, inputs: Any, device: torch.device) -> dict[str, Any]:
+def _facts(task: Task, case: Case, inputs: Any, device: torch.device) -> dict[str, Any]:
     """Returns what holds for every provider of a case."""
-    work, dtype = room.work(case), room.dtype(device)
+    work, dtype = task.work(case), task.dtype(device)
     ceiling = ceilings(device, dtype)
     floors = {"flops": work.flops / ceiling.flops, "bytes": work.bytes / ceiling.bandwidth}
     bound = max(floors, key=floors.__getitem__)
     named = zip(getattr(inputs, "_fields", ()), inputs, strict=False) if isinstance(inputs, tuple) else ()
     return {
-        "room": room.name,
+        "task": task.name,
         "case": case.name,
         "levels": list(case.levels),
         "axis": case.axis and {"name": case.axis[0], "value": case.axis[1]},
@@ -252,9 +252,9 @@ def _facts(room: Room, case: Case, inputs: Any, device: torch.device) -> dict[st
         "floor": floors[bound],
         "bound_by": bound,
         "ceilings": {"tflops": ceiling.flops / 1e12, "gbs": ceiling.bandwidth / 1e9},
-        "machine": machine.description(device),
-        "versions": machine.versions(),
-        **machine.checkout(),
+        "machine": provenance.description(device),
+        "versions": provenance.versions(),
+        **provenance.checkout(),
     }
 
 

@@ -3,14 +3,14 @@
 from dataclasses import replace
 from typing import NamedTuple
 
-import peers
 import pytest
 import torch
-from room import OURS, Case, Provider, Room, Work, half_on_gpu, ours_of
-from sizes import LENGTHS, ROWS, VISUAL, paper_cases, sizes, small, sweep
 from torch import Tensor
 
 import vgpo_kernels
+from benchmarks.harness.cases import OURS, Case, Provider, Task, Work, compiled, half_on_gpu, ours_of
+from benchmarks.peers import focus as peers
+from benchmarks.tasks.sizes import LENGTHS, ROWS, VISUAL, paper_cases, sizes, small, sweep
 from vgpo_kernels.testing import ragged_mask
 
 
@@ -61,7 +61,7 @@ def sweeps() -> list[Case]:
     ]
 
 
-FOCUS = Room(
+FOCUS = Task(
     "focus",
     cases=[
         *small(
@@ -77,15 +77,13 @@ FOCUS = Room(
         **ours_of(lambda given, impl: vgpo_kernels.visual_focus_score(*given[:3], impl=impl)),
         "copy of the rows read": Provider(copy_of_rows, "bound"),
         "dense torch": Provider(lambda given: peers.dense_focus(*given[:3])),
-        "dense torch, torch.compile": Provider(
-            lambda given: peers.compiled(peers.dense_focus)(*given[:3]), compiled=True
-        ),
+        "dense torch, torch.compile": Provider(lambda given: compiled(peers.dense_focus)(*given[:3]), compiled=True),
         "token loop": Provider(lambda given: peers.token_loop_focus(*given[:3])),
     },
     work=work,
 )
 
 
-@pytest.mark.room(FOCUS)
+@pytest.mark.task(FOCUS)
 def test_focus(entry):
     entry.measure()

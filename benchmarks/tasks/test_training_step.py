@@ -8,9 +8,20 @@ import torch
 
 pytest.importorskip("transformers")
 
-from room import OURS, Case, Provider, Room, Work
-from training_step import GRPO, MAPS, STATES, phases, run, warm_up
-from training_task import COLOURS, FRAMES, MERGE, PATCH, SHAPES, TINY, WINDOW, Task, build, completion_lengths
+from benchmarks.harness.cases import OURS, Case, Provider, Task, Work
+from benchmarks.peers.rollout import (
+    COLOURS,
+    FRAMES,
+    MERGE,
+    PATCH,
+    SHAPES,
+    TINY,
+    WINDOW,
+    Rollout,
+    build,
+    completion_lengths,
+)
+from benchmarks.peers.training import GRPO, MAPS, STATES, phases, run, warm_up
 
 # In one pass each: scores, forward and backward read the parameters, the backward writes their gradients; AdamW reads
 # parameters, gradients and both moments, and writes all but the gradients.
@@ -48,7 +59,7 @@ def _name(model: str, sizes: dict[str, Any]) -> str:
     )
 
 
-def inputs(case: Case, device: torch.device) -> Task:
+def inputs(case: Case, device: torch.device) -> Rollout:
     """Returns the policy and the rollout of a case, in a process that has taken tiny steps before."""
     warm_up(device)
     return build(case.sizes, device)
@@ -118,7 +129,7 @@ def map_bytes(case: Case) -> float:
     return state_bytes(case) + shape.layers * shape.heads * case["micro"] * length**2 * _bytes_each(case)
 
 
-ROOM = Room(
+TASK = Task(
     name="training step",
     cases=cases(),
     inputs=inputs,
@@ -140,6 +151,6 @@ ROOM = Room(
 )
 
 
-@pytest.mark.room(ROOM)
+@pytest.mark.task(TASK)
 def test_training_step(entry):
     entry.measure()

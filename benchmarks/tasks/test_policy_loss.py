@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import peers
 import pytest
 import torch
-from room import Case, Provider, Room, Work, half_on_gpu, ours_of
-from sizes import LENGTHS, ROWS, WORDS, paper_cases, sizes, small, sweep
 from torch import Tensor
 
 import vgpo_kernels
+from benchmarks.harness.cases import Case, Provider, Task, Work, compiled, half_on_gpu, ours_of
+from benchmarks.peers import losses as peers
+from benchmarks.tasks.sizes import LENGTHS, ROWS, WORDS, paper_cases, sizes, small, sweep
 from vgpo_kernels import PolicyLossConfig
 from vgpo_kernels.testing import ragged_mask
 
@@ -51,7 +51,7 @@ def logps_loss(impl: str | None) -> Callable[[Logps], Tensor]:
     return lambda given: vgpo_kernels.policy_loss(*given, config=DAPO, impl=impl).loss
 
 
-LOGPS = Room(
+LOGPS = Task(
     "policy loss of log-probs",
     cases=[
         *small("B 64, R 2048", tiny={"B": 4, "R": 48}, **sizes("7B", 64, 1024, 1024, 2048)),
@@ -64,7 +64,7 @@ LOGPS = Room(
         **ours_of(lambda given, impl: with_gradient(logps_loss(impl))(given)),
         "dense torch": Provider(with_gradient(lambda given: peers.dense_policy_loss(*given))),
         "dense torch, torch.compile": Provider(
-            with_gradient(lambda given: peers.compiled(peers.dense_policy_loss)(*given)),
+            with_gradient(lambda given: compiled(peers.dense_policy_loss)(*given)),
             compiled=True,
         ),
         "TRL": Provider(with_gradient(lambda given: peers.trl_policy_loss(*given)), needs=("trl",)),
@@ -75,7 +75,7 @@ LOGPS = Room(
 )
 
 
-@pytest.mark.room(LOGPS)
+@pytest.mark.task(LOGPS)
 def test_policy_loss(entry):
     entry.measure()
 
@@ -145,7 +145,7 @@ SWEPT = [
     *sweep("B", ROWS, cpu=sizes("7B", 0, 0, 0, 256, vocabulary=8192), gpu=sizes("7B", 0, 0, 0, 1024)),
 ]
 
-LOGITS = Room(
+LOGITS = Task(
     "policy loss of logits",
     cases=[*small("B 1, R 512, vocabulary 50,000", tiny=TINY, **SMALL), *paper_cases(), *SWEPT],
     inputs=logits_inputs,
@@ -153,7 +153,7 @@ LOGITS = Room(
         **ours_of(lambda given, impl: of_logits(logits_loss(impl))(given)),
         "dense torch": Provider(of_logits(after(peers.dense_selective)), extra_bytes=dense_bytes),
         "dense torch, torch.compile": Provider(
-            of_logits(after(lambda *given: peers.compiled(peers.dense_selective)(*given))),
+            of_logits(after(lambda *given: compiled(peers.dense_selective)(*given))),
             compiled=True,
             extra_bytes=dense_bytes,
         ),
@@ -164,7 +164,7 @@ LOGITS = Room(
 )
 
 
-@pytest.mark.room(LOGITS)
+@pytest.mark.task(LOGITS)
 def test_logits_policy_loss(entry):
     entry.measure()
 
@@ -173,7 +173,7 @@ def selective(given: Logits, impl: str | None) -> Tensor:
     return vgpo_kernels.selective_logprobs(given.logits, given.targets, impl=impl).logps
 
 
-SELECTIVE = Room(
+SELECTIVE = Task(
     "selective log-probs of logits",
     cases=[*small("B 1, R 512, vocabulary 50,000", tiny=TINY, **SMALL), *paper_cases(), *SWEPT],
     inputs=logits_inputs,
@@ -183,7 +183,7 @@ SELECTIVE = Room(
             torch.no_grad()(lambda g: peers.dense_selective(g.logits, g.targets)), extra_bytes=dense_bytes
         ),
         "dense torch, torch.compile": Provider(
-            torch.no_grad()(lambda g: peers.compiled(peers.dense_selective)(g.logits, g.targets)),
+            torch.no_grad()(lambda g: compiled(peers.dense_selective)(g.logits, g.targets)),
             compiled=True,
             extra_bytes=dense_bytes,
         ),
@@ -193,6 +193,6 @@ SELECTIVE = Room(
 )
 
 
-@pytest.mark.room(SELECTIVE)
+@pytest.mark.task(SELECTIVE)
 def test_selective_logprobs(entry):
     entry.measure()

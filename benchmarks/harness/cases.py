@@ -1,9 +1,10 @@
 """What a benchmark consists of.
 
-A room is a task (attention mass, focus, ...); a case is one set of sizes of it; a provider is one way to do it. All
-providers of a case get the same inputs; `measuring` holds them to our result and times them in turns.
+A task is attention mass, focus, ...; a case is one set of its sizes; a provider is one way to do it. All providers of a
+case get the same inputs; `measure` holds them to our result and times them in turns.
 """
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -33,12 +34,12 @@ class Case:
     """One set of sizes.
 
     Args:
-        name: unique in its room among the cases of a device.
+        name: unique in its task among the cases of a device.
         levels: "tiny", "small", "paper".
         sizes: by name, as in `case["B"]`.
         axis: (name, value) of the size that varies in a sweep; the others are held.
         kind: "cpu" or "cuda" where it is for one of them only.
-        providers: the only ones of its room that do it; None is all of them.
+        providers: the only ones of its task that do it; None is all of them.
     """
 
     name: str
@@ -101,7 +102,7 @@ class Provider:
 
 
 @dataclass(frozen=True)
-class Room:
+class Task:
     """A task, its cases, and who does it.
 
     Args:
@@ -139,9 +140,9 @@ class Room:
         for name, provider in self.providers.items():
             if provider.role not in ROLES:
                 raise ValueError(f"role: expected one of {', '.join(ROLES)}, got {provider.role!r} of {name!r}")
-        if self.name in ROOMS:
-            raise ValueError(f"name: there is a room {self.name!r} already")
-        ROOMS[self.name] = self
+        if self.name in TASKS:
+            raise ValueError(f"name: there is a task {self.name!r} already")
+        TASKS[self.name] = self
 
     def chosen(self, levels: Iterable[str], kind: str) -> Iterator[tuple[Case, str]]:
         """Yields the cases of these levels on a kind of device, each with the names of its providers in turn."""
@@ -160,7 +161,7 @@ class Room:
         return next(case for case in self.cases if case.name == name and case.kind in (None, kind))
 
 
-ROOMS: dict[str, Room] = {}
+TASKS: dict[str, Task] = {}
 # Which implementation "ours" is: None chooses by device. "triton" under TRITON_INTERPRET=1 checks the kernels of GPUs.
 IMPL = os.environ.get("VGPO_BENCH_IMPL") or None
 
@@ -181,3 +182,13 @@ def half_on_gpu(device: torch.device) -> torch.dtype:
 def free_bytes(device: torch.device) -> int:
     """Returns the memory that can be had."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+@functools.cache
+def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """Returns the function under torch.compile, one compilation for each set of shapes; too many are an error.
+
+    Left alone, torch would run what exceeds its limit uncompiled. `torch._dynamo.reset()` begins to count anew.
+    """
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False, backend=backend)

@@ -1,22 +1,22 @@
-"""What the rooms of attention share: rows of a prompt with an image and a completion, and what they count."""
+"""What the tasks of attention share: rows of a prompt with an image and a completion, and what they count."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from room import OURS, PLAIN, Case, Work, half_on_gpu
-from sizes import LENGTHS, ROWS, VISUAL, sizes, sweep
 from torch import Tensor
 
 import vgpo_kernels
+from benchmarks.harness.cases import OURS, PLAIN, Case, Work, half_on_gpu
+from benchmarks.tasks.sizes import LENGTHS, ROWS, VISUAL, sizes, sweep
 
-# Those that take any mask, in every room of attention.
+# Those that take any mask, in every task of attention.
 ANY_MASK = (OURS, PLAIN, "eager map")
 TINY = {"B": 2, "P": 24, "V": 16, "R": 24, "heads": 4, "kv_heads": 2, "D": 32}
 
 
 class Attention(NamedTuple):
-    """The inputs of every room here; R queries of the completion (all tokens where rows are packed) on P + R keys."""
+    """The inputs of every task here; R queries of the completion (all tokens where rows are packed) on P + R keys."""
 
     q: Tensor  # (B, Hq, Lq, D)
     k: Tensor  # (B, Hkv, L, D)

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from peers import dense_focus, token_loop_focus, token_loop_weights
-from room import OURS
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
-from training_task import TINY, MicroBatch, Task, build
 
+from benchmarks.harness.cases import OURS
+from benchmarks.peers.focus import dense_focus, token_loop_focus, token_loop_weights
+from benchmarks.peers.rollout import TINY, MicroBatch, Rollout, build
 from vgpo_kernels import PolicyLossConfig, VGPOConfig, vgpo_weights, visual_focus_score
 from vgpo_kernels.integrations.transformers import (
     focus_from_attention,
@@ -67,55 +67,55 @@ class Method:
         update_attention: of the text half in the update.
     """
 
-    score: Callable[[Task, MicroBatch], Scores]
+    score: Callable[[Rollout, MicroBatch], Scores]
     weigh: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     attention: str = "sdpa"
     update_attention: str = "sdpa"
 
 
-def run(task: Task, name: str) -> Outcome:
+def run(rollout: Rollout, name: str) -> Outcome:
     """Takes one step by the method of that name, and notes the seconds of its phases."""
     lap: dict[str, float] = {}
-    outcome = step(task, METHODS[name], functools.partial(_timed, lap, task.advantages.device))
-    task.laps.setdefault(name, []).append(lap)
+    outcome = step(rollout, METHODS[name], functools.partial(_timed, lap, rollout.advantages.device))
+    rollout.laps.setdefault(name, []).append(lap)
     return outcome
 
 
-def step(task: Task, method: Method, watch: Watch) -> Outcome:
+def step(rollout: Rollout, method: Method, watch: Watch) -> Outcome:
     """Takes one step, each phase of it inside `watch(phase)`."""
     with watch("score"), torch.no_grad():
-        task.model.set_attn_implementation({"text_config": method.attention})
-        old_logps, focus = _score(task, method)
+        rollout.model.set_attn_implementation({"text_config": method.attention})
+        old_logps, focus = _score(rollout, method)
     token_weights = trajectory_weights = None
     with watch("weigh"):
         if method.weigh is not None:
-            token_weights, trajectory_weights = method.weigh(focus, task.completion_mask, task.group_ids)
+            token_weights, trajectory_weights = method.weigh(focus, rollout.completion_mask, rollout.group_ids)
     with watch("update"):
-        task.model.set_attn_implementation({"text_config": method.update_attention})
-        losses = _make_gradients(task, old_logps, token_weights, trajectory_weights)
+        rollout.model.set_attn_implementation({"text_config": method.update_attention})
+        losses = _make_gradients(rollout, old_logps, token_weights, trajectory_weights)
     with watch("optimizer"):
-        grad_norm = torch.nn.utils.clip_grad_norm_(task.model.parameters(), MAX_GRAD_NORM)
-        task.optimizer.step()
-        task.optimizer.zero_grad(set_to_none=True)
+        grad_norm = torch.nn.utils.clip_grad_norm_(rollout.model.parameters(), MAX_GRAD_NORM)
+        rollout.optimizer.step()
+        rollout.optimizer.zero_grad(set_to_none=True)
     return Outcome(token_weights, trajectory_weights, losses, grad_norm)
 
 
 def warm_up(device: torch.device) -> None:
     """Takes a tiny step by every method: what first steps load and compile is no step's time or memory."""
-    task = build(TINY, device)
+    rollout = build(TINY, device)
     for name in METHODS:
-        run(task, name)
+        run(rollout, name)
 
 
-def phases(task: Task, name: str) -> dict[str, Any]:
+def phases(rollout: Rollout, name: str) -> dict[str, Any]:
     """Returns seconds and peak bytes of each phase, and the bytes of parameters and moments, which live throughout.
 
     Seconds are medians over all steps taken but the first. Bytes are those of torch's tensors in one more step, beyond
     what was live before it: by the allocator's count on a GPU, elsewhere by what the profiler saw allocated and freed,
     which is exact where the resident set of a process is not.
     """
-    first, *others = task.laps[name]
-    peaks = (_cuda_peaks if task.advantages.is_cuda else _cpu_peaks)(task, METHODS[name])
+    first, *others = rollout.laps[name]
+    peaks = (_cuda_peaks if rollout.advantages.is_cuda else _cpu_peaks)(rollout, METHODS[name])
     return {
         "phases": {
             phase: {
@@ -125,41 +125,41 @@ def phases(task: Task, name: str) -> dict[str, Any]:
             for phase in first
         },
         "allocated_bytes": max(peaks.values()),
-        "live_bytes": _live_bytes(task),
+        "live_bytes": _live_bytes(rollout),
     }
 
 
-def score_nothing(task: Task, batch: MicroBatch) -> Scores:
+def score_nothing(rollout: Rollout, batch: MicroBatch) -> Scores:
     """Finds the log-probabilities alone."""
-    return Scores(_logprobs(task, batch).logps)
+    return Scores(_logprobs(rollout, batch).logps)
 
 
-def score_by_kernels(task: Task, batch: MicroBatch) -> Scores:
+def score_by_kernels(rollout: Rollout, batch: MicroBatch) -> Scores:
     """Scores the similarity and records the attention of the last layer, in the same forward."""
-    length = task.prompt_length
-    with record_visual_attention(task.model, segments="image/query/generated", prompt_length=length) as record:
-        found = _logprobs(task, batch, hidden_states=True)
-    focus = visual_focus_score(found.hidden_states, batch.visual, _completion(task, batch))
+    length = rollout.prompt_length
+    with record_visual_attention(rollout.model, segments="image/query/generated", prompt_length=length) as record:
+        found = _logprobs(rollout, batch, hidden_states=True)
+    focus = visual_focus_score(found.hidden_states, batch.visual, _completion(rollout, batch))
     return Scores(found.logps, focus[:, length:], focus_from_attention(record, batch.mask))
 
 
-def score_from_maps(task: Task, batch: MicroBatch) -> Scores:
+def score_from_maps(rollout: Rollout, batch: MicroBatch) -> Scores:
     """Takes the attention from the last of the maps that `output_attentions` keeps, and the similarity in torch."""
-    with _outputs(task.model) as outputs:
-        found = _logprobs(task, batch, hidden_states=True, output_attentions=True)
-    probabilities = outputs[-1].attentions[-1][:, :, task.prompt_length :]  # [b, H, T, L]
+    with _outputs(rollout.model) as outputs:
+        found = _logprobs(rollout, batch, hidden_states=True, output_attentions=True)
+    probabilities = outputs[-1].attentions[-1][:, :, rollout.prompt_length :]  # [b, H, T, L]
     mass = (probabilities.float() * batch.visual[:, None, None]).sum(-1).mean(1)
-    focus = dense_focus(found.hidden_states, batch.visual, _completion(task, batch))
-    return Scores(found.logps, focus[:, task.prompt_length :], mass * batch.mask)
+    focus = dense_focus(found.hidden_states, batch.visual, _completion(rollout, batch))
+    return Scores(found.logps, focus[:, rollout.prompt_length :], mass * batch.mask)
 
 
-def score_from_states(task: Task, batch: MicroBatch) -> Scores:
+def score_from_states(rollout: Rollout, batch: MicroBatch) -> Scores:
     """Keeps every layer's states, as `output_hidden_states` does, and loops over the tokens of the last."""
-    with _outputs(task.model) as outputs:
-        found = _logprobs(task, batch, output_hidden_states=True)
+    with _outputs(rollout.model) as outputs:
+        found = _logprobs(rollout, batch, output_hidden_states=True)
     states = outputs[-1].hidden_states[-1].float()
-    focus = token_loop_focus(states, batch.visual, _completion(task, batch))
-    return Scores(found.logps, focus[:, task.prompt_length :])
+    focus = token_loop_focus(states, batch.visual, _completion(rollout, batch))
+    return Scores(found.logps, focus[:, rollout.prompt_length :])
 
 
 def weigh(focus: Tensor, mask: Tensor, group_ids: Tensor, impl: str | None = None) -> tuple[Tensor, Tensor]:
@@ -178,11 +178,11 @@ METHODS = {
 }
 
 
-def _score(task: Task, method: Method) -> tuple[Tensor, Tensor]:
+def _score(rollout: Rollout, method: Method) -> tuple[Tensor, Tensor]:
     """Returns log-probabilities and focus (B, R) of the whole rollout, 0 where there is none."""
-    logps, focus, attention = torch.zeros(3, *task.completion_mask.shape, device=task.advantages.device)
-    for batch in task.batches:
-        scores = method.score(task, batch)
+    logps, focus, attention = torch.zeros(3, *rollout.completion_mask.shape, device=rollout.advantages.device)
+    for batch in rollout.batches:
+        scores = method.score(rollout, batch)
         for whole, found in zip((logps, focus, attention), scores, strict=True):
             if found is not None:
                 whole[batch.rows, : found.shape[1]] = found
@@ -190,19 +190,19 @@ def _score(task: Task, method: Method) -> tuple[Tensor, Tensor]:
 
 
 def _make_gradients(
-    task: Task, old_logps: Tensor, token_weights: Tensor | None, trajectory_weights: Tensor | None
+    rollout: Rollout, old_logps: Tensor, token_weights: Tensor | None, trajectory_weights: Tensor | None
 ) -> Tensor:
     """Adds up the gradients of the loss over all micro-batches; returns each one's share of it."""
-    tokens, losses = task.completion_mask.sum(), []
-    with fused_logprobs(task.model) as fused:
-        for batch in task.batches:
+    tokens, losses = rollout.completion_mask.sum(), []
+    with fused_logprobs(rollout.model) as fused:
+        for batch in rollout.batches:
             length = batch.mask.shape[1]
             output = fused.policy_loss(
                 batch.arguments,
                 old_logps[batch.rows, :length],
-                task.advantages[batch.rows],
+                rollout.advantages[batch.rows],
                 batch.mask,
-                prompt_length=task.prompt_length,
+                prompt_length=rollout.prompt_length,
                 token_weights=None if token_weights is None else token_weights[batch.rows, :length],
                 trajectory_weights=None if trajectory_weights is None else trajectory_weights[batch.rows],
                 config=LOSS,
@@ -213,20 +213,20 @@ def _make_gradients(
     return torch.stack(losses)
 
 
-def _logprobs(task: Task, batch: MicroBatch, *, hidden_states: bool = False, **wanted: bool) -> Any:
+def _logprobs(rollout: Rollout, batch: MicroBatch, *, hidden_states: bool = False, **wanted: bool) -> Any:
     return model_logprobs(
-        task.model,
+        rollout.model,
         batch.arguments | wanted,
-        prompt_length=task.prompt_length,
+        prompt_length=rollout.prompt_length,
         completion_mask=batch.mask,
         entropy=True,
         hidden_states=hidden_states,
     )
 
 
-def _completion(task: Task, batch: MicroBatch) -> Tensor:
+def _completion(rollout: Rollout, batch: MicroBatch) -> Tensor:
     """Returns (b, L) bool: tokens of the completions in the whole sequence."""
-    return torch.nn.functional.pad(batch.mask, (task.prompt_length, 0))
+    return torch.nn.functional.pad(batch.mask, (rollout.prompt_length, 0))
 
 
 @contextmanager
@@ -250,8 +250,8 @@ def _timed(lap: dict[str, float], device: torch.device, phase: str) -> Iterator[
     lap[phase] = time.perf_counter() - start
 
 
-def _cuda_peaks(task: Task, method: Method) -> dict[str, int]:
-    device, peaks = task.advantages.device, {}
+def _cuda_peaks(rollout: Rollout, method: Method) -> dict[str, int]:
+    device, peaks = rollout.advantages.device, {}
     before = torch.cuda.memory_allocated(device)
 
     @contextmanager
@@ -260,13 +260,13 @@ def _cuda_peaks(task: Task, method: Method) -> dict[str, int]:
         yield
         peaks[phase] = torch.cuda.max_memory_allocated(device) - before
 
-    step(task, method, watch)
+    step(rollout, method, watch)
     return peaks
 
 
-def _cpu_peaks(task: Task, method: Method) -> dict[str, int]:
+def _cpu_peaks(rollout: Rollout, method: Method) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step(task, method, record_function)
+        step(rollout, method, record_function)
     events = profiled.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     spans = [(event.start_ns(), event.end_ns(), event.name()) for event in events if event.name() in PHASES]
@@ -279,7 +279,7 @@ def _cpu_peaks(task: Task, method: Method) -> dict[str, int]:
     return peaks
 
 
-def _live_bytes(task: Task) -> int:
+def _live_bytes(rollout: Rollout) -> int:
     """Returns the bytes of the parameters and of what the optimizer keeps of them."""
-    kept = [value for state in task.optimizer.state.values() for value in state.values()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*task.model.parameters(), *kept))
+    kept = [value for state in rollout.optimizer.state.values() for value in state.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*rollout.model.parameters(), *kept))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import give_memory_back
 from torch import Tensor
+
+from benchmarks.harness.timing import give_memory_back
 
 # What providers load at their first call, loaded once for all the processes that measure them.
 PRELOADED = [
@@ -69,12 +70,12 @@ def _status(name: str) -> int:
     raise OSError(f"/proc/self/status has no {name}")
 
 
-def fresh_process_peak(module: str, room: str, case: str, provider: str) -> int | None:
-    """Returns `resident_peak` of one provider of a room in a process that ran nothing before; None off Linux.
+def fresh_process_peak(module: str, task: str, case: str, provider: str) -> int | None:
+    """Returns `resident_peak` of one provider of a task in a process that ran nothing before; None off Linux.
 
     Args:
-        module: name of the benchmark module that defines the room.
-        room, case, provider: their names.
+        module: name of the benchmark module that defines the task.
+        task, case, provider: their names.
 
     Raises:
         RuntimeError: the process died, as one that ran out of memory does.
@@ -86,7 +87,7 @@ def fresh_process_peak(module: str, room: str, case: str, provider: str) -> int 
     context.set_forkserver_preload(PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     worker = context.Process(
-        target=_send_peak, args=(sender, module, room, case, provider, torch.get_num_threads()), daemon=True
+        target=_send_peak, args=(sender, module, task, case, provider, torch.get_num_threads()), daemon=True
     )
     worker.start()
     sender.close()
@@ -101,19 +102,19 @@ def fresh_process_peak(module: str, room: str, case: str, provider: str) -> int 
     return answer
 
 
-def _send_peak(sender: Connection, module: str, room: str, case: str, provider: str, threads: int) -> None:
+def _send_peak(sender: Connection, module: str, task: str, case: str, provider: str, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
-        sender.send(_peak_of(module, room, case, provider))
+        sender.send(_peak_of(module, task, case, provider))
     except Exception as error:  # whatever it is, the parent is to say it
         sender.send(f"{type(error).__name__}: {error}")
 
 
-def _peak_of(module: str, room: str, case: str, provider: str) -> int:
+def _peak_of(module: str, task: str, case: str, provider: str) -> int:
     importlib.import_module(module)
-    from room import ROOMS
+    from benchmarks.harness.cases import TASKS
 
-    found, device = ROOMS[room], torch.device("cpu")
+    found, device = TASKS[task], torch.device("cpu")
     run, inputs = found.providers[provider].run, found.inputs(found.case(case), device)
     # What a first call loads, or compiles for these sizes, or keeps of a forward is not what calls take.
     first = inputs if found.providers[provider].compiled or found.keeps_forward else found.inputs(found.tiny, device)

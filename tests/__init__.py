@@ -1,0 +1,1 @@
+"""The tests; `tools` is shared with the benchmarks."""
