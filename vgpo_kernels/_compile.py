@@ -138,8 +138,7 @@ def _triton_version() -> str:
 
 def all_cases() -> list["CompileCase"]:
     """Returns the compile cases of every room."""
-    rooms = [importlib.import_module(f"vgpo_kernels.{room}.kernels") for room in _dispatch.ROOMS]
-    return [case for room in rooms for case in room.compile_cases()]
+    return [case for room in _dispatch.ROOMS for case in _dispatch.module(room, "triton").compile_cases()]
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Which implementation of an operation runs, and why.
 
 Each room holds its implementations as modules with the same function names and signatures:
-`kernels` (Triton), `native` (the compiled CPU kernels of csrc/) and `reference` (plain torch).
+`kernels` or `triton`, `native` (the compiled CPU kernels of csrc/) and `reference` (plain torch).
 An operator asks `implementation` for the module; nothing else in the package decides.
 """
 
@@ -17,7 +17,6 @@ from vgpo_kernels import _native
 
 IMPLEMENTATIONS = ("triton", "native", "reference")
 ROOMS = ("attention", "focus", "weights", "policy_loss")
-MODULES = {"triton": "kernels", "native": "native", "reference": "reference"}
 _TRITON_MISSING = "Triton is not installed: pip install 'vgpo-kernels[triton]', or pass impl='reference'"
 
 
@@ -91,7 +90,14 @@ def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
 def implementation(room: str, impl: str | None, tensor: torch.Tensor) -> ModuleType:
     """Returns the module of `room` that runs an operation whose main input is `tensor`."""
     name, _ = choose(impl, tensor.device, tensor.dtype)
-    return importlib.import_module(f"vgpo_kernels.{room}.{MODULES[name]}")
+    return module(room, name)
+
+
+def module(room: str, name: str) -> ModuleType:
+    """Returns the module that implements the operators of `room`."""
+    if name == "triton" and room != "attention":
+        name = "kernels"
+    return importlib.import_module(f"vgpo_kernels.{room}.{name}")
 
 
 def checks_values(impl: str | None, tensor: torch.Tensor) -> bool:

@@ -1,7 +1,6 @@
 """`python -m vgpo_kernels doctor`: versions, devices, and which implementation each operation would use."""
 
 import argparse
-import importlib
 import importlib.metadata
 import os
 import platform
@@ -134,7 +133,7 @@ def operation_rows(devices: Sequence[torch.device]) -> list[tuple[tuple[str, ...
 def _operation_row(operation: str, room: str, device: torch.device) -> tuple[tuple[str, ...], bool]:
     try:
         name, why = _dispatch.choose(None, device)
-        importlib.import_module(f"vgpo_kernels.{room}.{_dispatch.MODULES[name]}")
+        _dispatch.module(room, name)
     except (ImportError, RuntimeError, ValueError) as error:
         return (operation, str(device), "cannot run", str(error)), False
     return (operation, str(device), name, why), True

@@ -6,7 +6,6 @@ and launch options, with their candidates beside them.
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec
@@ -83,7 +82,7 @@ def listed(names: str, *rows: tuple[int | None, ...]) -> tuple[Tiles, ...]:
 def configs() -> dict[str, Config]:
     """Returns the configs of every room's kernels by name; imports Triton."""
     for room in _dispatch.ROOMS:
-        importlib.import_module(f"vgpo_kernels.{room}.kernels")
+        _dispatch.module(room, "triton")
     return dict(_configs)
 
 
