@@ -46,16 +46,16 @@ NOTHING_COMPILED = ("weights", "step")
 # Kernels by the names of `tune.py`, those with the largest expected gain first.
 TILES = {
     "attention forward": 80,
-    "attention backward queries": 80,
+    "attention dq": 80,
     "attention mass": 60,
     "attention split": 40,
     "linear logprobs": 60,
-    "attention backward keys": 60,
+    "attention dkdv": 60,
     "attention column": 40,
     "focus cosine": 25,
     "focus prototype": 25,
     "logits": 30,
-    "attention backward constants": 15,
+    "attention preprocess": 15,
     "weights token": 15,
     "weights group": 15,
 }

@@ -95,7 +95,7 @@ def implementation(room: str, impl: str | None, tensor: torch.Tensor) -> ModuleT
 
 def module(room: str, name: str) -> ModuleType:
     """Returns the module that implements the operators of `room`."""
-    if name == "triton" and room in ("attention", "policy_loss"):
+    if name == "triton" and room == "policy_loss":
         name = "kernels"
     return importlib.import_module(f"vgpo_kernels.{room}.{name}")
 

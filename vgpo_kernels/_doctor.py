@@ -1,7 +1,6 @@
 """`python -m vgpo_kernels doctor`: versions, devices, and which implementation each operation would use."""
 
 import argparse
-import importlib
 import importlib.metadata
 import os
 import platform

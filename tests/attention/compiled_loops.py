@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from vgpo_kernels._triton import CompileCase
-from vgpo_kernels.attention.kernels import compile_cases
+from vgpo_kernels.attention.triton import compile_cases
 
 
 def listing(case: CompileCase) -> str:

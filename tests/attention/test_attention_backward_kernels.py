@@ -5,7 +5,7 @@ import torch
 from attention_checks import DTYPES, MASKS, case, dense, on, without_finite_scores
 
 from vgpo_kernels.attention import reference
-from vgpo_kernels.attention.kernels import visual_attention, visual_attention_backward
+from vgpo_kernels.attention.triton import visual_attention, visual_attention_backward
 from vgpo_kernels.testing import assert_error_budget
 
 # Two tiles of queries and two of keys.

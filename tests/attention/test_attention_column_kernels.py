@@ -5,7 +5,7 @@ import torch
 from dense_attention import column_sums, dense_attention, inputs, intervals, visible_keys
 from torch import Tensor
 
-from vgpo_kernels.attention.kernels import attention_column_sum, column
+from vgpo_kernels.attention.triton import attention_column_sum, column
 from vgpo_kernels.testing import assert_error_budget
 
 MASKS = ("full", "causal", "left", "right", "packed", "window", "blocks", "empty", "blind", "arbitrary")

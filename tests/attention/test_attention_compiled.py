@@ -14,14 +14,14 @@ HERE = Path(__file__).resolve().parent
 CASES = [
     *(f"attention forward bf16 D {D}" for D in (64, 128, 256)),
     *(f"attention backward {name}" for name in ("keys bf16 D 64", "keys bf16 D 128", "dk bf16 D 256", "dv bf16 D 256")),
-    *(f"attention backward queries bf16 D {D}" for D in (64, 128, 256)),
+    *(f"attention dq bf16 D {D}" for D in (64, 128, 256)),
 ]
 
 
 BARRIERS = """
 from dataclasses import replace
 from compiled_loops import listing
-from vgpo_kernels.attention.kernels.decode import compile_cases
+from vgpo_kernels.attention.triton.decode import compile_cases
 case = next(case for case in compile_cases() if case.name == "attention split bf16 D 128 rows 7")
 kinds = (replace(case, constexprs=case.constexprs | {"ONE_QUERY": one}) for one in (True, False))
 print([listing(kind).count("bar.sync") for kind in kinds])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_checks import DTYPES, MASKS, case, check_forward, on
 
-from vgpo_kernels.attention.kernels import decode, forward, visual_attention
+from vgpo_kernels.attention.triton import decode, forward, visual_attention
 
 
 def attend(device, tensors, scale=None, softcap=None):

@@ -5,8 +5,8 @@ import torch
 from attention_checks import DTYPES, MASKS, case, check_forward, on, without_finite_scores
 
 from vgpo_kernels.attention import reference
-from vgpo_kernels.attention.kernels import forward
-from vgpo_kernels.attention.kernels.keys import find_keys
+from vgpo_kernels.attention.triton import forward
+from vgpo_kernels.attention.triton.key_blocks import find_keys
 
 # The row takes two tiles of queries and two of keys, and queries are more than the splitting kernel takes.
 LENGTHS = (70, 140)

@@ -8,7 +8,7 @@ from dense_attention import inputs
 from torch.profiler import ProfilerActivity, profile
 
 import vgpo_kernels as vgpo
-from vgpo_kernels.attention import arguments
+from vgpo_kernels.attention import checks
 
 pytest.importorskip("triton")
 
@@ -41,7 +41,7 @@ def launches(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> tup
         return ours, len(names) - ours
     started = []
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: started.append(1))
-    monkeypatch.setattr(arguments, "_reads", lambda _: False)  # as on a GPU: values are not looked at
+    monkeypatch.setattr(checks, "_reads", lambda _: False)  # as on a GPU: values are not looked at
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         call()
     return len(started), sum(_launches(event) for event in seen.events() if event.cpu_parent is None)

@@ -10,7 +10,7 @@ import torch
 from dense_attention import dense_attention, inputs, intervals, segment_masses, segments, visible_keys
 from torch import Tensor
 
-from vgpo_kernels.attention.kernels import attention_mass
+from vgpo_kernels.attention.triton import attention_mass
 from vgpo_kernels.testing import assert_error_budget
 
 MASKS = ("full", "causal", "left", "right", "packed", "window", "blocks", "empty", "blind", "arbitrary")
@@ -213,7 +213,7 @@ COMPILE = """
 import sys
 import triton
 from triton.backends.compiler import GPUTarget
-from vgpo_kernels.attention.kernels import compile_cases
+from vgpo_kernels.attention.triton import compile_cases
 case = next(case for case in compile_cases() if case.name == sys.argv[1])
 signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
 aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}

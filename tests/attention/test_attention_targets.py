@@ -17,7 +17,7 @@ USERS = ("backward", "column", "decode", "forward", "mass")
 def test_other_targets_tiles(target: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in USERS:
         monkeypatch.setattr(
-            importlib.import_module(f"vgpo_kernels.attention.kernels.{module}"), "target_of", lambda _: target
+            importlib.import_module(f"vgpo_kernels.attention.triton.{module}"), "target_of", lambda _: target
         )
     # More keys than a tile of any target, no multiple of one, and intervals in no order.
     q, k, v = inputs(1, (4, 2), (66, 150), 64, dtype)

@@ -39,7 +39,7 @@ from transformers import (
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from vgpo_kernels import VGPOConfig, vgpo_weights, visual_focus_score
-from vgpo_kernels.attention.arguments import HEAD_DIM
+from vgpo_kernels.attention.checks import HEAD_DIM
 from vgpo_kernels.integrations.transformers import (
     focus_from_attention,
     fused_logprobs,

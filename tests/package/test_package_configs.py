@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from vgpo_kernels import _compile
 from vgpo_kernels._triton import target_of
-from vgpo_kernels.attention.kernels.backward_keys import PADDED_TILE
+from vgpo_kernels.attention.triton.dkdv import PADDED_TILE
 from vgpo_kernels.policy_loss import kernels as vocabulary_kernels
 
 CONFIGS = _tuning.configs()
@@ -45,7 +45,7 @@ def test_keys_of_the_backward_are_padded_to_whole_tiles(target: str) -> None:
     # dK and dV's blocks are what the weights of keys are padded to, and dQ's narrow tiles read them without a mask.
     blocks, cuts = (
         {tiles[name] for tiles in (CASES[CONFIGS[kernel].case].chosen(target), *CONFIGS[kernel].candidates[target])}
-        for kernel, name in (("attention backward keys", "BLOCK_N"), ("attention backward queries", "CUT_N"))
+        for kernel, name in (("attention dkdv", "BLOCK_N"), ("attention dq", "CUT_N"))
     )
     assert all(block % cut == 0 for block in blocks for cut in cuts)
 
@@ -121,9 +121,9 @@ CALLS: dict[str, Callable[[str, torch.dtype], tuple[Tensor, ...]]] = {
     "attention mass": mass,
     "attention column": column,
     "attention forward": forward,
-    "attention backward keys": backward,
-    "attention backward queries": backward,
-    "attention backward constants": backward,
+    "attention dkdv": backward,
+    "attention dq": backward,
+    "attention preprocess": backward,
     "attention split": split,
     "focus prototype": focus,
     "focus cosine": focus,

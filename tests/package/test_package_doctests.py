@@ -7,7 +7,7 @@ import pytest
 
 MODULES = (
     "vgpo_kernels.attention.api",
-    "vgpo_kernels.attention.stock_api",
+    "vgpo_kernels.attention.with_lse",
     "vgpo_kernels.integrations.transformers.api",
     "vgpo_kernels.integrations.transformers.pictures",
     "vgpo_kernels.integrations.transformers.visual_tokens",

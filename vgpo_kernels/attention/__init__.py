@@ -7,7 +7,7 @@ from vgpo_kernels.attention.api import (
     visual_attention,
     visual_attention_decode,
 )
-from vgpo_kernels.attention.stock_api import attention_backend, attention_with_lse
+from vgpo_kernels.attention.with_lse import attention_backend, attention_with_lse
 
 __all__ = [
     "VisualAttention",

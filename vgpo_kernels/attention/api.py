@@ -14,7 +14,7 @@ from torch import Tensor
 from vgpo_kernels._operator import as_autocast
 from vgpo_kernels._validate import BOOL, INTEGER, check_choice, check_tensor
 from vgpo_kernels.attention import autograd, ops, prologue
-from vgpo_kernels.attention.arguments import (
+from vgpo_kernels.attention.checks import (
     check_cache_lengths,
     check_count,
     check_key_mask,

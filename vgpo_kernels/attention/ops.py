@@ -8,7 +8,7 @@ from torch import Tensor
 from vgpo_kernels._dispatch import checks_values, implementation
 from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import forbid
-from vgpo_kernels.attention import intervals, stock
+from vgpo_kernels.attention import backends, intervals
 
 ROOM = "attention"
 LARGEST_MASS = 1.1  # of a query; above 1 by what an LSE made in half precision may be off
@@ -232,10 +232,10 @@ def attention_with_lse(
     softcap: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Attends with a stock kernel: out and its LSE; arguments as in `stock.run`."""
+    """Attends with a stock kernel: out and its LSE; arguments as in `backends.run`."""
     key_start, key_end = _inside(key_start, key_end, q, k, None)
-    mask = stock.Mask(key_kinds, key_start, key_end, cu_seqlens, max_seqlen, causal, window)
-    out, lse = stock.run(backend, q, k, v, mask, scale, softcap)
+    mask = backends.Mask(key_kinds, key_start, key_end, cu_seqlens, max_seqlen, causal, window)
+    out, lse = backends.run(backend, q, k, v, mask, scale, softcap)
     return out.contiguous(), lse.contiguous()
 
 

@@ -1,6 +1,6 @@
 """What an operator is given for a mask: what each key is, and the interval of keys that each query sees.
 
-Torch takes a dozen launches to make them. Where Triton runs, one kernel does (`kernels.prologue`); where values are
+Torch takes a dozen launches to make them. Where Triton runs, one kernel does (`triton.key_mask`); where values are
 checked, torch's are checked before they are narrowed.
 """
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from vgpo_kernels.attention.arguments import HEAD_DIM
+from vgpo_kernels.attention.checks import HEAD_DIM
 from vgpo_kernels.integrations.transformers.visual_tokens import IMAGE_TOKEN_FIELDS, VisualTokens, find_visual_tokens
 
 # Names of classes: of attention, and of what is called so without a softmax.

@@ -5,8 +5,8 @@ Choices were made by registers and shared memory; none has been timed yet. Candi
 """
 
 from vgpo_kernels._tuning import Tiles, listed, tunable
-from vgpo_kernels.attention.kernels import wide_heads
-from vgpo_kernels.attention.kernels.wide_heads import WIDE
+from vgpo_kernels.attention.triton import wide_heads
+from vgpo_kernels.attention.triton.wide_heads import WIDE
 
 _MASS = "BLOCK_M BLOCK_N num_warps num_stages maxnreg"
 _FORWARD = "BLOCK_M BLOCK_N CUT_N num_warps num_stages maxnreg"
@@ -216,8 +216,8 @@ def forward_tiles(target: str, itemsize: int, head: int) -> Tiles:
 
 
 @tunable(
-    "attention backward keys",
-    case="attention backward keys bf16 D 128",
+    "attention dkdv",
+    case="attention dkdv bf16 D 128",
     candidates={
         "sm_80": listed(
             _KEYS,
@@ -258,14 +258,14 @@ def forward_tiles(target: str, itemsize: int, head: int) -> Tiles:
         ),
     },
 )
-def keys_tiles(target: str, itemsize: int, head: int) -> Tiles:
+def dkdv_tiles(target: str, itemsize: int, head: int) -> Tiles:
     """Returns the tiles of the kernel of dK and dV for heads padded to `head`.
 
     A block of 64 keys a warp group; its accumulators stay in registers, which bounds the tile of queries beside them.
     Single precision unrolls its products, so its tiles are small.
     """
     if head > WIDE:
-        return wide_heads.keys_tiles(target, itemsize)
+        return wide_heads.dkdv_tiles(target, itemsize)
     if itemsize == 4:
         keys, warps = 16 if head <= 64 else 32, 4 if head <= 64 and target != "sm_80" else 8
         return {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1}
@@ -282,8 +282,8 @@ def keys_tiles(target: str, itemsize: int, head: int) -> Tiles:
 
 
 @tunable(
-    "attention backward queries",
-    case="attention backward queries bf16 D 128",
+    "attention dq",
+    case="attention dq bf16 D 128",
     candidates={
         "sm_80": listed(
             _FORWARD,
@@ -323,13 +323,13 @@ def keys_tiles(target: str, itemsize: int, head: int) -> Tiles:
         ),
     },
 )
-def queries_tiles(target: str, itemsize: int, head: int) -> Tiles:
+def dq_tiles(target: str, itemsize: int, head: int) -> Tiles:
     """Returns the tiles of the kernel of dQ: as forward, with narrower tiles of keys for its two maps of scores.
 
     CUT_N divides the BLOCK_N of dK and dV, to which the keys are padded.
     """
     if head > WIDE:
-        return wide_heads.queries_tiles(target, itemsize)
+        return wide_heads.dq_tiles(target, itemsize)
     if itemsize == 4:
         few = target in ("sm_80", "sm_90") and head <= 64
         tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if few else 8, "num_stages": 1}
@@ -349,14 +349,14 @@ def queries_tiles(target: str, itemsize: int, head: int) -> Tiles:
 
 
 @tunable(
-    "attention backward constants",
-    case="attention backward constants bf16 D 128",
+    "attention preprocess",
+    case="attention preprocess bf16 D 128",
     candidates=dict.fromkeys(
         ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"),
         listed("BLOCK_M num_warps", (8, 4), (8, 2), (16, 2), (32, 4), (32, 8)),
     ),
 )
-def constants_tiles() -> Tiles:
+def preprocess_tiles() -> Tiles:
     """Returns the tiles of the backward's constants, a divisor of PADDED_TILE.
 
     A few rows a warp: nothing is used twice, and loads of D 128 in half precision are 256 bytes a row.

@@ -100,7 +100,7 @@ def query_intervals(
 
 
 @triton.jit(do_not_specialize=["n_blocks", "stride_kb", *RULE_NUMBERS])
-def prologue_kernel(
+def key_mask_kernel(
     keys_ptr,  # (B, Lk): segments, or what is 0 unless a key is visual
     mask_ptr,  # (B, Lk) or None
     start_ptr,
@@ -219,7 +219,7 @@ def make_mask(rule: MaskRule, keys: Tensor, segments: bool) -> tuple[Tensor, Ten
     end = torch.empty_like(start)
     keys = as_loaded(keys)
     n_blocks = triton.cdiv(Lq, BLOCKS["BLOCK"]) + triton.cdiv(Lk, BLOCKS["BLOCK"])
-    prologue_kernel[(B * n_blocks,)](
+    key_mask_kernel[(B * n_blocks,)](
         keys_ptr=keys,
         made_keys_ptr=made,
         made_start_ptr=start,
@@ -259,8 +259,8 @@ def _compile_case(name: str, segments: bool, keys: str, **given: str) -> Compile
     signature |= {"keys_ptr": keys, "made_keys_ptr": "*i32" if segments else "*i8"}
     signature |= {"made_start_ptr": "*i32", "made_end_ptr": "*i32", "n_blocks": "i32", "stride_kb": "i32"}
     return CompileCase(
-        f"attention prologue {name}",
-        prologue_kernel,
+        f"attention mask {name}",
+        key_mask_kernel,
         signature,
         constexprs | {"SEGMENTS": segments},
         tiles=lambda _: BLOCKS,

@@ -3,13 +3,13 @@
 from typing import Any
 
 from vgpo_kernels._triton import CompileCase, tl, triton
-from vgpo_kernels.attention.kernels.backward_keys import PADDED_TILE, STRIDES, compile_case, probabilities
-from vgpo_kernels.attention.kernels.configs import queries_tiles
-from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, key_ranges, load_tile, products, whole_tile
+from vgpo_kernels.attention.triton.configs import dq_tiles
+from vgpo_kernels.attention.triton.dkdv import PADDED_TILE, STRIDES, compile_case, probabilities
+from vgpo_kernels.attention.triton.key_blocks import cut_steps, cut_tile, key_ranges, load_tile, products, whole_tile
 
 
 @triton.jit
-def _queries_gradient(
+def _dq(
     b_dq,  # [BM, BD] fp32
     b_q,  # [BM, BD]
     b_grad,  # [BM, BD]
@@ -77,7 +77,7 @@ def _queries_gradient(
 
 
 @triton.jit(do_not_specialize=["Hq", "group", "Lq", "Lk", "padded_tiles", *STRIDES, "inner", "outer", "scale"])
-def queries_gradient_kernel(
+def dq_kernel(
     q_ptr,  # (B, Hq, Lq, D)
     k_ptr,  # (B, Hkv, Lk, D)
     v_ptr,  # (B, Hkv, Lk, D)
@@ -151,7 +151,7 @@ def queries_gradient_kernel(
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     # Cut tiles first: with Triton 3.6, whole ones first would serialise the matrix products of sm_90 (ptxas C7515).
     for WHOLE in tl.static_range(2):
-        b_dq = _queries_gradient(
+        b_dq = _dq(
             b_dq,
             b_q,
             b_grad,
@@ -207,6 +207,4 @@ def compile_cases() -> list[CompileCase]:
 
 def _compile_case(dtype: str, D: int, **options: Any) -> CompileCase:
     arguments = {"dq_ptr": f"*{dtype}", "kind_ptr": "*i8", "Hq": "i32", "Lq": "i32"}
-    return compile_case(
-        "backward queries", queries_gradient_kernel, queries_tiles, arguments, dtype, D, KEYS_BLOCK=128, **options
-    )
+    return compile_case("dq", dq_kernel, dq_tiles, arguments, dtype, D, KEYS_BLOCK=128, **options)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
-from vgpo_kernels.attention.kernels import decode
-from vgpo_kernels.attention.kernels.configs import forward_tiles
-from vgpo_kernels.attention.kernels.keys import (
+from vgpo_kernels.attention.triton import decode
+from vgpo_kernels.attention.triton.configs import forward_tiles
+from vgpo_kernels.attention.triton.key_blocks import (
     MIXED_BLOCK,
     VISUAL_BLOCK,
     cut_steps,
@@ -20,7 +20,7 @@ from vgpo_kernels.attention.kernels.keys import (
     row_intervals,
     whole_tile,
 )
-from vgpo_kernels.attention.kernels.shared import (
+from vgpo_kernels.attention.triton.primitives import (
     VECTOR,
     log2_scores,
     padded_head,

@@ -35,7 +35,7 @@ def forward_tiles(target: str, itemsize: int) -> Tiles:
     return tiles | {"maxnreg": 255} if itemsize == 4 and target == "sm_100" else tiles
 
 
-def keys_tiles(target: str, itemsize: int) -> Tiles:
+def dkdv_tiles(target: str, itemsize: int) -> Tiles:
     """Returns the tiles of dK and dV, each made by a launch of its own."""
     keys, warps = 16 if itemsize == 4 else 32, 8
     if target == "gfx942":  # masks live in scalar registers, of which there are few
@@ -45,7 +45,7 @@ def keys_tiles(target: str, itemsize: int) -> Tiles:
     return tiles | {"maxnreg": 255} if itemsize == 4 and target == "sm_80" else tiles
 
 
-def queries_tiles(target: str, itemsize: int) -> Tiles:
+def dq_tiles(target: str, itemsize: int) -> Tiles:
     """Returns the tiles of dQ: fewer queries in single precision, whose products are unrolled."""
     queries = 16 if itemsize == 4 else 32
     warps = 4 if itemsize == 2 and target == "gfx942" else 8

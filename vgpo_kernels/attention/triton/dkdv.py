@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 from vgpo_kernels._triton import CompileCase, tanh, tl, triton
-from vgpo_kernels.attention.kernels.configs import keys_tiles
-from vgpo_kernels.attention.kernels.keys import cut_steps, cut_tile, load_tile, products, tile_ranges, whole_tile
-from vgpo_kernels.attention.kernels.shared import VECTOR, padded_head
+from vgpo_kernels.attention.triton.configs import dkdv_tiles
+from vgpo_kernels.attention.triton.key_blocks import cut_steps, cut_tile, load_tile, products, tile_ranges, whole_tile
+from vgpo_kernels.attention.triton.primitives import VECTOR, padded_head
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkvg" for axis in "bhl")
 # Constants of queries are padded to a multiple of this, which tiles of queries divide: loading them takes no mask.
@@ -31,7 +31,7 @@ def probabilities(b_s, b_lse2, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _keys_gradient(
+def _dkdv(
     b_dk,  # [BN, BD] fp32
     b_dv,  # [BN, BD] fp32
     b_k,  # [BN, BD]
@@ -107,7 +107,7 @@ def _keys_gradient(
 
 
 @triton.jit(do_not_specialize=["Hkv", "group", "Lk", "padded_tiles", *STRIDES, "inner", "outer", "scale"])
-def keys_gradient_kernel(
+def dkdv_kernel(
     q_ptr,  # (B, Hq, Lq, D)
     k_ptr,  # (B, Hkv, Lk, D)
     v_ptr,  # (B, Hkv, Lk, D)
@@ -185,7 +185,7 @@ def keys_gradient_kernel(
             p_grad_mass = None
             if grad_mass_ptr is not None:
                 p_grad_mass = grad_mass_ptr + first
-            b_dk, b_dv = _keys_gradient(
+            b_dk, b_dv = _dkdv(
                 b_dk,
                 b_dv,
                 b_k,
@@ -290,5 +290,5 @@ def _compile_case(dtype: str, D: int, wanted: str = "", **options: Any) -> Compi
             arguments[f"{name}_ptr"] = f"*{dtype}"
         else:
             options[f"{name}_ptr"] = None
-    name = f"backward {wanted or 'keys'}"
-    return compile_case(name, keys_gradient_kernel, keys_tiles, arguments, dtype, D, **options)
+    name = wanted or "dkdv"
+    return compile_case(name, dkdv_kernel, dkdv_tiles, arguments, dtype, D, **options)

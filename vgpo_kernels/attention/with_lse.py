@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._operator import as_autocast
-from vgpo_kernels.attention import autograd, prologue, stock
-from vgpo_kernels.attention.arguments import check_key_mask, check_max_seqlen, check_qk, check_values, mask_rule
+from vgpo_kernels.attention import autograd, backends, prologue
+from vgpo_kernels.attention.checks import check_key_mask, check_max_seqlen, check_qk, check_values, mask_rule
 
 
 def attention_with_lse(
@@ -100,7 +100,7 @@ def attention_backend(
     """
     q, k = as_autocast(q, k)
     check_qk(q, k, None, softcap)
-    request = stock.Request(
+    request = backends.Request(
         device=q.device,
         dtype=q.dtype,
         lengths=(q.shape[2], k.shape[2]),
@@ -112,4 +112,4 @@ def attention_backend(
         window=window,
         softcap=softcap,
     )
-    return stock.choose(request, backend)
+    return backends.choose(request, backend)

@@ -8,15 +8,15 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.intervals import VISUAL
-from vgpo_kernels.attention.kernels.configs import split_tiles
-from vgpo_kernels.attention.kernels.keys import load_tile, products
-from vgpo_kernels.attention.kernels.shared import (
+from vgpo_kernels.attention.triton.configs import split_tiles
+from vgpo_kernels.attention.triton.key_blocks import load_tile, products
+from vgpo_kernels.attention.triton.primitives import (
     log2_scores,
     padded_head,
     score_scales,
     strides_in_units,
 )
-from vgpo_kernels.attention.kernels.wide_heads import WIDE
+from vgpo_kernels.attention.triton.wide_heads import WIDE
 
 STRIDES = tuple(f"stride_{name}{axis}_units" for name in "qkv" for axis in "bhl")
 MOST_ROWS, MOST_WIDE_ROWS = 64, 32  # of a program, for heads up to WIDE and above

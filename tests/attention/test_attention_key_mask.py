@@ -7,14 +7,14 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vgpo_kernels as vgpo
-from vgpo_kernels.attention import arguments
+from vgpo_kernels.attention import checks
 from vgpo_kernels.attention import intervals as masks
 from vgpo_kernels.attention.intervals import MaskRule
 
 pytest.importorskip("triton")
 
-from vgpo_kernels.attention.kernels import make_mask
-from vgpo_kernels.attention.kernels.query_blocks import find_query_blocks
+from vgpo_kernels.attention.triton import make_mask
+from vgpo_kernels.attention.triton.query_blocks import find_query_blocks
 
 B, LENGTHS = 2, (37, 50)
 Lq, Lk = LENGTHS
@@ -137,7 +137,7 @@ def test_one_graph_serves_every_length_and_the_kernel_is_in_it(device: str) -> N
 
 
 def test_rows_that_vmap_joins_are_packed_alike(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arguments, "_reads", lambda _: False)  # as on a GPU
+    monkeypatch.setattr(checks, "_reads", lambda _: False)  # as on a GPU
     q, k, _ = (x.to(device) for x in inputs(1, (2, 1), (37, 37), 16))
     bounds, ids = torch.tensor([0, 9, 37], device=device), torch.arange(37, device=device)[None] % 2
     many = torch.stack([ids, 1 - ids])

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.intervals import MaskRule
-from vgpo_kernels.attention.kernels.configs import column_tiles
-from vgpo_kernels.attention.kernels.query_blocks import find_query_blocks
-from vgpo_kernels.attention.kernels.shared import (
+from vgpo_kernels.attention.triton.configs import column_tiles
+from vgpo_kernels.attention.triton.primitives import (
     CHUNK,
     VECTOR,
     chunked_products,
@@ -23,6 +22,7 @@ from vgpo_kernels.attention.kernels.shared import (
     strides_in_units,
     with_loadable_rows,
 )
+from vgpo_kernels.attention.triton.query_blocks import find_query_blocks
 
 # Programs below which the queries are split among several, and the least blocks of queries each gets.
 PROGRAMS = 512

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
-from vgpo_kernels.attention.kernels.configs import mass_tiles
-from vgpo_kernels.attention.kernels.shared import (
+from vgpo_kernels.attention.triton.block_lists import tile_lists
+from vgpo_kernels.attention.triton.configs import mass_tiles
+from vgpo_kernels.attention.triton.primitives import (
     CHUNK,
     VECTOR,
     chunked_products,
@@ -22,7 +23,6 @@ from vgpo_kernels.attention.kernels.shared import (
     strides_in_units,
     with_loadable_rows,
 )
-from vgpo_kernels.attention.kernels.tiles import tile_lists
 
 _RUN_TIME = ["kv_heads", "group", "Lq", "Lk", "num_segments", "capacity", "stride_lb", "stride_lh", "stride_ll"]
 _STRIDES = [f"stride_{name}{axis}_units" for name in "qk" for axis in "bhl"]

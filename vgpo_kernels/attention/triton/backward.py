@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
-from vgpo_kernels.attention.kernels import backward_keys, backward_queries
-from vgpo_kernels.attention.kernels.configs import constants_tiles, keys_tiles, queries_tiles
-from vgpo_kernels.attention.kernels.keys import find_keys, load_tile, row_intervals
-from vgpo_kernels.attention.kernels.shared import (
+from vgpo_kernels.attention.triton import dkdv
+from vgpo_kernels.attention.triton.configs import dkdv_tiles, dq_tiles, preprocess_tiles
+from vgpo_kernels.attention.triton.dq import compile_cases as compile_dq_cases
+from vgpo_kernels.attention.triton.dq import dq_kernel
+from vgpo_kernels.attention.triton.key_blocks import find_keys, load_tile, row_intervals
+from vgpo_kernels.attention.triton.primitives import (
     padded_head,
     score_scales,
     strides_in_units,
     with_whole_rows,
 )
 
-PADDED_TILE = backward_keys.PADDED_TILE.value
+PADDED_TILE = dkdv.PADDED_TILE.value
 
 
 class Constants(NamedTuple):
@@ -41,7 +43,7 @@ class Constants(NamedTuple):
 
 
 @triton.jit(do_not_specialize=["H", "L", "L_padded", "stride_gb_units", "stride_gh_units", "stride_gl_units"])
-def constants_kernel(
+def preprocess_kernel(
     start_ptr,  # (B, L) int32
     end_ptr,  # (B, L) int32
     out_ptr,  # (B, H, L, D) contiguous
@@ -122,8 +124,8 @@ def visual_attention_backward(
     q, k, v, grad_out = (with_whole_rows(x) for x in (q, k, v, grad_out.to(q.dtype)))
     constants = _constants(grad_out, grad_mass, grad_lse, key_start, key_end, out, mass, lse)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    key_tiles = keys_tiles(target, itemsize, head)
-    query_tiles = queries_tiles(target, itemsize, head)
+    key_tiles = dkdv_tiles(target, itemsize, head)
+    query_tiles = dq_tiles(target, itemsize, head)
     keys = find_keys(key_kinds, key_start, key_end, key_tiles["BLOCK_N"])
     shared = {
         "q_ptr": q,
@@ -145,11 +147,11 @@ def visual_attention_backward(
         **strides_in_units(q=q, k=k, v=v, g=grad_out),
         **score_scales(scale, softcap),
     }
-    for wanted in ((dk, None), (None, dv)) if backward_keys.apart(head) else ((dk, dv),):
-        backward_keys.keys_gradient_kernel[(len(k) * Hkv * triton.cdiv(Lk, keys.block),)](
+    for wanted in ((dk, None), (None, dv)) if dkdv.apart(head) else ((dk, dv),):
+        dkdv.dkdv_kernel[(len(k) * Hkv * triton.cdiv(Lk, keys.block),)](
             queries_ptr=keys.queries, dk_ptr=wanted[0], dv_ptr=wanted[1], Hkv=Hkv, **shared, **key_tiles
         )
-    backward_queries.queries_gradient_kernel[(len(q) * Hq * triton.cdiv(Lq, query_tiles["BLOCK_M"]),)](
+    dq_kernel[(len(q) * Hq * triton.cdiv(Lq, query_tiles["BLOCK_M"]),)](
         kind_ptr=keys.kind, dq_ptr=dq, Hq=Hq, Lq=Lq, KEYS_BLOCK=keys.block, **shared, **query_tiles
     )
     return dq, dk, dv
@@ -171,8 +173,8 @@ def _constants(
     start = key_start.new_empty((B, L_padded))
     padded = None if grad_mass is None else torch.empty_like(lse2)
     constants = Constants(start, torch.empty_like(start), lse2, torch.empty_like(lse2), padded)
-    tiles = constants_tiles()
-    constants_kernel[(B * H * (L_padded // tiles["BLOCK_M"]),)](
+    tiles = preprocess_tiles()
+    preprocess_kernel[(B * H * (L_padded // tiles["BLOCK_M"]),)](
         start_ptr=key_start.contiguous(),
         end_ptr=key_end.contiguous(),
         out_ptr=out.contiguous(),
@@ -200,7 +202,7 @@ def _constants(
 def compile_cases() -> list[CompileCase]:
     """Returns the cases of the three kernels."""
     constants = [_compile_constants("bf16", 128, 8), _compile_constants("fp32", 80, 1)]
-    return [*constants, *backward_keys.compile_cases(), *backward_queries.compile_cases()]
+    return [*constants, *dkdv.compile_cases(), *compile_dq_cases()]
 
 
 def _compile_constants(dtype: str, D: int, unit: int) -> CompileCase:
@@ -210,5 +212,5 @@ def _compile_constants(dtype: str, D: int, unit: int) -> CompileCase:
     signature |= dict.fromkeys(floats, "*fp32")
     signature |= dict.fromkeys(("H", "L", "L_padded", "stride_gb_units", "stride_gh_units", "stride_gl_units"), "i32")
     constexprs = {"HEAD": D, "UNIT": unit, "BLOCK_D": padded_head(D)}
-    name = f"attention backward constants {dtype} D {D}"
-    return CompileCase(name, constants_kernel, signature, constexprs, tiles=lambda _: constants_tiles())
+    name = f"attention preprocess {dtype} D {D}"
+    return CompileCase(name, preprocess_kernel, signature, constexprs, tiles=lambda _: preprocess_tiles())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import tanh, tl, triton, with_unit_columns
-from vgpo_kernels.attention.kernels.wide_heads import WIDE
+from vgpo_kernels.attention.triton.wide_heads import WIDE
 
 # Elements in the widest load, 16 bytes at two bytes an element.
 VECTOR = 8

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
 from vgpo_kernels.attention.intervals import MaskRule
-from vgpo_kernels.attention.kernels.prologue import (
+from vgpo_kernels.attention.triton.key_mask import (
     RULE_NUMBERS,
     as_loaded,
     key_edges,
