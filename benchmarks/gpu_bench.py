@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_steps import Clocks, Outcome, Step, run
+from gpu_steps import GRACE, STOPPED, Clocks, Outcome, Step, run, stop_at_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_FILES = 8  # that OUT holds; those beyond `FILES` go into rest.tar
@@ -212,6 +211,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"gpu_bench: {error}", file=sys.stderr)
             return 2
         set_environment()
+        stop_at_signals()
         for stage in {step.stage for step in steps}:  # an earlier run's must not pass for this one's
             (out / f"{stage}.json").unlink(missing_ok=True)
         return run_all(steps, out, deadline, describe(found))
@@ -274,7 +274,6 @@ def describe(found: Mapping[str, Any]) -> str:
 
 def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> int:
     """Runs steps until the deadline, one that fails or is late among them; returns 1 unless all did well."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and its children would, too
     summary, log = out / "summary.txt", out / "log.txt"
     failed: list[tuple[Step, Outcome]] = []
     missed = 0
@@ -287,17 +286,18 @@ def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> in
         say(f"{title}\n{'step':28} {'seconds':>8} {'limit':>8}  result")
         for index, step in enumerate(steps):
             clocks.step, start = step.name, time.monotonic()
-            left = deadline - start
+            left = deadline - start - GRACE  # the last one ends by the deadline, too
             rest = sum(other.seconds for other in steps[index:] if not other.left_out)
             limit = int(min(left, max(step.seconds, left * step.seconds / rest))) if rest else 0
             if step.left_out:
                 outcome, limit = Outcome(True, f"left out: {step.left_out}"), 0
-            elif limit < 1:
-                outcome, missed = Outcome(False, "not begun: no time left"), missed + 1
+            elif STOPPED or limit < 1:
+                why = f"the call was ended by {STOPPED[0]}" if STOPPED else "no time left"
+                outcome, missed, limit = Outcome(False, f"not begun: {why}"), missed + 1, 0
             else:
                 outcome = run(step, limit, log)
                 failed += [] if outcome.well else [(step, outcome)]
-            say(f"{step.name:28} {time.monotonic() - start:8.0f} {max(0, limit):8}  {outcome.result}")
+            say(f"{step.name:28} {time.monotonic() - start:8.0f} {limit:8}  {outcome.result}")
             if step.part is not None:
                 merge(step.part, out / f"{step.stage}.json")
         say(f"of {len(steps)} steps {len(failed)} failed, {missed} did not begin")
