@@ -79,8 +79,9 @@ class Call:
     tested: bool = False
 
     def find(self, name: str) -> Path:
-        """Returns a file of this call's folder, or of the first of the earlier ones that has it."""
-        found = (folder / name for folder in (self.out, *self.earlier) if self.tested or (folder / name).exists())
+        """Returns a JSON file of this call's folder, or of the first of the earlier ones that has it whole."""
+        folders = (self.out, *self.earlier)
+        found = (folder / name for folder in folders if self.tested or read(folder / name) is not None)
         return next(found, self.out / name)
 
 
@@ -309,12 +310,21 @@ def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> in
 
 def merge(part: Path, whole: Path) -> None:
     """Adds what a step left to its stage's file; a step that was killed has left nothing, or half a file."""
-    try:
-        new = json.loads(part.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    old, new = read(whole), read(part)
+    if new is None:
         return
-    old = json.loads(whole.read_text(encoding="utf-8")) if whole.exists() else None
-    whole.write_text(json.dumps(new if old is None else merged(old, new), indent=1) + "\n", encoding="utf-8")
+    # By way of a file beside it: a call that is killed leaves no half of this one.
+    written = whole.with_suffix(".new")
+    written.write_text(json.dumps(new if old is None else merged(old, new), indent=1) + "\n", encoding="utf-8")
+    written.replace(whole)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Returns what a JSON file holds, None if there is none or half of one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

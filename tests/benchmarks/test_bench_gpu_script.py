@@ -252,7 +252,9 @@ def test_a_step_is_named_by_its_stage(call: gpu_bench.Call) -> None:
         gpu_bench.chosen(call, ["small/none"])
 
 
-def test_what_an_earlier_call_left_is_found(call: gpu_bench.Call) -> None:
+def test_what_an_earlier_call_left_whole_is_found(call: gpu_bench.Call) -> None:
+    call.earlier[0].mkdir()
+    (call.earlier[0] / "tests.json").write_text('{"green": tr')
     for folder in (call.earlier[1], call.out):
         folder.mkdir()
         (folder / "tests.json").write_text("{}")
