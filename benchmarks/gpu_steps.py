@@ -16,6 +16,7 @@ GRACE = 15  # seconds that a step has to write what it has, from the interrupt t
 TAIL = 8  # lines of a failed step that the end of the summary shows
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "utilization.gpu")
 CLOCKS_HEAD = ("epoch_seconds", "step", "sm_mhz", "memory_mhz", "power_w", "power_limit_w", "celsius", "utilization")
+PYTEST_END = re.compile(r"=+ (.* in [\d.]+s.*?) =+$")  # the last line of a session: its counts
 STOPPED: list[str] = []  # signals that end the call before its time
 
 
@@ -95,7 +96,8 @@ def run(step: Step, limit: float, log: Path) -> Outcome:
         return Outcome(False, f"killed by {signal.Signals(-process.returncode).name}{last}", lines[-TAIL:])
     if process.returncode:
         return Outcome(False, f"failed ({process.returncode}){last}", lines[-TAIL:])
-    return Outcome(True, "well")
+    counts = PYTEST_END.match(lines[-1]) if lines else None
+    return Outcome(True, f"well: {counts[1]}" if counts else "well")  # all skipped is well, too
 
 
 def _lines(log: Path, start: int) -> list[str]:
@@ -107,7 +109,7 @@ def _lines(log: Path, start: int) -> list[str]:
 
 
 def _last(lines: Sequence[str]) -> str:
-    return f": {lines[-1]}" if lines else ", without a word"
+    return ": " + PYTEST_END.sub(r"\1", lines[-1]) if lines else ", without a word"
 
 
 def _running(lines: Sequence[str]) -> list[str]:

@@ -102,7 +102,8 @@ def test_a_copy_without_git_with_a_test_that_kills_its_process(tmp_path: Path) -
     killed = "killed by SIGKILL" if "xdist" not in (out / "log.txt").read_text() else "failed (1)"
     found = results(done.stdout)
     assert found.pop("tests/weights").startswith(killed), done.stdout
-    assert found == {"tests/focus": "well", "small/weights": "well"}, (out / "log.txt").read_text()
+    assert all(result.startswith("well: ") for result in found.values()), (out / "log.txt").read_text()
+    assert list(found) == ["tests/focus", "small/weights"]
     assert "commit unknown: there is no .git, and VGPO_COMMIT names none" in done.stdout
     last = done.stdout.splitlines()[-1]
     assert last.startswith(f"tests/weights: {killed}")
@@ -126,7 +127,7 @@ def test_steps_that_fail_or_do_not_end_stop_nothing(tmp_path: Path, capsys: pyte
         step("small/late", f"trap 'mv {tmp_path}/late {second}; exit 2' INT; echo half of it; sleep 60", part=second),
         step("small/red", "echo 'why it failed\n\n'; exit 3", part=tmp_path / "absent.json"),
         step("small/absent", "", left_out="there is no such tool"),
-        step("small/last", "echo $TOLD", environment={"TOLD": "what it was told"}),
+        step("small/last", "echo $TOLD", environment={"TOLD": "=== what it was told in 0.5s ==="}),
     ]
     assert gpu_bench.run_all(steps, out, time.monotonic() + 35, "a title") == 1
     text = capsys.readouterr().out
@@ -137,7 +138,7 @@ def test_steps_that_fail_or_do_not_end_stop_nothing(tmp_path: Path, capsys: pyte
         "small/late": "out of time: half of it",
         "small/red": "failed (3): why it failed",
         "small/absent": "left out: there is no such tool",
-        "small/last": "well",
+        "small/last": "well: what it was told in 0.5s",
     }
     assert "of 5 steps 2 failed, 0 did not begin\n\nsmall/late: out of time: half of it\n" in text
     assert text.splitlines()[-1] == "small/red: failed (3): why it failed"
