@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_steps import Clocks, Outcome, Step, run
+from benchmarks.gpu_steps import GRACE, STOPPED, Clocks, Outcome, Step, run, stop_at_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_FILES = 8  # that OUT holds; those beyond `FILES` go into rest.tar
@@ -80,8 +79,9 @@ class Call:
     tested: bool = False
 
     def find(self, name: str) -> Path:
-        """Returns a file of this call's folder, or of the first of the earlier ones that has it."""
-        found = (folder / name for folder in (self.out, *self.earlier) if self.tested or (folder / name).exists())
+        """Returns a JSON file of this call's folder, or of the first of the earlier ones that has it whole."""
+        folders = (self.out, *self.earlier)
+        found = (folder / name for folder in folders if self.tested or read(folder / name) is not None)
         return next(found, self.out / name)
 
 
@@ -212,6 +212,7 @@ def main(arguments: Sequence[str]) -> int:
             print(f"gpu_bench: {error}", file=sys.stderr)
             return 2
         set_environment()
+        stop_at_signals()
         for stage in {step.stage for step in steps}:  # an earlier run's must not pass for this one's
             (out / f"{stage}.json").unlink(missing_ok=True)
         return run_all(steps, out, deadline, describe(found))
@@ -274,7 +275,6 @@ def describe(found: Mapping[str, Any]) -> str:
 
 def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> int:
     """Runs steps until the deadline, one that fails or is late among them; returns 1 unless all did well."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and its children would, too
     summary, log = out / "summary.txt", out / "log.txt"
     failed: list[tuple[Step, Outcome]] = []
     missed = 0
@@ -287,17 +287,18 @@ def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> in
         say(f"{title}\n{'step':28} {'seconds':>8} {'limit':>8}  result")
         for index, step in enumerate(steps):
             clocks.step, start = step.name, time.monotonic()
-            left = deadline - start
+            left = deadline - start - GRACE  # the last one ends by the deadline, too
             rest = sum(other.seconds for other in steps[index:] if not other.left_out)
             limit = int(min(left, max(step.seconds, left * step.seconds / rest))) if rest else 0
             if step.left_out:
                 outcome, limit = Outcome(True, f"left out: {step.left_out}"), 0
-            elif limit < 1:
-                outcome, missed = Outcome(False, "not begun: no time left"), missed + 1
+            elif STOPPED or limit < 1:
+                why = f"the call was ended by {STOPPED[0]}" if STOPPED else "no time left"
+                outcome, missed, limit = Outcome(False, f"not begun: {why}"), missed + 1, 0
             else:
                 outcome = run(step, limit, log)
                 failed += [] if outcome.well else [(step, outcome)]
-            say(f"{step.name:28} {time.monotonic() - start:8.0f} {max(0, limit):8}  {outcome.result}")
+            say(f"{step.name:28} {time.monotonic() - start:8.0f} {limit:8}  {outcome.result}")
             if step.part is not None:
                 merge(step.part, out / f"{step.stage}.json")
         say(f"of {len(steps)} steps {len(failed)} failed, {missed} did not begin")
@@ -309,12 +310,21 @@ def run_all(steps: Sequence[Step], out: Path, deadline: float, title: str) -> in
 
 def merge(part: Path, whole: Path) -> None:
     """Adds what a step left to its stage's file; a step that was killed has left nothing, or half a file."""
-    try:
-        new = json.loads(part.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    old, new = read(whole), read(part)
+    if new is None:
         return
-    old = json.loads(whole.read_text(encoding="utf-8")) if whole.exists() else None
-    whole.write_text(json.dumps(new if old is None else merged(old, new), indent=1) + "\n", encoding="utf-8")
+    # By way of a file beside it: a call that is killed leaves no half of this one.
+    written = whole.with_suffix(".new")
+    written.write_text(json.dumps(new if old is None else merged(old, new), indent=1) + "\n", encoding="utf-8")
+    written.replace(whole)
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """Returns what a JSON file holds, None if there is none or half of one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

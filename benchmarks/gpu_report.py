@@ -7,6 +7,7 @@ files and an unknown commit are said in its first lines. Figures for other pages
 import argparse
 import csv
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +22,8 @@ from benchmarks.report_text import ABSENT, failures, percent_text, rate_text, se
 from benchmarks.result_file import Entry, Results, read_results
 
 UNJUDGED = "not judged"
+STEP = re.compile(r"(?P<name>\w+/\S.*?) +\d+ +\d+  (?P<result>.*)")  # as `gpu_bench` writes it into a summary
+SUMMARY_HEAD = ["step", "seconds", "limit", "result"]
 
 
 @dataclass
@@ -94,7 +97,7 @@ def during(clocks: Sequence[tuple[float, float, float]], entry: Entry) -> tuple[
 
 def text(found: Found) -> str:
     """Returns the report."""
-    parts = ["# On a GPU\n", *origin(found)]
+    parts = ["# On a GPU\n", "\n".join([*origin(found), *steps(found.summaries)] or ["- **no results**"]) + "\n"]
     if found.results:
         parts += ["## Beside predictions\n", READING, table(PREDICTION_HEAD, prediction_rows(found))]
         parts += ["## Beside goals\n", _reading_of_goals(found), table(GOAL_HEAD, goal_rows(found))]
@@ -111,11 +114,12 @@ def origin(found: Found) -> list[str]:
     lines = [f"- not read: {why}" for why in found.unreadable]
     for results in found.results:
         machine = results.machine
+        card = machine["device"] if machine["kind"] == "cuda" else "**no GPU**"
         versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
         commit = results.commit or f"**unknown** ({', '.join(map(str, results.commits))})"
         state = "**with uncommitted changes**" if results.dirty else "clean" if results.known_to_git else "not of git"
         lines.append(
-            f"- {results.path.name}: {machine['device']}, driver {machine.get('driver') or 'unknown'}, "
+            f"- {results.path.name}: {card}, driver {machine.get('driver') or 'unknown'}, "
             f"CUDA {machine.get('cuda') or 'unknown'}, {machine['cpu']}, {machine['threads']} threads; {versions}; "
             f"commit {commit}, {state}"
         )
@@ -128,7 +132,27 @@ def origin(found: Found) -> list[str]:
         counts = ", ".join(f"{record[name]} {name}" for name in ("passed", "failed", "errors", "skipped"))
         where = f"on {record['device']}, commit {record['commit']}"
         lines.append(f"- tests: {'green' if record['green'] else '**red**'}, {counts}, {where}")
-    return ["\n".join(lines or ["- **no results**"]) + "\n"]
+    return lines
+
+
+def steps(summaries: Iterable[str]) -> list[str]:
+    """Returns how many steps did well, which did not, by what came of them, and whether a call was killed."""
+    kinds = ("well", "left out", "out of time", "interrupted", "not begun", "failed")
+    named: dict[str, list[str]] = {kind: [] for kind in kinds}
+    begun, ended = 0, 0
+    for line in "\n".join(summaries).splitlines():
+        if step := STEP.match(line):
+            kind = next((kind for kind in kinds if step["result"].startswith(kind)), "failed")
+            named[kind].append(step["name"])
+        begun += line.split() == SUMMARY_HEAD
+        ended += line.startswith("of ") and line.endswith("did not begin")
+    parts = [
+        f"{len(names)} {kind}" + (f" ({', '.join(names)})" if kind != "well" else "")
+        for kind, names in named.items()
+        if names
+    ]
+    killed = f"; **{begun - ended} of {begun} calls did not end by themselves**" if ended < begun else ""
+    return [f"- steps: {', '.join(parts)}{killed}"] if begun else []
 
 
 READING = (
@@ -173,11 +197,12 @@ def _prediction_row(
     rate, ceiling = facts["achieved"][name] * unit, facts["ceilings"][name] * unit
     share = rate / peak
     verdict = "below" if share < prediction.low else "above" if share > prediction.high else "as predicted"
+    judged = DEVICE in results.machine["device"]
     return [
         *(entry.room, entry.case, results.path.name, seconds_text(entry.median), rate_text(entry)),
         *(percent_text(share), _range(prediction, 1)),
-        *(percent_text(rate / ceiling), _range(prediction, peak / ceiling)),
-        verdict if DEVICE in results.machine["device"] else UNJUDGED,
+        *(percent_text(rate / ceiling), _range(prediction, peak / ceiling) if judged else ABSENT),
+        verdict if judged else UNJUDGED,
         *during(clocks, entry),
         prediction.note,
     ]

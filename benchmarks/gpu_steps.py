@@ -1,6 +1,7 @@
 """How `gpu_bench` runs a step: a process of its own, until its limit, with the GPU's clocks noted beside it."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,18 @@ GRACE = 15  # seconds that a step has to write what it has, from the interrupt t
 TAIL = 8  # lines of a failed step that the end of the summary shows
 CLOCKS = ("clocks.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu", "utilization.gpu")
 CLOCKS_HEAD = ("epoch_seconds", "step", "sm_mhz", "memory_mhz", "power_w", "power_limit_w", "celsius", "utilization")
+PYTEST_END = re.compile(r"=+ (.* in [\d.]+s.*?) =+$")  # the last line of a session: its counts
+STOPPED: list[str] = []  # signals that end the call before its time
+
+
+def stop_at_signals() -> None:
+    """Has SIGINT, SIGTERM or SIGHUP end the step that runs and begin no other; all is written as at the deadline.
+
+    A background job ignores SIGINT, and its children would, too; one of nohup goes on ignoring SIGHUP.
+    """
+    hung_up = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    for number in (signal.SIGINT, signal.SIGTERM, *hung_up):
+        signal.signal(number, lambda number, _: STOPPED.append(signal.Signals(number).name))
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,8 @@ class Outcome:
 def run(step: Step, limit: float, log: Path) -> Outcome:
     """Runs a step in a process group of its own and adds what it prints to the log.
 
-    After `limit` seconds the group is interrupted, so that pytest writes what it has, and `GRACE` seconds later killed.
+    After `limit` seconds, or once the call is `STOPPED`, the group is interrupted, so that pytest writes what it has,
+    and `GRACE` seconds later killed.
     """
     with log.open("ab") as file:
         file.write(f"\n==> {step.name}: {' '.join(step.command)}\n".encode())
@@ -64,11 +78,16 @@ def run(step: Step, limit: float, log: Path) -> Outcome:
             step.command, stdout=file, stderr=file, env=os.environ | step.environment, start_new_session=True
         )
         try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            lines = _lines(log, start)  # of before the interrupt, whose own words say nothing
-            _end(process)
-            return Outcome(False, f"out of time{_last(lines)}", lines[-TAIL:])
+            end = time.monotonic() + limit
+            while process.poll() is None and time.monotonic() < end and not STOPPED:
+                time.sleep(0.05)
+            if process.returncode is None:
+                lines, size = _lines(log, start), log.stat().st_size
+                why = f"interrupted by {STOPPED[0]}" if STOPPED else "out of time"
+                _end(process)
+                # What follows the interrupt tells of it alone, but for what pytest says of tests that failed before.
+                failed = [line for line in _lines(log, size) if line.startswith(("FAILED ", "ERROR "))]
+                return Outcome(False, f"{why}{_last(_running(lines) or lines)}", [*failed[:TAIL], *lines[-TAIL:]])
         finally:
             _signal(process, signal.SIGKILL)  # also what the step has left behind
     lines = _lines(log, start)
@@ -77,7 +96,8 @@ def run(step: Step, limit: float, log: Path) -> Outcome:
         return Outcome(False, f"killed by {signal.Signals(-process.returncode).name}{last}", lines[-TAIL:])
     if process.returncode:
         return Outcome(False, f"failed ({process.returncode}){last}", lines[-TAIL:])
-    return Outcome(True, "well")
+    counts = PYTEST_END.match(lines[-1]) if lines else None
+    return Outcome(True, f"well: {counts[1]}" if counts else "well")  # all skipped is well, too
 
 
 def _lines(log: Path, start: int) -> list[str]:
@@ -89,7 +109,14 @@ def _lines(log: Path, start: int) -> list[str]:
 
 
 def _last(lines: Sequence[str]) -> str:
-    return f": {lines[-1]}" if lines else ", without a word"
+    return ": " + PYTEST_END.sub(r"\1", lines[-1]) if lines else ", without a word"
+
+
+def _running(lines: Sequence[str]) -> list[str]:
+    """Returns the tests that workers of pytest-xdist began and did not end; without workers the last line names it."""
+    ended = {match[1] for line in lines if (match := re.match(r"\[gw\d+\] \[[ \d]+%\] [A-Z]+ (.*)", line))}
+    running = [line for line in lines if line.startswith("tests/") and line not in ended]
+    return ["; ".join(running)] if ended and running else []
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -15,6 +15,7 @@ import torch
 ULPS = 2.0
 ROUNDING = 0.5  # of those, what rounding to float32 takes
 LEAST_NORMAL = float(np.finfo(np.float32).tiny)
+LARGEST_BINADE = 2.0**127  # beyond the largest number itself numpy's spacing is infinite
 _imitated = False
 
 
@@ -41,7 +42,7 @@ def _approximate(function: Callable[..., np.ndarray], *operands: np.ndarray, flu
     """The function of float32 operands, off by nearly 2 ulp; zeros, infinities and a result of zeros are exact."""
     operands = [_flushed(x) for x in operands] if flush else operands
     exact = function(*(x.astype(np.float64) for x in operands))
-    ulp = np.spacing(np.minimum(np.abs(exact), np.finfo(np.float32).max).astype(np.float32)).astype(np.float64)
+    ulp = np.spacing(np.minimum(np.abs(exact), LARGEST_BINADE).astype(np.float32)).astype(np.float64)
     certain = (exact == 0) | ~np.isfinite(exact) | np.all([x == 0 for x in operands], axis=0)
     result = np.where(certain, exact, exact + (ULPS - ROUNDING) * ulp * _signs(*operands)).astype(np.float32)
     return _flushed(result) if flush else result

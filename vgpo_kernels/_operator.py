@@ -14,8 +14,8 @@ _AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)  # what autocast conv
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Returns the tensors in autocast's dtype where it is on, as torch's own operations take them."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    # Meta tensors have no autocast, and asking for its state is an error.
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # Meta tensors have none: asking for its state is an error. Asking whether there is one, torch 2.11 cannot compile.
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST else x for x in tensors)

@@ -20,6 +20,17 @@ CLOCKS = """epoch_seconds,step,sm_mhz,memory_mhz,power_w,power_limit_w,celsius,u
 nvidia-smi: a line that is no row
 """
 
+SUMMARY = """a card
+step                          seconds    limit  result
+small/mass                         30       40  well
+small/forward                      52       45  out of time: tests/one.py::test_one
+of 2 steps 1 failed, 0 did not begin
+a card
+step                          seconds    limit  result
+tiles/attention forward            12       80  failed (1): why
+tiles/attention mass                0        0  not begun: no time left
+"""
+
 
 def _measured(room: str, tflops: float, gbs: float, device: str = CARD) -> dict:
     """An entry of ours at these rates, below ceilings of 800 TFLOP/s and 3000 GB/s."""
@@ -35,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
     write_results(tmp_path / "small.json", entries)
     (tmp_path / "tests.json").write_text(json.dumps(green_tests(device=CARD, failed=2, green=False)))
     (tmp_path / "clocks.csv").write_text(CLOCKS)
-    (tmp_path / "summary.txt").write_text("small/mass 3 40 well\n")
+    (tmp_path / "summary.txt").write_text(SUMMARY)
     tried = [(64, True, {"1: 7B": 1.0}, None), (32, False, {"1: 7B": 0.8}, None), (16, False, {}, "spills")]
     names = ("tiles", "present", "ratios", "error")
     results = [
@@ -74,7 +85,11 @@ def test_it_says_where_figures_come_from_and_what_is_wrong_with_it(folder: Path)
     assert "- clocks: 300 to 1900 MHz, 90 to 650 W" in text
     assert "- tests: **red**, 900 passed, 2 failed, 0 errors, 3 skipped" in text
     assert _row(text, "a kernel") == ["a kernel", "BLOCK 64", "BLOCK 32", "1: 0.800", "2 timed, 1 refused"]
-    assert "small/mass 3 40 well" in text
+    expected = (
+        "1 well, 1 out of time (small/forward), 1 not begun (tiles/attention mass), 1 failed (tiles/attention forward)"
+    )
+    assert f"- steps: {expected}; **1 of 2 calls did not end by themselves**" in text
+    assert SUMMARY.strip() in text
     unknown = _measured(goals.MASS, 446.0, 10.0)
     unknown["extra_info"] |= {"commit": "unknown", "commit_from": "VGPO_COMMIT"}
     write_results(folder / "small.json", [unknown], commit_info={"id": "unversioned", "dirty": False})
