@@ -35,7 +35,7 @@ def generate(model: Any, batch: dict[str, Any], queries: str, **options: Any) ->
 def over_the_whole(
     model: Any, family: str, batch: dict[str, Any], completion: Tensor, queries: str, mask: Tensor | None = None
 ) -> Recorder:
-    """Records one forward over prompts and completions, which test_transformers_recorded_mass compares with eager maps."""
+    """Records one forward over prompts and completions, for test_transformers_recorded_mass."""
     whole = tiny_vlms.continued(family, batch, completion, mask)
     with (
         torch.no_grad(),
