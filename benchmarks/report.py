@@ -210,8 +210,8 @@ def objections(run: Run) -> list[str]:
         "the tests of that commit were not green: run `make test` before": not tests.get("green")
         or tests["dirty"]
         or tests["commit"] != facts["commit"],
-        "the tests ran on another device": (tests.get("device") == "cpu") != on_cpu,
-        "the tests did not cover every kernel": not set(needed) <= set(tests.get("paths", ())),
+        "the tests ran on another device": tests and (tests["device"] == "cpu") != on_cpu,
+        "the tests did not cover every kernel": tests and not set(needed) <= set(tests["paths"]),
     }
     return [f"{run.path}: {why}" for why, holds in found.items() if holds]
 
