@@ -4,6 +4,7 @@ import json
 import os
 from collections import deque
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ pytest_plugins = ["tests.tools.cuda_faults"]
 
 OUTCOMES, SESSION = pytest.StashKey[dict](), pytest.StashKey[pytest.Session]()
 SKIPPED, FAILED = pytest.StashKey[list](), pytest.StashKey[list]()
+CHECKOUT = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,21 +48,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.stash[SESSION] = session
+    session.config.stash[SESSION], session.config.stash[CHECKOUT] = session, provenance.checkout()
 
 
 def pytest_report_header() -> list[str]:
     """Says what the figures will depend on, and what a report of them would miss."""
     facts, state = provenance.description(device()), provenance.checkout()
-    files = {True: "with uncommitted changes", False: "clean", None: "unknown to git"}[state["dirty"]]
-    record = tests_record(TESTS_RECORD)
-    tests = "no record of its tests (make test leaves one)"
-    if record is not None:
-        tests = "its tests are green" if record["green"] else "its tests are red"
+    tests = tests_record(state["commit"])
+    green = (
+        "no record of its tests (make test leaves one)" if tests is None else f"its tests are green: {tests['green']}"
+    )
     kernels = facts["native"] if device().type == "cpu" else "Triton"
     return [
-        f"benchmarks: {facts['device']}, {facts['threads']} threads, kernels: {kernels}",
-        f"checkout: {files}, {tests}",
+        f"benchmarks: {facts['device']}, {facts['threads']} threads, kernels: {kernels}, busy: {facts['busy']:.0%}",
+        f"checkout: {'with uncommitted changes' if state['dirty'] else 'clean'}, {green}",
     ]
 
 
@@ -155,16 +156,14 @@ def entry(request: pytest.FixtureRequest, case: Case, provider: str, benchmark: 
     return Entry(request.node.get_closest_marker("task").args[0], case, provider, request, benchmark)
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:  # noqa: ARG001
-    machine_info.get("cpu", {}).pop("flags", None)
-
-
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list, output_json: dict) -> None:  # noqa: ARG001
-    """Adds what could not run, was wrong or was not reached, and of what code this is; leaves single rounds out."""
-    for one in output_json["benchmarks"]:
-        one["stats"].pop("data", None)
-        one.pop("param", None)
-    output_json |= unmeasured(config, [one["extra_info"] for one in output_json["benchmarks"]])
+    """Leaves of each entry what a report needs, and says once where all of them come from."""
+    measured = [
+        one["extra_info"] | {name: one["stats"][name] for name in ("median", "iqr", "rounds")}
+        for one in output_json["benchmarks"]
+    ]
+    output_json.clear()
+    output_json |= record(config, measured)
 
 
 @pytest.hookimpl(trylast=True)
@@ -172,29 +171,33 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Writes the same of a session that has measured nothing, of which pytest-benchmark writes no file."""
     file = session.config.getoption("benchmark_json", None)
     if file is not None and not session.config._benchmarksession.benchmarks and hasattr(session, "items"):
-        content = {"benchmarks": []} | unmeasured(session.config, [])
         path = file if isinstance(file, Path) else Path(file.name)  # older ones of pytest-benchmark open it
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json.dumps(record(session.config, []), indent=1) + "\n")
 
 
-def unmeasured(config: pytest.Config, measured: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns what could not run, was wrong or was not reached, whether files changed, and the record of the tests."""
-    skipped, failed = config.stash[SKIPPED], config.stash[FAILED]
+def record(config: pytest.Config, measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the content of the file: where figures come from, the entries, and those that are missing, and why."""
+    skipped, failed, before = config.stash[SKIPPED], config.stash[FAILED], config.stash[CHECKOUT]
     names = ("task", "case", "provider")
-    known = {tuple(one.get(name) for name in names) for one in (*measured, *skipped, *failed)}
+    known = {tuple(one[name] for name in names) for one in (*measured, *skipped, *failed)}
     asked = [named(item) for item in config.stash[SESSION].items if item.get_closest_marker("task")]
     return {
+        "machine": provenance.description(device()),
+        "versions": provenance.versions(),
+        **before,
+        "dirty": before["dirty"] or provenance.checkout() != before,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "tests": tests_record(before["commit"]),
         "skipped": skipped,
         "failed": failed,
         "not_reached": [one for one in asked if tuple(one.values()) not in known],
-        "changed_meanwhile": provenance.checkout.__wrapped__() != provenance.checkout(),
-        "tests": tests_record(TESTS_RECORD),
+        "entries": measured,
     }
 
 
-def tests_record(path: Path) -> dict[str, Any] | None:
-    """Returns what the tests of this commit left behind (`make test`), or None where they have not run."""
-    if not path.exists():
+def tests_record(commit: str | None) -> dict[str, Any] | None:
+    """Returns what the tests of this commit left behind (`make test`), or None if they have not run."""
+    if not TESTS_RECORD.exists():
         return None
-    record = json.loads(path.read_text())
-    return record if record.get("commit") == provenance.checkout()["commit"] else None
+    found = json.loads(TESTS_RECORD.read_text())
+    return found if found.get("commit") == commit else None

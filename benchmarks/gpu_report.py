@@ -1,4 +1,4 @@
-"""`python benchmarks/gpu_report.py FOLDER ...`: what `scripts/gpu_bench.sh` left, beside predictions and goals.
+"""`python -m benchmarks.gpu_report FOLDER ...`: what `scripts/gpu_bench.sh` left, beside predictions.
 
 Made from these files alone. It names card, clocks, power, versions and commit, and refuses nothing: red tests, changed
 files and an unknown commit are said in its first lines. Figures for other pages come from `report.py`, which refuses.
@@ -15,11 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.goals import DEVICE as DEVICE_OF_GOALS
-from benchmarks.goals import GOALS
 from benchmarks.predictions import DEVICE, PEAKS, PREDICTIONS, Prediction
-from benchmarks.report_text import ABSENT, failures, percent_text, rate_text, seconds_text, sections, table
-from benchmarks.result_file import Entry, Results, read_results
+from benchmarks.report import (
+    ABSENT,
+    Run,
+    case_table,
+    entry_table,
+    left_out,
+    percent_text,
+    read_run,
+    seconds_text,
+    table,
+)
 
 UNJUDGED = "not judged"
 STEP = re.compile(r"(?P<name>\w+/\S.*?) +\d+ +\d+  (?P<result>.*)")  # as `gpu_bench` writes it into a summary
@@ -39,7 +46,7 @@ class Found:
         unreadable: files that are none of these, and why.
     """
 
-    results: list[Results] = field(default_factory=list)
+    results: list[Run] = field(default_factory=list)
     tests: list[Mapping[str, Any]] = field(default_factory=list)
     tiles: list[Mapping[str, Any]] = field(default_factory=list)
     clocks: list[tuple[float, float, float]] = field(default_factory=list)
@@ -71,7 +78,7 @@ def _sort(path: Path, found: Found) -> None:
     elif "timed" in content:
         found.tiles.append(content)
     else:
-        found.results.append(read_results(path))
+        found.results.append(read_run(path))
 
 
 def clocks_of(text: str) -> list[tuple[float, float, float]]:
@@ -85,10 +92,10 @@ def clocks_of(text: str) -> list[tuple[float, float, float]]:
     return rows
 
 
-def during(clocks: Sequence[tuple[float, float, float]], entry: Entry) -> tuple[str, str]:
+def during(clocks: Sequence[tuple[float, float, float]], entry: Any) -> tuple[str, str]:
     """Returns the median clock, with its range, and the median power while an entry's case was timed."""
-    begun, ended = entry.facts.get("when", (0, 0))
-    rows = [row for row in clocks if begun <= row[0] <= ended]
+    when = getattr(entry, "when", None)
+    rows = [row for row in clocks if isinstance(when, list) and when[0] <= row[0] <= when[1]]
     if not rows:
         return ABSENT, ABSENT
     sm, watts = ([row[column] for row in rows] for column in (1, 2))
@@ -100,12 +107,11 @@ def text(found: Found) -> str:
     parts = ["# On a GPU\n", "\n".join([*origin(found), *steps(found.summaries)] or ["- **no results**"]) + "\n"]
     if found.results:
         parts += ["## Beside predictions\n", READING, table(PREDICTION_HEAD, prediction_rows(found))]
-        parts += ["## Beside goals\n", _reading_of_goals(found), table(GOAL_HEAD, goal_rows(found))]
     parts += tiles_text(found.tiles)
     if found.summaries:
         parts += ["## Steps\n", *(f"```text\n{summary.strip()}\n```\n" for summary in found.summaries)]
     for results in found.results:
-        parts += [f"## {results.path.name}\n", *failures(results), *sections(results)]
+        parts += [f"## {results.path.name}\n", case_table(results), entry_table(results), *left_out(results)]
     return "\n".join(parts)
 
 
@@ -113,11 +119,12 @@ def origin(found: Found) -> list[str]:
     """Says on which machine and of which commit, and everything that is wrong with that."""
     lines = [f"- not read: {why}" for why in found.unreadable]
     for results in found.results:
-        machine = results.machine
+        facts, machine = results.facts, results.facts["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        commit = "**unknown**" if facts["commit"] in (None, "unknown") else facts["commit"]
+        clean = "clean" if facts["source"] == "git" else "not of git"
+        state = "**with uncommitted changes**" if facts["dirty"] else clean
         card = machine["device"] if machine["kind"] == "cuda" else "**no GPU**"
-        versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
-        commit = results.commit or f"**unknown** ({', '.join(map(str, results.commits))})"
-        state = "**with uncommitted changes**" if results.dirty else "clean" if results.known_to_git else "not of git"
         lines.append(
             f"- {results.path.name}: {card}, driver {machine.get('driver') or 'unknown'}, "
             f"CUDA {machine.get('cuda') or 'unknown'}, {machine['cpu']}, {machine['threads']} threads; {versions}; "
@@ -164,7 +171,6 @@ PREDICTION_HEAD = (
     *("kernel", "case", "file", "time", "rate", "of the peak", "predicted", "of the ceiling", "predicted", "is"),
     *("clock", "power", "note"),
 )
-GOAL_HEAD = ("kernel", "goal", "case", "file", "measured", "met")
 
 
 def prediction_rows(found: Found) -> list[list[str]]:
@@ -175,10 +181,8 @@ def prediction_rows(found: Found) -> list[list[str]]:
             (results, entry)
             for results in found.results
             if prediction.by_call
-            for group in results.groups
-            if group.room == prediction.room and not group.in_sweep
-            for entry in group.entries
-            if entry.provider == prediction.provider
+            for entry in results.cases.itertuples()
+            if (entry.task, entry.provider) == (prediction.room, prediction.provider)
         ]
         rows += [_prediction_row(prediction, *one, found.clocks) for one in measured]
         if not measured:
@@ -190,16 +194,16 @@ def prediction_rows(found: Found) -> list[list[str]]:
 
 
 def _prediction_row(
-    prediction: Prediction, results: Results, entry: Entry, clocks: Sequence[tuple[float, float, float]]
+    prediction: Prediction, results: Run, entry: Any, clocks: Sequence[tuple[float, float, float]]
 ) -> list[str]:
-    facts, peak = entry.facts, PEAKS[prediction.bound]
-    name, unit = {"flops": ("tflops", 1e12), "bytes": ("gbs", 1e9)}[prediction.bound]
-    rate, ceiling = facts["achieved"][name] * unit, facts["ceilings"][name] * unit
+    peak = PEAKS[prediction.bound]
+    name, unit, unit_name = {"flops": ("tflops", 1e12, "TFLOP/s"), "bytes": ("gbs", 1e9, "GB/s")}[prediction.bound]
+    rate, ceiling = getattr(entry, prediction.bound) / entry.median, entry.ceilings[name] * unit
     share = rate / peak
     verdict = "below" if share < prediction.low else "above" if share > prediction.high else "as predicted"
-    judged = DEVICE in results.machine["device"]
+    judged = DEVICE in results.facts["machine"]["device"]
     return [
-        *(entry.room, entry.case, results.path.name, seconds_text(entry.median), rate_text(entry)),
+        *(entry.task, entry.case, results.path.name, seconds_text(entry.median), f"{rate / unit:.3g} {unit_name}"),
         *(percent_text(share), _range(prediction, 1)),
         *(percent_text(rate / ceiling), _range(prediction, peak / ceiling) if judged else ABSENT),
         verdict if judged else UNJUDGED,
@@ -210,37 +214,6 @@ def _prediction_row(
 
 def _range(prediction: Prediction, times: float) -> str:
     return f"{100 * times * prediction.low:.0f} to {100 * times * prediction.high:.0f}%"
-
-
-def _reading_of_goals(found: Found) -> str:
-    judged = all(DEVICE_OF_GOALS in results.machine["device"] for results in found.results)
-    return "" if judged else f"The goals are stated for an {DEVICE_OF_GOALS}; here they are shown and not judged.\n"
-
-
-def goal_rows(found: Found) -> list[list[str]]:
-    """Returns a row for each goal and each case that says something to it, or one that says that none does."""
-    rows = []
-    for goal in GOALS:
-        shown = [
-            (results, group, value)
-            for results in found.results
-            for group in results.groups
-            if group.room == goal.room and not group.in_sweep
-            if (value := goal.measure(group)) is not None
-        ]
-        rows += [
-            [goal.room, goal.text, group.case, results.path.name, f"{value:.3g}{goal.unit}", _met(goal, results, value)]
-            for results, group, value in shown
-        ]
-        if not shown:
-            rows.append([goal.room, goal.text, ABSENT, ABSENT, "not measured", ABSENT])
-    return rows
-
-
-def _met(goal: Any, results: Results, value: float) -> str:
-    if goal.limit is None or DEVICE_OF_GOALS not in results.machine["device"]:
-        return UNJUDGED
-    return "yes" if goal.margin(value) >= 1 else "**no**"
 
 
 def tiles_text(files: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -271,7 +244,7 @@ def _tiles(values: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report, or writes it; returns 2 if there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="python benchmarks/gpu_report.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", type=Path, metavar="FOLDER", help="that gpu_bench.sh wrote to, or files")
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     options = parser.parse_args(arguments)

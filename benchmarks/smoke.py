@@ -1,4 +1,4 @@
-"""One case of every kernel against float64, in bf16 and fp16: `python benchmarks/smoke.py [NAME ...]`.
+"""One case of every kernel against float64, in bf16 and fp16: `python -m benchmarks.smoke [NAME ...]`.
 
 The first thing to run on a GPU: it takes a minute, and says of each kernel by how much it is off. Then what only a GPU
 runs: products with float32 results of half-precision operands, and the attention kernels of torch. Without a GPU the

@@ -1,4 +1,4 @@
-"""Tries the tiles in the kernels' `configs`: `python benchmarks/tune.py [--kernel NAME] [--compile-only]`.
+"""Tries the tiles in the kernels' `configs`: `python -m benchmarks.tune [--kernel NAME] [--compile-only]`.
 
 Every candidate is compiled ahead of time, which needs no GPU. On a GPU, those that compile well are held to the present
 choice's error against float64, then timed in turns with it: the whole call that launches the kernel, at the paper's

@@ -1,4 +1,4 @@
-"""Looks into the kernel that is farthest from the machine's ceiling: `python benchmarks/worst.py FOLDER ...`.
+"""Looks into the kernel that is farthest from the machine's ceiling: `python -m benchmarks.worst FOLDER ...`.
 
 The folders hold `small.json` or `paper.json` of a run of the benchmarks; the first that has a file gives it. With ncu
 on the PATH the kernel's call is profiled into the first folder; registers and shared memory are printed in any case.
@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks import tune_timing
 from benchmarks.harness.cases import OURS as OUR_PROVIDER
-from benchmarks.result_file import OURS, Entry, read_results
+from benchmarks.report import read_run
 from vgpo_kernels import _compile, _tuning
 
 FILES = ("small.json", "paper.json")
@@ -35,13 +36,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = ", ".join(map(str, options.folders))
         print(f"{named}: expected entries of ours in {' or '.join(FILES)}, found none", file=sys.stderr)
         return 2
-    print(f"{entry.room} | {entry.case}: {entry.of_ceiling:.1%} of the machine's ceiling")
-    compiled = resources(entry.room)
+    print(f"{entry.task} | {entry.case}: {entry.roofline / entry.median:.1%} of the machine's ceiling")
+    compiled = resources(entry.task)
     profiled = profile(entry, options.folders[0] / "worst.ncu-rep") if torch.cuda.is_available() else 0
     return int(bool(compiled or profiled))
 
 
-def entries(folders: Sequence[Path]) -> list[Entry]:
+def entries(folders: Sequence[Path]) -> list[Any]:
     """Returns the entries of the files that there are; one that cannot be read says so and is left out."""
     found = []
     for name in FILES:
@@ -49,16 +50,16 @@ def entries(folders: Sequence[Path]) -> list[Entry]:
         if path is None:
             continue
         try:
-            found += read_results(path).entries
+            found += read_run(path).cases.itertuples()
         except ValueError as error:
             print(error, file=sys.stderr)
     return found
 
 
-def worst(found: Iterable[Entry]) -> Entry | None:
+def worst(found: Iterable[Any]) -> Any | None:
     """Returns the entry of ours with the lowest fraction of the ceiling; sweeps and whole training steps aside."""
-    ours = (entry for entry in found if entry.role == OURS and entry.axis is None and entry.room != "training step")
-    return min(ours, key=lambda entry: entry.of_ceiling, default=None)
+    ours = (entry for entry in found if entry.role == "ours" and entry.axis is None and entry.task != "training step")
+    return min(ours, key=lambda entry: entry.roofline / entry.median, default=None)
 
 
 def call(room_name: str, case_name: str) -> None:
@@ -74,13 +75,13 @@ def call(room_name: str, case_name: str) -> None:
     torch.cuda.profiler.stop()
 
 
-def profile(entry: Entry, report: Path) -> int:
+def profile(entry: Any, report: Path) -> int:
     """Writes ncu's report of the entry's call and prints it; returns ncu's exit status, 0 where it is not installed."""
     ncu = shutil.which("ncu")
     if ncu is None:
         print("ncu is not on the PATH: no profile")
         return 0
-    this = [sys.executable, __file__, str(report.parent), "--call", entry.room, entry.case]
+    this = [sys.executable, __file__, str(report.parent), "--call", entry.task, entry.case]
     # By default ncu locks the clocks, which a shared GPU forbids.
     options = ["--set", "full", "--clock-control", "none", "--profile-from-start", "off"]
     options += ["--force-overwrite", "--export", str(report)]

@@ -103,7 +103,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Task:
-    """A task, its cases, and who does it.
+    """A task, its cases and its providers.
 
     Args:
         name: what tables call it.

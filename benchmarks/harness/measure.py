@@ -5,13 +5,12 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import memory, provenance
+from benchmarks.harness import memory
 from benchmarks.harness.cases import OURS, PLAIN, Case, Task, Unavailable
 from benchmarks.harness.timing import ceilings, host_seconds, interleaved, launches
 
@@ -54,14 +53,13 @@ def measure(
         return outcomes
     try:
         inputs = task.inputs(case, device)
-        agreeing, objections = _compared(task, running, inputs, device)
+        objections = _compared(task, running, inputs, device)
     except Exception as error:  # said by each of them
         return outcomes | {name: _objected(_objection_to(error)) for name in running}
     running = [name for name in running if name not in objections]
-    facts = _facts(task, case, inputs, device) if timed and running else {}
+    facts = _facts(task, case, device) if timed and running else {}
     for name in running if timed else ():
-        provider = task.providers[name]
-        outcomes[name].info = facts | {"provider": name, "role": provider.role, "agreeing": agreeing}
+        outcomes[name].info = facts | {"provider": name, "role": task.providers[name].role}
         try:
             outcomes[name].info["memory"] = _memory(task, case, name, inputs, device, module)
         except Exception as error:
@@ -92,17 +90,17 @@ def _timed(
     if task.keeps_forward:
         for copy, name in itertools.product(several, infos):
             task.providers[name].run(copy)
-    # Sweeps are for their exponents, unusual rows for their ratios, tiny cases for the tests of these benchmarks.
+    # Sweeps and unusual rows need fewer calls than main cases, tiny cases are for the tests of these benchmarks.
     seconds, least = (task.seconds, task.least) if case.providers is None else (task.seconds / 4, 2)
     seconds = 0.01 if "tiny" in case.levels else seconds
     outcomes, begun = {}, time.time()
     samples_by_name = interleaved(calls, device, seconds, least)
     when = {"when": [begun, time.time()]}  # beside which a GPU's clocks may have been noted
     for name, samples in samples_by_name.items():
-        info = infos[name] | when | _achieved(infos[name], median(samples))
+        info = infos[name]
         try:
             if device.type == "cuda":
-                info |= {
+                info |= when | {
                     "host_seconds": host_seconds(calls[name], device, seconds),
                     "launches": launches(calls[name], device),
                 }
@@ -118,17 +116,15 @@ def _call(run: Callable[[Any], Any], copies: Iterator[Any]) -> Callable[[], Any]
     return lambda: run(next(copies))
 
 
-def _compared(
-    task: Task, names: Sequence[str], inputs: Any, device: torch.device
-) -> tuple[list[str], dict[str, Objection]]:
-    """Returns who comes to our result, and why some of the providers cannot be timed.
+def _compared(task: Task, names: Sequence[str], inputs: Any, device: torch.device) -> dict[str, Objection]:
+    """Returns why some of the providers cannot be timed.
 
     They do not run, they come to another result than ours, or, of ours, no other result is at hand to compare with.
     """
     half = task.dtype(device) != torch.float32
     expected = _result(task, OURS, inputs)
     if isinstance(expected, Objection):
-        return [], {name: expected._replace(why=f"{OURS}: {expected.why}") for name in names}
+        return {name: expected._replace(why=f"{OURS}: {expected.why}") for name in names}
     objections, agreeing = {}, []
     # A sweep of ours alone is held to our plain torch, which it does not time.
     alone = PLAIN in task.providers and all(name == OURS or task.providers[name].role == "bound" for name in names)
@@ -155,7 +151,7 @@ def _compared(
             objections[OURS] = Objection("skipped", f"nothing to compare with{others and f' ({others})'}")
     if alone:
         objections.pop(PLAIN, None)
-    return agreeing, objections
+    return objections
 
 
 def _difference(found: Sequence[Tensor], expected: Sequence[Tensor], allowed: float) -> Objection | None:
@@ -225,40 +221,21 @@ def _copied(value: Any) -> Any:
     return value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
 
 
-def _memory(task: Task, case: Case, name: str, inputs: Any, device: torch.device, module: str) -> dict[str, Any]:
+def _memory(task: Task, case: Case, name: str, inputs: Any, device: torch.device, module: str) -> int | None:
     if device.type == "cuda":
-        peak = memory.cuda_peak(lambda: task.providers[name].run(inputs), device)
-        return {"peak_extra_bytes": peak, "how": memory.CUDA}
-    peak = memory.fresh_process_peak(module, task.name, case.name, name)
-    return {"peak_extra_bytes": peak, "how": memory.RESIDENT}
+        return memory.cuda_peak(lambda: task.providers[name].run(inputs), device)
+    return memory.fresh_process_peak(module, task.name, case.name, name)
 
 
-def _facts(task: Task, case: Case, inputs: Any, device: torch.device) -> dict[str, Any]:
-    """Returns what holds for every provider of a case."""
+def _facts(task: Task, case: Case, device: torch.device) -> dict[str, Any]:
+    """Returns what holds for every provider of a case; `roofline` is the least seconds that its counted work takes."""
     work, dtype = task.work(case), task.dtype(device)
     ceiling = ceilings(device, dtype)
-    floors = {"flops": work.flops / ceiling.flops, "bytes": work.bytes / ceiling.bandwidth}
-    bound = max(floors, key=floors.__getitem__)
-    named = zip(getattr(inputs, "_fields", ()), inputs, strict=False) if isinstance(inputs, tuple) else ()
+    seconds = {"flops": work.flops / ceiling.flops, "bytes": work.bytes / ceiling.bandwidth}
+    bound = max(seconds, key=seconds.__getitem__)
     return {
-        "task": task.name,
-        "case": case.name,
-        "levels": list(case.levels),
-        "axis": case.axis and {"name": case.axis[0], "value": case.axis[1]},
-        "dtype": str(dtype).removeprefix("torch."),
-        "shapes": {key: list(value.shape) for key, value in named if isinstance(value, Tensor)},
-        "sizes": dict(case.sizes),
-        "work": work._asdict(),
-        "floor": floors[bound],
-        "bound_by": bound,
+        **{"task": task.name, "case": case.name, "levels": case.levels, "axis": case.axis},
+        **{"dtype": str(dtype).removeprefix("torch."), "flops": work.flops, "bytes": work.bytes},
+        **{"roofline": seconds[bound], "bound_by": bound},
         "ceilings": {"tflops": ceiling.flops / 1e12, "gbs": ceiling.bandwidth / 1e9},
-        "machine": provenance.description(device),
-        "versions": provenance.versions(),
-        **provenance.checkout(),
     }
-
-
-def _achieved(facts: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    work = facts["work"]
-    rates = {"tflops": work["flops"] / seconds / 1e12, "gbs": work["bytes"] / seconds / 1e9}
-    return {"achieved": rates | {"of_ceiling": facts["floor"] / seconds}}

@@ -22,7 +22,6 @@ PRELOADED = [
     "liger_kernel.chunked_loss",
     "trl.trainer.utils",
 ]
-CUDA, RESIDENT = "CUDA peak over live tensors", "RSS peak of a fresh process over its inputs"
 
 
 def tensors_of(values: Any) -> Iterator[Tensor]:

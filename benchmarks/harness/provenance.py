@@ -1,4 +1,4 @@
-"""What a figure must say of where it comes from: machine, versions, commit."""
+"""What a file of results says once of all its figures: machine, versions, commit."""
 
 import functools
 import importlib.metadata
@@ -7,6 +7,7 @@ import platform
 import subprocess
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.harness.cases import IMPL, half_on_gpu
@@ -38,6 +39,8 @@ def description(device: torch.device) -> dict[str, Any]:
         "impl": IMPL or "by device",
         "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
         "stock_attention": stock_backend(device, half_on_gpu(device)),
+        # The share of processors that other processes take before the first case.
+        "busy": psutil.cpu_percent(interval=1.0) / 100,
         "system": platform.platform(),
         "python": platform.python_version(),
     }
@@ -66,11 +69,10 @@ def versions() -> dict[str, str]:
     }
 
 
-@functools.cache
 def checkout() -> dict[str, Any]:
     """Returns the checkout's commit, whether files differ from it (results aside), and the source of both or None."""
     try:
         tree = read_working_tree()
     except ValueError:
-        return {"commit": None, "dirty": None, "commit_from": None}
-    return {"commit": tree.commit, "dirty": tree.dirty, "commit_from": tree.source}
+        return {"commit": None, "dirty": True, "source": None}
+    return {"commit": tree.commit, "dirty": tree.dirty, "source": tree.source}

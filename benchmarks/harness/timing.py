@@ -44,7 +44,7 @@ def interleaved(
     """Times calls in turns, in a shuffled order each round; slow ones in fewer rounds, spread evenly.
 
     On a CPU a call that is short has a turn of several, after some that do not count: torch's threads spin for
-    milliseconds when their work is done, which would be charged to whoever is next.
+    milliseconds when their work is done, which would count as time of the next call.
 
     Args:
         calls: by name; what they return is dropped.
@@ -178,7 +178,7 @@ def launches(call: Callable[[], object], device: torch.device) -> int | None:
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         call()
         torch.cuda.synchronize(device)
-    # Ranges that somebody named lie on the GPU's time, too, and start nothing.
+    # Named ranges lie on the GPU's time, too, and start nothing.
     named = "is_user_annotation"
     events = [event for event in profiled.events() if not getattr(event, named, False)]
     return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in events) or None

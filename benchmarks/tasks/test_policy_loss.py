@@ -81,7 +81,7 @@ def test_policy_loss(entry):
 
 
 class Logits(NamedTuple):
-    """Logits of R tokens a row and of one more, which `longer` holds for those who ask for it."""
+    """Logits of R tokens a row and of one more, which `longer` holds for the peers that take it."""
 
     logits: Tensor  # (B, R, vocabulary), a leaf on the memory of `longer`
     longer: Tensor  # (B, R + 1, vocabulary), a leaf

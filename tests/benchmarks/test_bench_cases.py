@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import goals, result_file
 from benchmarks.harness.cases import OURS, PLAIN, Case, Task
 from benchmarks.peers import attention as peers
 from benchmarks.tasks import attention_cases
@@ -15,7 +14,6 @@ from benchmarks.tasks import test_decode as decode
 from benchmarks.tasks import test_focus as focus
 from benchmarks.tasks import test_hidden_loss as linear
 from benchmarks.tasks import test_policy_loss as policy_loss
-from benchmarks.tasks import test_training_step as training_step
 from benchmarks.tasks import test_weights as weights
 
 CPU = torch.device("cpu")
@@ -117,9 +115,3 @@ def test_flex_attention_with_output_agrees():
     given = attention.whole_inputs(attention.FORWARD.tiny, CPU)
     for found, expected in zip(attention.flex_output(given), attention.fused(given, "reference"), strict=True):
         torch.testing.assert_close(found, expected)
-
-
-def test_goals_speak_of_rooms_that_there_are():
-    named = {task.name for task in [*TASKS, training_step.TASK]}
-    assert {goal.room for goal in goals.GOALS} <= named
-    assert result_file.HEADLINE == OURS

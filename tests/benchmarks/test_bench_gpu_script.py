@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import gpu_bench, gpu_steps
 from benchmarks.gpu_steps import CLOCKS_HEAD, Clocks, Step
-from benchmarks.result_file import Entry
 
 pytest.importorskip("triton")
 pytest.importorskip("psutil")
@@ -110,7 +110,7 @@ def test_a_copy_without_git_with_a_test_that_kills_its_process(tmp_path: Path) -
     record = json.loads((out / "tests.json").read_text())
     assert (record["passed"], record["commit"], record["paths"][-1]) == (1, "unknown", "tests/focus/test_one.py")
     measured = json.loads((out / "small.json").read_text())
-    assert {one["extra_info"]["provider"] for one in measured["benchmarks"]} >= {"vgpo_kernels", "token loop"}
+    assert {one["provider"] for one in measured["entries"]} >= {"vgpo_kernels", "token loop"}
     assert measured["tests"]["passed"] == 1
 
 
@@ -277,22 +277,21 @@ def test_compute_sanitizer_is_looked_for_beside_cuda(
 
 
 @pytest.fixture
-def entry() -> Callable[..., Entry]:
-    def make(room: str, of_ceiling: float, role: str = "ours", axis: dict[str, object] | None = None) -> Entry:
-        facts = {"floor": of_ceiling, "axis": axis}
-        return Entry(room, "tiny", "any", role, median=1.0, spread=None, memory=None, facts=facts)
+def entry() -> Callable[..., SimpleNamespace]:
+    def make(task: str, share: float, role: str = "ours", axis: list | None = None) -> SimpleNamespace:
+        return SimpleNamespace(task=task, case="tiny", role=role, median=1.0, roofline=share, axis=axis)
 
     return make
 
 
-def test_the_worst_is_ours_and_a_kernel(entry: Callable[..., Entry]) -> None:
+def test_the_worst_is_ours_and_a_kernel(entry: Callable[..., SimpleNamespace]) -> None:
     expected = entry("focus", 0.3)
     found = [
         entry("weights", 0.4),
         expected,
         entry("focus", 0.1, role="peer"),
         entry("training step", 0.01),
-        entry("weights", 0.02, axis={"name": "T", "value": 512}),
+        entry("weights", 0.02, axis=["T", 512]),
     ]
     assert worst.worst(found) is expected
     assert worst.worst(found[2:]) is None
@@ -304,7 +303,10 @@ def test_a_folder_without_results_says_so(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_ncu_profiles_the_call(
-    tmp_path: Path, entry: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    entry: Callable[..., SimpleNamespace],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     executable(tmp_path / "ncu", '#!/bin/sh\nfor last; do :; done\necho "ncu $1 $3 $4, last $last"\n')
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -318,7 +320,7 @@ def test_ncu_profiles_the_call(
 
 
 def test_what_kernels_take_is_printed_though_ncu_fails(
-    tmp_path: Path, entry: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, entry: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     printed = []
     monkeypatch.setattr(worst, "entries", lambda _: [entry("focus", 0.3)])
@@ -330,7 +332,10 @@ def test_what_kernels_take_is_printed_though_ncu_fails(
 
 
 def test_without_ncu_it_says_so(
-    entry: Callable[..., Entry], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    entry: Callable[..., SimpleNamespace],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert worst.profile(entry("focus", 0.3), tmp_path / "worst.ncu-rep") == 0

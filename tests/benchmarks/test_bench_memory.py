@@ -38,8 +38,8 @@ def test_a_peak_in_a_process_of_its_own():
 
 @linux
 def test_what_fails_there_is_said_here():
-    with pytest.raises(RuntimeError, match="KeyError: 'nobody'"):
-        memory.fresh_process_peak("benchmarks.tasks.test_focus", "focus", "tiny", "nobody")
+    with pytest.raises(RuntimeError, match="KeyError: 'no such'"):
+        memory.fresh_process_peak("benchmarks.tasks.test_focus", "focus", "tiny", "no such")
 
 
 def test_bytes_of_counts_a_storage_once():

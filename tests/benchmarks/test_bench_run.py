@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -29,22 +31,19 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(file.read_text())
 
 
-def test_every_entry_says_where_it_comes_from(results: dict):
+def test_the_file_says_where_its_entries_come_from(results: dict):
+    assert results["machine"]["device"]
+    assert 0 <= results["machine"]["busy"] <= 1
+    assert {"torch", "triton", "vgpo-kernels", "trl", "liger-kernel"} <= results["versions"].keys()
+    assert (len(results["commit"]), results["source"]) == (40, "git")
+    assert results["dirty"] in (True, False)
     tasks = {}
-    for entry in results["benchmarks"]:
-        info, stats = entry["extra_info"], entry["stats"]
-        assert entry["group"] == f"{info['task']} | {info['case']}"
-        assert 0 < stats["min"] <= stats["median"] <= stats["max"]
-        assert stats["rounds"] >= 2
-        assert "data" not in stats
-        assert info["achieved"]["of_ceiling"] == pytest.approx(info["floor"] / stats["median"])
-        assert info["memory"]["peak_extra_bytes"] >= 0
-        assert info["machine"]["device"]
-        assert {"torch", "triton", "vgpo-kernels", "trl", "liger-kernel"} <= info["versions"].keys()
-        assert len(info["commit"]) == 40
-        assert info["dirty"] in (True, False)
-        assert info["shapes"]
-        tasks.setdefault(info["task"], {})[info["provider"]] = info["role"]
+    for entry in results["entries"]:
+        assert entry["median"] > 0
+        assert entry["rounds"] >= 2
+        assert entry["roofline"] == pytest.approx(entry["bytes"] / entry["ceilings"]["gbs"] / 1e9)
+        assert entry["memory"] >= 0
+        tasks.setdefault(entry["task"], {})[entry["provider"]] = entry["role"]
     assert set(tasks) == {
         "policy loss of log-probs",
         "policy loss of logits",
@@ -54,6 +53,12 @@ def test_every_entry_says_where_it_comes_from(results: dict):
         assert providers["vgpo_kernels"] == "ours"
         assert providers["vgpo_kernels, plain torch"] == "ours, plain"
         assert providers["TRL"] == "peer"
+
+
+def test_the_report_shows_the_file(results: dict, tmp_path: Path):
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(results))
+    assert "| policy loss of log-probs: tiny | " in report.case_table(report.read_run(file))
 
 
 def test_what_could_not_run_is_listed(results: dict):
@@ -83,14 +88,13 @@ def test_what_fails_and_what_is_not_reached_is_kept(tmp_path: Path):
     results = run_broken(tmp_path, broken, "benchmarks/tasks/test_focus.py", "-k", "not compile", "-x")
     (failed,) = results["failed"]
     assert (failed["provider"], failed["reason"]) == ("dense torch", "does not run: RuntimeError: broken dense_focus")
-    assert {one["extra_info"]["provider"] for one in results["benchmarks"]} >= {"vgpo_kernels"}
+    assert {one["provider"] for one in results["entries"]} >= {"vgpo_kernels"}
     assert {one["provider"] for one in results["not_reached"]} == {"token loop"}
-    assert results["changed_meanwhile"] is False
 
 
 def test_a_run_that_measures_nothing_says_why(tmp_path: Path):
     results = run_broken(tmp_path, "torch.rand", "benchmarks/tasks/test_weights.py")
-    assert (results["benchmarks"], results["not_reached"]) == ([], [])
+    assert (results["entries"], results["not_reached"]) == ([], [])
     assert {one["reason"] for one in results["failed"]} == {"does not run: RuntimeError: broken rand"}
 
 

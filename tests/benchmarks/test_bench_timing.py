@@ -1,4 +1,4 @@
-"""Calls are timed in turns; a stand-in for the GPU shows what happens around each call there."""
+"""Calls are timed in turns; an imitation of a GPU shows what happens around each call there."""
 
 import itertools
 import time

@@ -14,7 +14,7 @@ COMMIT = "VGPO_COMMIT"
 
 @dataclass(frozen=True)
 class WorkingTree:
-    """A checkout's commit and its changed paths, untracked ones among them, and who said so: git, or VGPO_COMMIT."""
+    """A checkout's commit and its changed paths, untracked ones among them, and their source: git, or VGPO_COMMIT."""
 
     commit: str
     changed: tuple[str, ...]
