@@ -15,7 +15,7 @@ struct Bounds {
 };
 
 // The shift s with sum(clamp(factor + s, low, high)) = count, for factors in [0, 2]: the sum is low * count at
-// low - 2, high * count at `high`, and linear in between where no factor meets a bound, so that Newton's steps end in
+// low - 2, high * count at `high`, and linear in between while no factor reaches a bound, so that Newton's steps end in
 // the exact piece; halvings where they leave what is known. sum(s, total, moving) gives the sum and how many factors
 // lie between the bounds.
 template <class Sum>
