@@ -36,7 +36,7 @@ VGPO_INLINE double clamped(double x, const Bounds& bounds) {
     return x < bounds.low ? bounds.low : x > bounds.high ? bounds.high : x;
 }
 
-// What is left of a factor at that strength, in the type of the factor.
+// A factor at that strength, in the type of the factor.
 template <class T>
 VGPO_INLINE T scaled(T factor, double strength) {
     return strength == 1.0 ? factor : 1 + static_cast<T>(strength) * (factor - 1);
