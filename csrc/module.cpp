@@ -98,7 +98,7 @@ std::array<int64_t, 2 + 2 * N> tensor_fields(PyObject* object) {
     return fields;
 }
 
-// Elements must lie where their type may, and somewhere: a tensor whose memory was freed has an address of 0.
+// An address must be aligned for its type, and not 0, as that of a tensor whose memory was freed is.
 template <int N>
 void check_address(const std::array<int64_t, 2 + 2 * N>& fields, int64_t item_size) {
     bool empty = false;

@@ -68,8 +68,8 @@ void logits_kl(View<float, 1> out, Floats<2> logits_p, Floats<2> logits_q, doubl
                int64_t threads);
 
 // Attention with an online softmax: out (B, Hq, Lq, D) of q's type, the probabilities on visual keys summed and the
-// natural log of the softmax's denominator, both (B, Hq, Lq); 0, 0 and -inf where a query sees nothing. k and v
-// (B, Hkv, Lk, D) of q's type. Query i sees the keys from key_start[i] to below key_end[i] (B, Lq) whose key_kinds
+// natural log of the softmax's denominator, both (B, Hq, Lq); 0, 0 and -inf for a query without a visible key. k and v
+// (B, Hkv, Lk, D) of q's type. Visible to query i are the keys from key_start[i] to below key_end[i] (B, Lq) whose key_kinds
 // (B, Lk) is not 0; kind 2 is visual. score = scale * q.k, then softcap * tanh(score / softcap) unless softcap is 0.
 void visual_attention(Floats<4> out, View<float, 3> mass, View<float, 3> lse, Floats<4> q, Floats<4> k, Floats<4> v,
                       View<uint8_t, 2> key_kinds, View<int32_t, 2> key_start, View<int32_t, 2> key_end, double scale,

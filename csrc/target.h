@@ -12,7 +12,7 @@
 #include "parallel.h"
 #include "view.h"
 
-// Compiled against a newer glibc these three ask for 2.29, of old for any; torch's wheels run from 2.28 on.
+// Compiled against a newer glibc these three would need 2.29; torch's wheels run from 2.28 on.
 #if defined(__x86_64__) && defined(__GLIBC__)
 __asm__(".symver exp, exp@GLIBC_2.2.5");
 __asm__(".symver log, log@GLIBC_2.2.5");

@@ -1,4 +1,4 @@
-// Tensors as a kernel sees them: a pointer, sizes and strides in elements. No torch, no Python.
+// Tensors as kernels take them: a pointer, sizes and strides in elements. No torch, no Python.
 #pragma once
 #include <cstdint>
 #include <stdexcept>

@@ -24,7 +24,7 @@ printf '%s\n' csrc/*.cpp | xargs -P 2 -I{} bash -c \
     -fPIC "-I$include"
 g++ -shared "${sanitizers[@]}" "$work"/objects/*.o -o "$work/vgpo_kernels/_csrc.abi3.so"
 
-# Python knows nothing of the sanitizers, so they are loaded before it; the exceptions of C++ need theirs there too.
+# Python is built without the sanitizers, so they are loaded before it, and libstdc++ for C++'s exceptions.
 libraries=$(for name in asan ubsan stdc++; do realpath "$(g++ -print-file-name=lib$name.so)"; done | paste -sd:)
 sanitized() {
     env LD_PRELOAD="$libraries" PYTHONPATH="$work" PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \

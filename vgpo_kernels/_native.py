@@ -1,4 +1,4 @@
-"""The compiled CPU kernels of csrc/: whether they are there, and how tensors reach them."""
+"""The compiled CPU kernels of csrc/: whether they are built, and how tensors are passed to them."""
 
 import ctypes
 import functools
@@ -62,7 +62,7 @@ def _torch_parallel_for() -> int:
 
 
 def missing() -> str | None:
-    """Returns why the CPU kernels cannot run, with the remedy; None where they can."""
+    """Returns why the CPU kernels cannot run, with the remedy; None if they can."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
@@ -80,7 +80,7 @@ def capabilities() -> list[str]:
 
 
 def set_capability(name: str) -> None:
-    """Makes the kernels use that instruction set; ValueError where this processor lacks it."""
+    """Makes the kernels use that instruction set; ValueError if this processor lacks it."""
     check_choice("capability", name, capabilities())
     _module().set_capability(name)
 
@@ -97,8 +97,8 @@ def call(kernel: str, *arguments: Any) -> None:
 
     Args:
         kernel: its name.
-        arguments: as in its signature, but for the number of threads; tensors as tensors of any strides. What a caller
-            may hand over to be written to comes first.
+        arguments: as in its signature, but for the number of threads; tensors of any strides. Of the outputs the
+            first alone may be of a caller, in memory of any alignment.
 
     Raises:
         TypeError: the number of arguments, or the type or rank of one, differs from the signature.
@@ -115,7 +115,7 @@ def call(kernel: str, *arguments: Any) -> None:
 
 
 def _placed(tensor: Tensor) -> Tensor:
-    """Returns the tensor, or a copy where its elements lie across those of memory, as a buffer's may."""
+    """Returns the tensor, or a copy if its address is not a multiple of the size of its elements."""
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_neg():
         raise ValueError(f"expected a plain strided tensor on the CPU, got one on {tensor.device}, {tensor.layout}")
     return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor

@@ -112,7 +112,7 @@ VGPO_INLINE F add_neighbours(F a, F b) {
 #endif
 }
 
-// The sums of the lanes of COUNT vectors; `at` is used up.
+// The sums of the lanes of COUNT vectors, which are overwritten.
 template <int COUNT>
 VGPO_INLINE F lane_sums(F* at) {
     if constexpr (COUNT == 1) return at[0];

@@ -108,7 +108,7 @@ void attention_mass(View<float, 4> out, Floats<4> q, Floats<4> k, View<float, 3>
         const ScoreFormula formula{static_cast<float>(scale), static_cast<float>(softcap)};
         const AttentionInputs<T> in{q.as<T>(), k.as<T>(), lse, key_start, key_end, formula};
         auto body = [&](int64_t task, int64_t worker) {
-            // Later queries see more keys where masks are causal: the longest tasks come first.
+            // In a causal mask later queries have more keys: the longest tasks come first.
             const int64_t pair = task % (B * Hkv), first = (chunks - 1 - task / (B * Hkv)) * chunk;
             const int64_t last = min(Lq, first + chunk);
             const MassScratch memory{packed.of(worker), keys.of(worker), positions.of(worker), order.of(worker),

@@ -81,7 +81,7 @@ VGPO_INLINE F reduce_rows(F x, Fold fold) {
 }
 
 // Makes scores probabilities but for a factor by row, and brings maximum, sum, visual and factor up to date. PER is how
-// many rows a vector holds; `first` the first of `count` keys; `masked` says that not every row sees every key.
+// many rows a vector holds; `first` the first of `count` keys; `masked`: not every key is visible to every row.
 template <int PER>
 void online_softmax_update(const QueryRows& rows, int64_t first, int64_t count, bool masked, float scale, float softcap) {
     constexpr int SHARE = LANES / PER;  // keys in a vector

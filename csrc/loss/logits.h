@@ -77,11 +77,11 @@ void logits_gradient(Floats<3> out, Floats<3> logits, View<int64_t, 2> targets, 
                 if (!is_valid(valid, b, t)) return write_zeros(row_of(to, b, t));
                 const float by_logp = value_or_0(grad_logps, b, t), log_total = *lse.at(b, t);
                 const Derivative by{log_total,
-                                    (value_or_0(grad_lse, b, t) - by_logp) * transform.inverse,
-                                    by_entropy ? *grad_entropy.view.at(b, t) * transform.inverse : 0.0f,
+                                    (value_or_0(grad_lse, b, t) - by_logp) * transform.inverse_temperature,
+                                    by_entropy ? *grad_entropy.view.at(b, t) * transform.inverse_temperature : 0.0f,
                                     log_total,
                                     value_or_0(entropy, b, t),
-                                    by_logp * transform.inverse};
+                                    by_logp * transform.inverse_temperature};
                 const int64_t target = grad_logps.present ? *targets.at(b, t) : -1;
                 float *z = blocks.of(worker), *slope = z + LOGITS_BLOCK;
                 if (by_entropy)
@@ -134,7 +134,7 @@ void logits_loss(Floats<3> out, View<float, 2> logps, View<float, 2> entropy, Fl
                 token_loss(settings, broadcast(logp), broadcast(log_ratio), broadcast(*advantages.at(b, t)),
                            broadcast(value_or_0(ref_logps, b, t)), ref_logps.present, loss, by_logp);
                 const float weight = row_weights.present ? *row_weights.view.at(b, t) : 1.0f;
-                const float coefficient = by_logp[0] * weight * transform.inverse;
+                const float coefficient = by_logp[0] * weight * transform.inverse_temperature;
                 const double factor = -coefficient / totals.total;
                 if (exps) {
                     rescale_exps(exps, row.size, maximum_of, totals.maximum, factor);

@@ -23,18 +23,19 @@ constexpr float LOWEST = -1e4f;
 
 // What the softmax is taken of: softcap * tanh(x / softcap) / temperature, or x / temperature where softcap is 0.
 struct LogitTransform {
-    float inverse, inverse_cap, capped;  // 1 / temperature, 1 / softcap, softcap / temperature
+    float inverse_temperature, inverse_cap, capped;  // 1 / temperature, 1 / softcap, softcap / temperature
     bool has_cap;
 
     VGPO_INLINE LogitTransform(double temperature, double softcap)
-        : inverse(static_cast<float>(1.0 / temperature)), inverse_cap(0.0f), capped(0.0f), has_cap(softcap > 0.0) {
+        : inverse_temperature(static_cast<float>(1.0 / temperature)), inverse_cap(0.0f), capped(0.0f),
+          has_cap(softcap > 0.0) {
         if (!has_cap) return;
         inverse_cap = static_cast<float>(1.0 / softcap);
         capped = static_cast<float>(softcap / temperature);
     }
-    // `tanh_x` becomes tanh(x / softcap), where there is one.
+    // `tanh_x` becomes tanh(x / softcap) if there is a soft-cap.
     VGPO_INLINE F operator()(F x, F& tanh_x) const {
-        if (!has_cap) return x * inverse;
+        if (!has_cap) return x * inverse_temperature;
         tanh_x = tanh(x * inverse_cap);
         return tanh_x * capped;
     }
@@ -65,7 +66,7 @@ VGPO_INLINE float scaled_block(float* z, float* slope, const LogitsRow<T>& row, 
             x = tanh_x * transform.capped;
             if (slope) store(slope + i, 1.0f - tanh_x * tanh_x);
         } else {
-            x = x * transform.inverse;
+            x = x * transform.inverse_temperature;
         }
         if (some < LANES) x = select(first_lanes(some), x, broadcast(-INFINITY));
         maximum = max(x, maximum);
@@ -92,7 +93,8 @@ template <class T>
 VGPO_INLINE const float* scaled_values(float* block, float& maximum, const LogitsRow<T>& row, int64_t start, int64_t count,
                                        const LogitTransform& transform) {
     const float* here = as_floats(row.data);
-    if (!here || row.stride != 1 || transform.has_cap || transform.inverse != 1.0f || count % (2 * LANES) != 0) {
+    const bool scales = transform.has_cap || transform.inverse_temperature != 1.0f;
+    if (!here || row.stride != 1 || scales || count % (2 * LANES) != 0) {
         maximum = scaled_block(block, nullptr, row, start, count, transform);
         return block;
     }
@@ -106,7 +108,7 @@ VGPO_INLINE const float* scaled_values(float* block, float& maximum, const Logit
     return here;
 }
 
-// One scaled logit; NaN for a place that is none.
+// One scaled logit; NaN for a place outside of the row.
 template <class T>
 VGPO_INLINE float scaled_one(const LogitsRow<T>& row, int64_t place, const LogitTransform& transform, float& slope) {
     slope = 1.0f;

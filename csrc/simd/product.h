@@ -61,7 +61,7 @@ VGPO_INLINE void transpose(float* out, int width, int64_t count, float scale, Lo
     }
 }
 
-// Writes `count` rows of `depth` elements, element d of row r to out[d * width + r], and 0 for the rows that lack up to
+// Writes `count` rows of `depth` elements, element d of row r to out[d * width + r], and 0 for the rows missing up to
 // `width`. row(r) is the address of a row's first element.
 template <class T, class Row>
 VGPO_INLINE void pack_across(float* out, int width, int64_t count, int64_t depth, int64_t stride, float scale, Row row) {
@@ -91,7 +91,7 @@ VGPO_INLINE void pack_across(float* out, int width, int64_t count, int64_t depth
     }
 }
 
-// Writes `depth` rows of `count` elements side by side, to out[d * width + r], and 0 for the elements that lack.
+// Writes `depth` rows of `count` elements side by side, to out[d * width + r], and 0 for the elements missing up to `width`.
 // row(d) is the address of the first element.
 template <class T, class Row>
 VGPO_INLINE void pack_along(float* out, int width, int64_t count, int64_t depth, Row row) {

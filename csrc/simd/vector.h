@@ -1,4 +1,4 @@
-// Vectors of float, in the words of the compiler: one source for every instruction set.
+// Vectors of float, by the compiler's vector extension: one source for every instruction set.
 //
 // A file that is compiled for a target defines VGPO_TARGET (the namespace) and VGPO_LANES (floats in a vector), and
 // includes kernels.h; everything below lives in that namespace. No template of the standard library is used here:
@@ -183,7 +183,7 @@ void parallel(int64_t tasks, int64_t threads, Body& body) {
         [](void* context, int64_t task, int64_t worker) { (*static_cast<Body*>(context))(task, worker); }, &body);
 }
 
-// Memory for the length of a call, a part for each worker; made before the work begins, std::bad_alloc if it cannot be.
+// Memory for one call, a part for each worker, allocated before the work begins; throws std::bad_alloc.
 template <class T>
 class Scratch {
 public:

@@ -15,7 +15,7 @@ struct Bounds {
 };
 
 // The shift s with sum(clamp(factor + s, low, high)) = count, for factors in [0, 2]: the sum is low * count at
-// low - 2, high * count at `high`, and linear in between where no factor meets a bound, so that Newton's steps end in
+// low - 2, high * count at `high`, and linear in between while no factor reaches a bound, so that Newton's steps end in
 // the exact piece; halvings where they leave what is known. sum(s, total, moving) gives the sum and how many factors
 // lie between the bounds.
 template <class Sum>
@@ -36,7 +36,7 @@ VGPO_INLINE double clamped(double x, const Bounds& bounds) {
     return x < bounds.low ? bounds.low : x > bounds.high ? bounds.high : x;
 }
 
-// What is left of a factor at that strength, in the type of the factor.
+// A factor at that strength, in the type of the factor.
 template <class T>
 VGPO_INLINE T scaled(T factor, double strength) {
     return strength == 1.0 ? factor : 1 + static_cast<T>(strength) * (factor - 1);

@@ -140,7 +140,7 @@ inline void write_lift(const WeightOptions& options, int64_t first, int64_t coun
     }
 }
 
-// The valid tokens of a row on their way: how many, from which on the gate may open, and the sums of its scores.
+// The valid tokens of a row: how many, the first in the tail, the gate's threshold, and what sums of scores need.
 struct PackedRow {
     int64_t count, head;
     int32_t threshold;

@@ -1,4 +1,4 @@
-"""Which tokens make which prototype, where rows hold several images or sequences."""
+"""Which tokens make which prototype, if rows hold several images or sequences."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Prototypes(NamedTuple):
-    """Which tokens make each of P prototypes, ordered by sequence, and which prototypes a token meets.
+    """Which tokens make each of P prototypes, ordered by sequence, and which prototypes a token is compared with.
 
     Args:
         tokens: (n,) int64, the visual tokens by prototype, in each counted through the batch: row * L + position.
         member: (n,) int64, the prototype of each of them.
         bounds: (P + 1,) int64, prototype p is made of tokens[bounds[p] : bounds[p + 1]].
         begin: (B, L) int32, the first prototype of the token's sequence.
-        end: (B, L) int32, the one after the last; `begin` where the sequence has none.
+        end: (B, L) int32, the one after the last; `begin` if the sequence has none.
     """
 
     tokens: Tensor

@@ -82,7 +82,7 @@ def prototype_kernel(
     # Counted from 0: Triton widens no load whose loop starts at a reduced value.
     for step in range(0, tl.cdiv(last + 1 - first, BLOCK_L)):
         o_l = first + step * BLOCK_L + tl.arange(0, BLOCK_L)
-        # Asked for a step ahead, so that the states do not wait for the mask.
+        # Loaded a step ahead, so that the states do not wait for the mask.
         b_next = _wanted(visual_ptr, index_ptr, row, prototype, o_l + BLOCK_L, L, GROUPED)  # [BL]
         b_h = tl.load(
             p_d[None, :] + o_l.to(tl.int64)[:, None] * stride_l,

@@ -92,7 +92,7 @@ def vgpo_weights(
 
     The formulas are those of VGPO (arXiv 2604.09349), written out in `docs/algorithm.md`.
     """
-    check_arguments(focus, completion_mask, group_ids, config, source, has_visual, step, advantages, impl)
+    check_arguments(focus, completion_mask, group_ids, config, source, has_visual, step, advantages)
     options = {name: getattr(config, name) for name in _OPTIONS}
     return VGPOWeights(
         *ops.weights(

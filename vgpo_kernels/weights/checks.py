@@ -17,7 +17,6 @@ def check_arguments(
     has_visual: Tensor | None,
     step: int | None,
     advantages: Tensor | None,
-    impl: str | None,
 ) -> None:
     """Raises ValueError or TypeError for arguments of a wrong kind; reads no values, for torch.compile."""
     if not isinstance(config, VGPOConfig):
@@ -35,11 +34,6 @@ def check_arguments(
     elif config.negative_strength != 1:
         raise ValueError(f"advantages: expected shape (B,) with negative_strength={config.negative_strength}, got None")
     _check_step(step, config)
-    if impl in ("triton", "native") and config.without_kernels is not None:
-        raise RuntimeError(
-            f"impl={impl!r} has no kernel for {config.without_kernels} (recipe 'official'): "
-            "pass impl='reference' or None, which run in plain torch on every device"
-        )
 
 
 def _check_step(step: int | None, config: VGPOConfig) -> None:
@@ -51,6 +45,16 @@ def _check_step(step: int | None, config: VGPOConfig) -> None:
         raise TypeError(f"step: expected an int, got {type(step).__name__}")
     if step < 0:
         raise ValueError(f"step: expected at least 0, got {step}")
+
+
+def impl_for(config: VGPOConfig, impl: str | None) -> str | None:
+    """Returns `impl`, or "reference" for None and a config without kernels; RuntimeError for kernels that are not."""
+    if impl in ("triton", "native") and config.without_kernels is not None:
+        raise RuntimeError(
+            f"impl={impl!r} has no kernel for {config.without_kernels} (recipe 'official'): "
+            "pass impl='reference' or None, which run in plain torch on every device"
+        )
+    return "reference" if impl is None and config.without_kernels is not None else impl
 
 
 def check_finite(focus: Tensor, completion_mask: Tensor, has_visual: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from vgpo_kernels._dispatch import checks_values, choose, implementation
 from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import check_mask_values, forbid
-from vgpo_kernels.weights.checks import check_finite
+from vgpo_kernels.weights.checks import check_finite, impl_for
 from vgpo_kernels.weights.config import VGPOConfig
 
 _SCHEMA_TYPES: dict[Any, str] = {
@@ -42,10 +42,9 @@ def _weights(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     config = VGPOConfig(**options)
+    impl = impl_for(config, impl)
     if has_visual is None:
         has_visual = _has_focus(focus, completion_mask)
-    if impl is None and config.without_kernels is not None:
-        impl = "reference"
     name, _ = choose(impl, focus.device, focus.dtype)
     if checks_values(impl, focus):
         check_mask_values("completion_mask", completion_mask)
@@ -58,7 +57,7 @@ def _weights(
     results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = module.weights(
         focus, completion_mask, group_ids, has_visual, advantages, config=config, source=source, warmup=warmup
     )
-    # The CPU kernels have read every score: where one is not finite, its row's result is not.
+    # The CPU kernels read every score: if one is not finite, the result of its row is not.
     if name == "native" and not results[4].isfinite().all():
         check_finite(focus, completion_mask, has_visual)
     return results

@@ -170,7 +170,7 @@ def _score(compensated: Tensor, normalized: Tensor, valid: Tensor, config: VGPOC
 
 
 def _grouped(score: Tensor, group_ids: Tensor, takes_part: Tensor, config: VGPOConfig) -> Tensor:
-    """1 + phi (B,) float64 from the scores (B,) float64 of each group's rows that take part."""
+    """1 + phi (B,) float64 from the scores (B,) float64 of each group's rows but those left out."""
     if config.grouping == "ids":
         group = torch.unique(group_ids, return_inverse=True)[1]  # (B,)
     else:
