@@ -22,7 +22,7 @@ class ModelConfig:
 
     path: str = "???"
     dtype: str = "bfloat16"  # float32 | bfloat16
-    attn_implementation: str = "vgpo"  # sdpa that can say where the text half looks; or another that transformers knows
+    attn_implementation: str = "vgpo"  # sdpa whose attention can be recorded; or a name of transformers
     gradient_checkpointing: bool = False
     liger: str = "auto"  # auto: Liger's RMSNorm, SwiGLU and RoPE on a GPU; on; off
     trust_remote_code: bool = False
@@ -41,7 +41,7 @@ class DataConfig:
     suffix: str | None = None  # appended to every problem, such as how to format the answer
     max_prompt_length: int = 4096
     invalid: str = "refuse"  # rows that cannot be used, all found before the first step: refuse | drop
-    min_pixels: int | None = None  # of a picture after resizing; None: what the checkpoint's processor says
+    min_pixels: int | None = None  # of a picture after resizing; None: the bound of the checkpoint's processor
     max_pixels: int | None = None
 
 
@@ -79,7 +79,7 @@ class FocusConfig:
     source: str = "similarity"  # similarity | attention
     layers: Any = "last"  # whose attention is averaged: last | all | a list of numbers, negative ones from the end
     per_image: bool = False  # similarity: one prototype an image instead of one for all
-    log: bool = True  # score focus for the metrics even where the algorithm does not use it
+    log: bool = True  # score focus for the metrics even if the algorithm does not use it
 
 
 @dataclass
@@ -248,7 +248,7 @@ def _replaced_mappings(arguments: list[str]) -> list[str]:
 
 
 def _check_keys(layer: DictConfig, schema: DictConfig, origin: str, prefix: str = "") -> None:
-    free = {"vgpo", "loss", "weights", "columns", "test_columns"}  # mappings whose keys their own users check
+    free = {"vgpo", "loss", "weights", "columns", "test_columns"}  # mappings whose keys are checked later
     for key in layer:
         known = [str(k) for k in schema]
         if f"{prefix}{key}" in _REPLACED:
@@ -270,7 +270,7 @@ def _restore_words(config: TrainConfig) -> None:
 
 
 def nearest(key: str, known: list[str]) -> str:
-    """Returns "; did you mean ...?" with the known name that is most like `key`; nothing where none is known."""
+    """Returns "; did you mean ...?" with the known name that is most like `key`; nothing if none is known."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
     return f"; did you mean {close[0]!r}?" if close else ""
 

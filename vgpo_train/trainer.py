@@ -55,7 +55,7 @@ class Trainer:
         self.rewards = RewardMixer(
             dict(config.rewards.weights), accuracy=config.rewards.accuracy, timeout=config.rewards.timeout
         )
-        # What forbids a run shows before minutes of loading.
+        # Checks come before minutes of loading.
         self.store = CheckpointStore(self.output_dir, config.keep_checkpoints)
         self.saved = self._saved_state()
         distributed.together(lambda: deepspeed_options(config))
@@ -147,7 +147,7 @@ class Trainer:
         return saved
 
     def _open_data(self) -> tuple[PromptCollator, PromptBatch, dict[str, PictureDataset]]:
-        """Returns what makes the prompts, the dummy of prompts without a picture, and the data sets by key."""
+        """Returns the collator, the dummy for prompts without a picture, and the data sets by key."""
         model, data = self.config.model, self.config.data
         check_weights(model.path)
         check_layers(self.config)
@@ -159,7 +159,7 @@ class Trainer:
             suffix=data.suffix,
             max_prompt_length=data.max_prompt_length,
         )
-        dummy = dummy_prompt(collator)  # a family whose prompts cannot be joined shows here
+        dummy = dummy_prompt(collator)  # refuses a family whose prompts cannot be joined
         return collator, dummy, open_datasets(data)
 
     def _finish(self, accuracy_after: float | None, seconds: float) -> dict[str, Any]:
@@ -197,8 +197,8 @@ class Trainer:
         # A function of seed, step and rank alone: a resumed run draws what the killed one would have drawn.
         set_seed((self.config.seed * _SEED_STRIDE + step) * _SEED_STRIDE % 2**31 + self.rank)
         places = step_order(len(self.train_data), step, self.config.rollout.prompts, self.config.seed)
-        own = [places[group] for group in self.groups.own_ids.tolist()]
-        samples = distributed.together(lambda: self._samples(own))
+        own_places = [places[group] for group in self.groups.own_ids.tolist()]
+        samples = distributed.together(lambda: self._samples(own_places))
         with timer("rollout"):
             prompts, completions = self.sample(samples, temperature=self.config.rollout.temperature)
         with timer("reward"):
@@ -265,7 +265,7 @@ class Trainer:
         # The completions of a prompt share its processed pictures.
         unique = list({sample.id: sample for sample in samples}.values())
         places = {sample.id: place for place, sample in enumerate(unique)}
-        prompts = distributed.together(lambda: self.collator(unique))  # a picture may have gone since the start
+        prompts = distributed.together(lambda: self.collator(unique))  # a file may be gone since the start
         return prompts.take([places[sample.id] for sample in samples])
 
     def decode(self, completions: Completions) -> list[str]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 from train_launch import WORKERS
-from train_tools import PlainEngine, collator, dense_logps, eager_attention, mixed_samples
-from transformers import AutoModelForImageTextToText
+from train_tools import PlainEngine, dense_logps, eager_attention
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from vgpo_kernels import VGPOConfig, policy_loss, vgpo_weights
 from vgpo_train.model import load_model, load_processor
@@ -93,9 +93,9 @@ def test_ranks_and_micro_batches_add_up_to_one_batch(ranks, tiny_checkpoint, num
 def test_any_number_of_micro_batches_adds_up_in_bfloat16(ranks) -> None:
     for rank in ranks:
         norms = rank["accumulation"]
-        assert norms.keys() == {1, 512}
-        # Each gradient is the first one's 512th, to the bit: what is left is the rounding of a sum in float32.
-        assert norms[512] == pytest.approx(norms[1], rel=1e-5)
+        assert norms.keys() == {1, 64}
+        # Each gradient is the first one's 64th, to the bit: what is left is the rounding of a sum in float32.
+        assert norms[64] == pytest.approx(norms[1], rel=1e-5)
 
 
 def test_log_probabilities_and_entropies_have_the_gradients_of_one_process(ranks, tiny_checkpoint) -> None:
@@ -127,7 +127,7 @@ def test_a_sharded_head_is_gathered_once_and_not_for_every_chunk(ranks) -> None:
         assert gathers["many chunks"][1] > 1
 
 
-def test_a_rank_without_a_picture_holds_nobody_up(ranks, folder) -> None:
+def test_a_rank_without_a_picture_runs_the_vision_tower_too(ranks, folder) -> None:
     # Rollout with sharded parameters, scoring and update: rank 0 runs the tower in each, so rank 1 must, too.
     (line,) = _metrics(folder, "one-sided")
     assert line["updates"] == 1
@@ -139,12 +139,10 @@ def test_a_rank_without_a_picture_holds_nobody_up(ranks, folder) -> None:
 
 
 def test_a_checkpoints_sampling_settings_do_not_reach_rollouts(ranks) -> None:
+    # That they would change completions is tested in rl/test_train_rollout.py.
     for rank in ranks:
-        samples = rank["leaky"]
-        for temperature in (0.0, 1.0):
-            assert torch.equal(samples["leaky", temperature], samples["clean", temperature])
-        assert not torch.equal(samples["clean", 0.0], samples["clean", 1.0])
-        assert samples["clean", "gathers"], "a million parameters fit"
+        assert rank["exact"]["settings"] == GenerationConfig().to_diff_dict()
+        assert rank["exact"]["fits"], "a million parameters do"
 
 
 @pytest.mark.parametrize("run", ["nan", "nan in bfloat16"])
@@ -166,12 +164,13 @@ def test_a_skipped_update_does_not_move_the_schedule(ranks, folder) -> None:  # 
     assert rates[0] == rates[1] != rates[2]
 
 
-def test_a_rollout_of_equal_rewards_changes_nothing(ranks, folder) -> None:
+def test_a_rollout_of_equal_rewards_changes_nothing_and_is_warned_of(ranks, folder, finished) -> None:
     lines = _metrics(folder, "equal")
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert (line["reward"], line["reward_std"], line["kept_fraction"]) == (1.0, 0.0, 0.0)
         assert (line["updates"], line["loss"], line["kl"], line["clip_fraction"]) == (0, 0.0, 0.0, 0.0)
+    assert finished.output.count("no update changed the policy in 2 steps: ") == 1, "by one rank"
     # Weight decay alone would move them.
     digests = {digest for step in ranks[0]["equal"]["digests"] for digest in step}
     assert len(digests) == 1
@@ -318,33 +317,16 @@ def test_grpo_logs_focus_too(ranks, folder) -> None:  # noqa: ARG001
     assert line["corr_trajectory_weight_length"] == 0.0
 
 
-def test_the_final_checkpoint_is_the_policy(ranks, folder, pictures, tiny_checkpoint) -> None:
-    final = folder / "two updates" / "final"
-    model = AutoModelForImageTextToText.from_pretrained(final)
-    inputs = collator(final)(mixed_samples(pictures, "pt")).tensors()
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    # The number of threads may change the order of a sum.
-    torch.testing.assert_close(logits, ranks[0]["two updates"]["logits"], atol=1e-5, rtol=0)
-    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
-        assert (final / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
-
-
 @pytest.mark.parametrize(("run", "dtype"), [("two updates", torch.float32), ("nan in bfloat16", torch.bfloat16)])
-def test_the_final_checkpoint_keeps_every_bit(ranks, folder, run: str, dtype: torch.dtype) -> None:
-    # Logits would not show it in bfloat16: DeepSpeed rounds a linear layer once more before it adds the bias.
+def test_the_final_checkpoint_keeps_every_bit(ranks, folder, tiny_checkpoint, run: str, dtype: torch.dtype) -> None:
     found = dict(AutoModelForImageTextToText.from_pretrained(folder / run / "final").named_parameters())
     expected = ranks[0][run]["parameters"]
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert value.dtype == dtype
         assert torch.equal(found[name], value)
-
-
-def test_the_plots_are_pictures(ranks, folder) -> None:  # noqa: ARG001
-    for name in ("reward.png", "focus.png"):
-        with Image.open(folder / "kl" / name) as picture:
-            assert picture.format == "PNG"
+    for name in ("generation_config.json", "tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        assert (folder / run / "final" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
 
 
 def test_a_folder_with_another_run_is_refused(ranks) -> None:

@@ -81,7 +81,8 @@ def mixed_samples(pictures: Path, kinds: str) -> list[Sample]:
 def write_odd_data(folder: Path, pictures: Path) -> None:
     """Writes data that a run of two ranks must bear, or must refuse.
 
-    Of `one_sided.jsonl` the first step gives the two rows with a picture to rank 0, and text alone to rank 1. Of
+    Of `one_sided.jsonl` the first step gives the two rows with a picture to rank 0, and text alone to rank 1. Half of
+    the rows of `half.jsonl` have a picture. Of
     `bad_rows.jsonl` each rank reads a row that cannot be used. Of `only_rank_N.jsonl` there is that of rank 0 alone.
     """
     rows = [json.loads(line) for line in (pictures / "train.jsonl").read_text().splitlines()[:6]]
@@ -94,6 +95,7 @@ def write_odd_data(folder: Path, pictures: Path) -> None:
     write(
         "one_sided.jsonl", [row if place in order[:2] else row | {"images": []} for place, row in enumerate(rows[:4])]
     )
+    write("half.jsonl", [row if place % 2 else row | {"images": []} for place, row in enumerate(rows)])
     write("bad_rows.jsonl", [*rows[:2], rows[2] | {"images": ["gone.png"]}, *rows[3:5], rows[5] | {"answer": None}])
     write("only_rank_0.jsonl", rows[:1])
 

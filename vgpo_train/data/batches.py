@@ -1,4 +1,4 @@
-"""Processed prompts that can be taken apart by row and joined again, as their processor joins them."""
+"""Processed prompts by row, which can be joined as their processor joins a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Join(NamedTuple):
     """How the parts of an input that does not run along the tokens become one."""
 
     dim: int = 0  # along which parts are put one after the other
-    fill: int = 0  # pads the end of the other dimensions, where parts differ
+    fill: int = 0  # pads the end of the other dimensions if parts differ
     per_row: bool = False  # a part is a row of the batch: a prompt without a picture has one, too, of zeros
 
 
@@ -53,7 +53,7 @@ class PromptBatch:
         return PromptBatch(self.samples + other.samples, self.rows + other.rows, self.pad_values, self.joins)
 
     def take(self, indices: Sequence[int]) -> PromptBatch:
-        """Return the rows at `indices`, in their order, repeated where an index repeats."""
+        """Return the rows at `indices`, in their order, repeated if an index repeats."""
         samples, rows = [self.samples[i] for i in indices], [self.rows[i] for i in indices]
         return PromptBatch(samples, rows, self.pad_values, self.joins)
 
@@ -64,7 +64,7 @@ class PromptBatch:
     def with_picture(self, dummy: PromptBatch) -> PromptBatch:
         """Return the rows, followed by the dummy, a prompt with a picture, if none of them has one.
 
-        Under ZeRO-3 every rank must run the vision tower, forward and backward, or the others wait for ever.
+        Under ZeRO-3 every rank must run the vision tower, forward and backward, or the others hang in its collectives.
         """
         return self if any(self.images_per_row) else self + dummy
 
@@ -73,7 +73,7 @@ class PromptBatch:
 
         Args:
             length: tokens that each row is padded to, on the left; None takes the longest row.
-            device: where the tensors go; None leaves them on the CPU.
+            device: of the tensors; None leaves them on the CPU.
 
         Returns:
             Inputs along the tokens as (B, length); vision inputs joined over the pictures of all rows, those of unlike

@@ -1,4 +1,4 @@
-"""Finds what cannot be used in a data set before a run meets it: each row is read and its prompt made once."""
+"""Finds the rows of a data set that cannot be used, before the first step: each is read and its prompt made once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _LISTED = 20  # rows of a kind that a report names
 
 @dataclass(frozen=True)
 class Examined:
-    """What a row of a data set is like."""
+    """The result of reading one row of a data set."""
 
     place: int  # in the data set
-    id: str | None = None  # None where it cannot be read
+    id: str | None = None  # None if it cannot be read
     source: str = ""
     images: int = 0
-    kind: str = ""  # of what is wrong with it; "" where it can be used
+    kind: str = ""  # of what is wrong with it; "" if it can be used
     message: str = ""
 
 
@@ -30,11 +30,11 @@ def examine(data: PictureDataset, collator: PromptCollator, places: Iterable[int
 
     Args:
         data: the data set.
-        collator: makes the prompts, and knows their limit.
+        collator: makes the prompts; its limit on their length applies.
         places: of the rows.
 
     Returns:
-        What each is like, in the order given; what is wrong is part of it and not raised.
+        One result a row, in the order given; errors are part of it and not raised.
     """
     return [_examined(data, collator, place) for place in places]
 

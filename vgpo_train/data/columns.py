@@ -1,4 +1,4 @@
-"""Which column of a data set holds what: by known names, by the preset of a published data set, or by a mapping."""
+"""The columns that hold the fields of a sample: by known names, a published data set's preset, or a mapping."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Columns:
 
     Args:
         choice: "auto" takes `problem` or `question`, `images` or `image`, `id` or `qid`, whichever a row has; the name
-            of a preset ("virl39k", "mmk12") or a mapping such as `{problem: prompt}` says which column it must be, and
+            of a preset ("virl39k", "mmk12") or a mapping such as `{problem: prompt}` name the columns, and
             fields that a mapping leaves out are found as by "auto".
 
     Raises:

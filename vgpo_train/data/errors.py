@@ -6,7 +6,7 @@ WITHOUT_COLUMN = "rows without the column"
 
 
 class DataError(ValueError):
-    """A file, a row or a prompt that cannot be used; the message says which and why."""
+    """A file, a row or a prompt that cannot be used; the message names it and the reason."""
 
     kind = "rows that cannot be read"
 

@@ -1,4 +1,4 @@
-"""The files of a data set, whose rows are read when they are asked for."""
+"""The files of a data set; a row is read when it is indexed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Rows(Protocol):
         ...
 
     def read(self, index: int) -> dict[str, Any]:
-        """Return a row; raises DataError where it cannot be read."""
+        """Return a row; raises DataError if it cannot be read."""
         ...
 
 
@@ -74,7 +74,7 @@ def open_rows(path: Path) -> Rows:
 
 
 class JsonLines:
-    """The rows of a JSONL file, blank lines left out; in memory are the places where they begin."""
+    """The rows of a JSONL file, blank lines left out; in memory are the offsets of their starts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,12 +139,12 @@ class ParquetRows:
 
 
 def cache_folder() -> Path:
-    """Return where Arrow copies of Parquet files lie; they may be deleted between runs."""
+    """Return the folder of the Arrow copies of Parquet files; they may be deleted between runs."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vgpo_train"
 
 
 def _arrow_copy(path: Path) -> Path:
-    """Return the Arrow copy of a Parquet file, made by the first process that asks for it."""
+    """Return the Arrow copy of a Parquet file, made by the first process that needs it."""
     from filelock import FileLock
 
     state = path.stat()
@@ -221,7 +221,7 @@ def _other_rows(file: Path) -> bool:
 
 
 def _split(file: Path) -> str:
-    """Return the split that a file's name says it is of."""
+    """Return the split that a file is of by its name."""
     matches = (_SPLIT.fullmatch(word.lower()) for word in _WORD.findall(file.stem))
     return next((match[1] or match[0] for match in matches if match), _WHOLE)
 

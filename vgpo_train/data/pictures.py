@@ -1,4 +1,4 @@
-"""Opens a picture of any mode that Pillow knows as the RGB picture that a viewer shows."""
+"""Opens a picture of any mode that Pillow reads as the RGB picture that a viewer shows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_picture(source: Path | bytes) -> Image.Image:
 
     An ICC profile is applied, or else the gamma of a PNG. A profile that is broken or belongs to another mode is
     ignored, as are an unreadable EXIF block and a gamma outside 0.1 to 5.
-    Grey values of more than 8 bits are scaled, not clipped: integers from 16 bits (12 where a TIFF says so), floats
+    Grey values of more than 8 bits are scaled, not clipped: integers from 16 bits (12 if a TIFF has 12), floats
     from 0..1 (up to 1.5 are cut), or from 0..255 if one of them is 16 or more.
 
     Args:
@@ -134,7 +134,7 @@ def _in_srgb(colours: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _with_gamma(rgb: Image.Image, info: dict[str, Any]) -> Image.Image:
-    """Return a picture whose PNG says how its values grow with light, and no more of its colours, as sRGB has them."""
+    """Return the picture of a PNG that has a gamma but no profile in sRGB."""
     gamma = info.get("gamma")
     if not gamma or "srgb" in info or "icc_profile" in info or math.isclose(gamma, _GAMMA, rel_tol=0.05):
         return rgb

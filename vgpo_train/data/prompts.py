@@ -1,4 +1,4 @@
-"""Turns samples into prompts for a model: chat messages, then what the checkpoint's own processor makes of them."""
+"""Turns samples into prompts: chat messages, processed by the checkpoint's own processor."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class PromptCollator:
             raise PromptError(f"{name}: prompts with unlike pictures cannot be joined: {error}") from error
 
     def messages(self, sample: Sample) -> list[dict[str, Any]]:
-        """Return a sample as chat messages, its pictures where `<image>` stands or else before the text."""
+        """Return a sample as chat messages, its pictures in place of `<image>` or else before the text."""
         messages: list[dict[str, Any]] = []
         if self.system_prompt:
             messages.append({"role": "system", "content": [{"type": "text", "text": self.system_prompt}]})

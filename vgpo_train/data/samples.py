@@ -31,9 +31,9 @@ class Sample:
 
     Args:
         id: name of the row in error messages and logs.
-        problem: text of the question, which may say `<image>` where a picture belongs.
+        problem: text of the question; `<image>` in it marks the place of a picture.
         answer: what a reward compares with.
-        images: pictures as paths or encoded bytes; read when they are needed.
+        images: pictures as paths or encoded bytes; read by `open_images`.
         extra: the row's other fields.
         source: file and row, for error messages.
     """
@@ -67,7 +67,7 @@ class Sample:
 
 
 class PictureDataset(Dataset):
-    """Rows `{id, problem, answer, images}` of JSONL or Parquet files, each read when it is asked for.
+    """Rows `{id, problem, answer, images}` of JSONL or Parquet files, each read when it is indexed.
 
     The problem and the answer are text or numbers; images is a picture, a list of them, or null for none. A picture is
     a path (relative ones start at the folder of its data file), encoded bytes, or `{bytes, path}`.

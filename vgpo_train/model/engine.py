@@ -44,7 +44,7 @@ def start_distributed() -> None:
 
 
 def deepspeed_options(config: TrainConfig) -> dict[str, Any]:
-    """Reads the DeepSpeed JSON and adds what the YAML file says.
+    """Returns the options of the DeepSpeed JSON, with those that follow from the YAML file.
 
     Raises:
         ConfigError: the file is missing or no JSON, is not for ZeRO-3, or sets what the YAML file owns.

@@ -61,11 +61,11 @@ class Match:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def revert(self, model: Any, entries: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns the tensors that loading would make `entries` of, where it drops values those of `sources`."""
+        """Returns the tensors that loading converts to `entries`; values that it drops are those of `sources`."""
         if self.conversion is None:
             (name,) = sources
             return {name: entries[self.layer]}
-        # A conversion moves values about: converting their numbers tells where each of them goes.
+        # A conversion moves values: converting their indices gives the place of each.
         sizes = [tensor.numel() for tensor in sources.values()]
         numbers = torch.arange(sum(sizes)).split(sizes)
         shapes = [tensor.shape for tensor in sources.values()]
@@ -314,10 +314,10 @@ def _safetensors_name(name: str) -> str:
 
 def _raise_together(problems: list[str], what: str, remedy: str = "") -> None:
     """Raises ConfigError on every rank if the main one has problems."""
-    told = [problems]
-    dist.broadcast_object_list(told)
-    if told[0]:
-        raise ConfigError(f"{what}: {_listed(told[0], shown=str)}{remedy}")
+    shared = [problems]
+    dist.broadcast_object_list(shared)
+    if shared[0]:
+        raise ConfigError(f"{what}: {_listed(shared[0], shown=str)}{remedy}")
 
 
 def _listed(items: Iterable[str], shown: Any = repr) -> str:

@@ -1,4 +1,4 @@
-"""Loads a vision-language checkpoint folder and answers family-generic questions about it."""
+"""Loads the model and the processor of a checkpoint folder, of any family; their special tokens, their layers."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def load_processor(folder: str | Path, *, trust_remote_code: bool = False) -> An
 
 
 def limit_pixels(processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Set the pixels that pictures are resized to lie between; None leaves the processor's own bound.
+    """Set the bounds on the pixels of a resized picture; None leaves the processor's own bound.
 
     Raises:
         ValueError: the processor's family resizes pictures otherwise.
@@ -108,7 +108,7 @@ def pictures_only(processor_class: type) -> type:
                 raise ValueError("videos need torchvision, which is not installed; this processor takes pictures")
             return super().__call__(images=images, text=text, **kwargs)
 
-    # The name is written into saved files, where it must say the class that loads them.
+    # Saved files hold the name, by which the class is found when they are loaded.
     PicturesOnly.__name__ = processor_class.__name__
     PicturesOnly.__qualname__ = processor_class.__qualname__
     return PicturesOnly
@@ -122,7 +122,7 @@ def copy_processor_files(source_folder: str | Path, target_folder: str | Path) -
 
     Args:
         source_folder: checkpoint folder that the model came from.
-        target_folder: checkpoint folder that was just written; created where it is missing.
+        target_folder: checkpoint folder that was just written; created if it is missing.
 
     Returns:
         Paths of the copied files in the folder, sorted; of folders inside it, those of further chat templates and
@@ -166,7 +166,7 @@ def load_model(
         trust_remote_code: run code that the folder brings along.
 
     Returns:
-        The model, sharded where DeepSpeed's ZeRO-3 initialisation is on.
+        The model, sharded if DeepSpeed's ZeRO-3 initialisation is on.
 
     Raises:
         FileNotFoundError: the folder does not exist or is not a checkpoint.
@@ -182,7 +182,7 @@ def load_model(
 
 
 def layer_count(folder: str | Path, *, trust_remote_code: bool = False) -> int | None:
-    """Return how many layers the text half of a checkpoint has, or None where its configuration does not say."""
+    """Return how many layers the text half of a checkpoint has, or None if its configuration has no such number."""
     config = AutoConfig.from_pretrained(
         checkpoint_folder(folder), trust_remote_code=trust_remote_code, local_files_only=True
     )

@@ -56,7 +56,7 @@ class Puzzle:
 
 
 def answer_text(names: tuple[str, ...], asked: str) -> str:
-    """Return the answer that names the cells in order and then says how many have the colour asked for."""
+    """Return the answer: the names of the cells in order, then the count of the colour asked for."""
     return f"{' '.join(names)}; {asked} {names.count(asked)}"
 
 
@@ -101,7 +101,7 @@ def make_pictures(folder: str | Path, *, train: int = 2048, test: int = 256, see
     """Write a data set: `train.jsonl`, `test.jsonl` and the PNG files they name, no picture content twice.
 
     Args:
-        folder: where to write; created where it is missing.
+        folder: where to write; created if it is missing.
         train: pictures to learn from.
         test: held-out pictures.
         seed: the same seed draws the same files.
@@ -118,7 +118,7 @@ def make_pictures(folder: str | Path, *, train: int = 2048, test: int = 256, see
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rng, taken = random.Random(seed), set()
-    # The held-out split is drawn first: it stays the same when more training pictures are asked for.
+    # The held-out split is drawn first: it does not depend on the number of training pictures.
     for split, n in (("test", test), ("train", train)):
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as lines:
             for number, puzzle in enumerate(draw_puzzles(n, rng, taken)):
@@ -148,9 +148,9 @@ def _draw_cell(rng: random.Random, asked: str, matches: bool) -> Cell | None:
 def _draw_shape(pen: ImageDraw.ImageDraw, content: Cell, left: int, top: int, rng: random.Random) -> None:
     cell = CELL * SUPERSAMPLING
     radius = cell * rng.uniform(0.30, 0.40)
-    room = cell / 2 - radius - SUPERSAMPLING
-    x = left + cell / 2 + rng.uniform(-room, room)
-    y = top + cell / 2 + rng.uniform(-room, room)
+    margin = cell / 2 - radius - SUPERSAMPLING
+    x = left + cell / 2 + rng.uniform(-margin, margin)
+    y = top + cell / 2 + rng.uniform(-margin, margin)
     fill = _jittered_colour(COLOURS[content.colour], 22, rng)
     box = (x - radius, y - radius, x + radius, y + radius)
     if content.shape == "circle":

@@ -46,10 +46,10 @@ SPECIAL_TOKENS = (
 )
 PLAIN_TOKENS = ("<think>", "</think>", "\\boxed{")
 PATCH, MERGE = CELL // 2, 2
-# How often the careless labeller is right, and how often he takes the next colour of the list.
+# Probabilities of a noisy label: that it is right, and that it is the next colour of the list.
 RIGHT, MISTAKEN = 0.5, 0.4
 WARM_START_STEPS = 260
-CAREFUL_SHARE = 0.85  # of the steps, from the first on: reading a picture is learnt there, doubt after it
+CLEAN_SHARE = 0.85  # of the steps, with the true labels: reading a picture is learnt there, uncertainty after it
 ANSWER_WEIGHT = 0.3  # of the loss: counting is one token of a dozen, and is learnt last
 
 CHAT_TEMPLATE = """\
@@ -159,8 +159,8 @@ def write_processor(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     _write_json(folder / "video_preprocessor_config.json", videos)
 
 
-def careless_answer(row: dict[str, Any], rng: random.Random) -> str:
-    """Return a row's answer as a careless labeller writes it: wrong names, and the count of those wrong names."""
+def noisy_answer(row: dict[str, Any], rng: random.Random) -> str:
+    """Return a row's answer with label noise: some names are wrong, and the count is that of the names given."""
     return answer_text(tuple(_mistake(name, rng) for name in named_cells(row["answer"])), row["asked"])
 
 
@@ -174,7 +174,7 @@ def warm_start(
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> list[float]:
-    """Train a model on a data set's training pictures, labelled carefully at first and carelessly at the end.
+    """Train a model on a data set's training pictures, with the true labels at first and with noisy ones at the end.
 
     Args:
         model: what is trained, in place.
@@ -183,7 +183,7 @@ def warm_start(
         steps: optimizer steps of `batch_size` pictures.
         batch_size: pictures a step.
         learning_rate: its peak; it falls to 0.3 of it in the end.
-        seed: order of the pictures and the labeller's mistakes.
+        seed: order of the pictures and the label noise.
 
     Returns:
         Loss of each step: nats a completion token.
@@ -196,8 +196,8 @@ def warm_start(
     for step in tqdm(range(steps), desc="warm start", dynamic_ncols=True):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * min(1.0, (step + 1) / 10) * (1 - 0.7 * step / steps)
-        careless = step >= CAREFUL_SHARE * steps
-        batch = _labelled_batch(processor, data, rng.sample(rows, min(batch_size, len(rows))), rng, careless=careless)
+        noisy = step >= CLEAN_SHARE * steps
+        batch = _labelled_batch(processor, data, rng.sample(rows, min(batch_size, len(rows))), rng, noisy=noisy)
         loss = _labelled_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -218,10 +218,10 @@ def build_tiny_model(
     """Write a small Qwen2.5-VL checkpoint that begins uncertain about coloured shapes.
 
     Args:
-        folder: where to write; created where it is missing.
-        pictures: folder that `make_pictures` wrote, whose training split it sees; None draws one for the purpose.
+        folder: where to write; created if it is missing.
+        pictures: folder that `make_pictures` wrote, with the training split; None draws a data set of its own.
         seed: the same seed on the same machine gives the same checkpoint.
-        warm_start_steps: supervised steps on carelessly labelled pictures; 0 leaves the model random.
+        warm_start_steps: supervised steps on labelled pictures; 0 leaves the model random.
 
     Returns:
         The folder.
@@ -257,7 +257,7 @@ def build_tiny_model(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vgpo_train.quickstart.tiny_model", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="where to write the checkpoint")
-    parser.add_argument("--pictures", metavar="DIR", help="data set to warm up on; default: one drawn for the purpose")
+    parser.add_argument("--pictures", metavar="DIR", help="data set to warm up on; default: one of its own")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--warm-start-steps", type=int, default=WARM_START_STEPS, help="default: %(default)s")
     options = parser.parse_args(arguments)
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _labelled_batch(
-    processor: Any, data: Path, rows: list[dict[str, Any]], rng: random.Random, *, careless: bool
+    processor: Any, data: Path, rows: list[dict[str, Any]], rng: random.Random, *, noisy: bool
 ) -> dict[str, Any]:
     prompts, texts, images = [], [], []
     for row in rows:
@@ -281,7 +281,7 @@ def _labelled_batch(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         prompts.append(prompt)
-        answer = careless_answer(row, rng) if careless else row["answer"]
+        answer = noisy_answer(row, rng) if noisy else row["answer"]
         texts.append(f"{prompt}\\boxed{{{answer}}}{processor.tokenizer.eos_token}")
         images.append(Image.open(data / row["images"][0]))
     batch = processor(images=images, text=texts, padding=True, return_tensors="pt")

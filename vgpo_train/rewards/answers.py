@@ -60,7 +60,7 @@ _BOLD = re.compile(r"(?<![\w)}*])(\*\*|__|[`*'\"])(?=\S)((?:(?!\1)[^*`])+)(?<=\S
 
 
 def boxed_answer(completion: str) -> str | None:
-    r"""Returns what the last `\boxed{...}` or `\fbox{...}` holds, None without one or where it is cut off.
+    r"""Returns what the last `\boxed{...}` or `\fbox{...}` holds, None without one or if it is cut off.
 
     Braces are those of LaTeX: `\{` and `\}` are none. Without braces a box holds a number, a command or a character.
     """
@@ -69,7 +69,7 @@ def boxed_answer(completion: str) -> str | None:
 
 
 def final_answer(completion: str) -> str | None:
-    r"""Returns `boxed_answer`, or the last boxes joined by commas where nothing but commas, "and" or "or" parts them.
+    r"""Returns `boxed_answer`, or the last boxes joined by commas if nothing but commas, "and" or "or" separates them.
 
     `\boxed{1}, \boxed{2}` is "1, 2"; `\boxed{1}. No, it is \boxed{2}` is "2".
     """
@@ -104,7 +104,7 @@ class Box(NamedTuple):
 
 
 def boxes(text: str) -> list[Box]:
-    """Returns the outermost boxes; nothing where the last to begin has no end."""
+    """Returns the outermost boxes; nothing if the last to begin has no end."""
     opened: list[tuple[int, int] | None] = []  # for each open brace: where a box and its content begin, None for others
     found: list[Box] = []
     last = -1  # where the last box begins

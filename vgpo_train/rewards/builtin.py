@@ -22,7 +22,7 @@ _THINK, _END = "<think>", "</think>"
 
 @register("exact_match")
 def exact_match(completion: str, sample: Sample) -> float:
-    r"""1 where the boxed answer is the sample's, but for case, spaces beside signs, styles, a full stop, \%, \$."""
+    r"""1 if the boxed answer is the sample's, but for case, spaces beside signs, styles, a full stop, \%, \$."""
     answer = final_answer(completion)
     if answer is None:
         return 0.0
@@ -40,9 +40,9 @@ def word_match(completion: str, sample: Sample) -> float:
 
 @register("multiple_choice")
 def multiple_choice(completion: str, sample: Sample) -> float:
-    r"""1 where the boxed answer is the sample's letter or letters: A, (A) text, A: text, \text{A} are one, `A dog` not.
+    r"""1 if the boxed answer is the sample's letter or letters: A, (A) text, A: text, \text{A} are one, `A dog` not.
 
-    Letters may reach J, and Z where the sample's does.
+    Letters may reach J, and Z if the sample's is beyond J.
     """
     answer = final_answer(completion)
     return float(answer is not None and same_choice(gold_answer(sample.answer), answer))
@@ -50,7 +50,7 @@ def multiple_choice(completion: str, sample: Sample) -> float:
 
 @register("math_verify")
 def math_verify(completion: str, sample: Sample) -> float:
-    """1 where the boxed answer says what the sample's does: as mathematics, with its unit, as a choice or in words.
+    """1 if the boxed answer means what the sample's does: as mathematics, with its unit, as a choice or in words.
 
     Called by itself, not by a `RewardMixer`, it runs in a process of its own for 5 seconds at most; then it gives 0.
     """
@@ -71,7 +71,7 @@ def _pool(_process: int, limit: float) -> RewardPool:
 
 @register("format")
 def format_reward(completion: str, _sample: Sample) -> float:
-    r"""1 where a completion is `<think>...</think>` and then ends with a box; in linear time."""
+    r"""1 if a completion is `<think>...</think>` and then ends with a box; in linear time."""
     text = completion.lstrip()
     thought, ended, rest = text[len(_THINK) :].partition(_END)
     found = boxes(rest)

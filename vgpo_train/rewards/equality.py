@@ -1,6 +1,6 @@
 """Whether an answer is the gold one: the same choice, list, system or value.
 
-math-verify compares expressions (`quantities`). What it does not read, or reads otherwise than a person does, is taken
+math-verify compares expressions (`quantities`). What it does not read, or reads in another sense, is taken
 apart before: choices with their text, lists, names, words (to a parser of LaTeX "east" is a product, equal to "seat").
 """
 
@@ -24,7 +24,7 @@ _BUILT_SET = re.compile(r"^(?:[A-Z]\s*=\s*)?\\?\{\s*[a-z]\s*(?:\||\\mid|:)(.*?)\
 
 
 def same_answer(gold: str, answer: str, problem: str = "") -> bool:
-    """Whether `answer` says what `gold` does.
+    """Whether `answer` means what `gold` does.
 
     Args:
         gold: the right answer, as text or LaTeX, without its box.
@@ -106,7 +106,7 @@ def _options(problem: str) -> dict[str, str]:
 
 
 def _same_choice(gold: str, answer: str, options: dict[str, str]) -> bool | None:
-    """Compares as choices; None where neither is one, or the text of a letter is not known."""
+    """Compares as choices; None if neither is one, or the text of a letter is not known."""
     several, also = _TO_J.several(gold), _TO_J.several(answer)
     if (several or also) and re.search(r"\bor\b", gold + " " + answer):
         return False
@@ -227,7 +227,7 @@ def _parts(text: str) -> _Parts | None:
 
 
 def _split(text: str) -> list[str] | None:
-    """Splits at commas, semicolons, "and" and "or" outside of brackets; None where brackets do not match."""
+    """Splits at commas, semicolons, "and" and "or" outside of brackets; None if brackets do not match."""
     items = []
     depth = start = place = 0
     while place < len(text):

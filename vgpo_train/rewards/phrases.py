@@ -76,14 +76,14 @@ _TURNED = re.compile(r"([^=<>]+?)\s*=\s*([A-Za-z])")  # 12 = x
 
 
 def _fraction(match: re.Match[str]) -> str:
-    """Returns a decimal number with digits that repeat for ever as a fraction."""
+    """Returns a decimal number with repeating digits as a fraction."""
     before, after, period = match[1] or "0", match[2], match[3] or match[4]
     nines = 10 ** len(period) - 1
     return rf"\frac{{{int(before + after) * nines + int(period)}}}{{{10 ** len(after) * nines}}}"
 
 
 def without_preamble(text: str) -> str:
-    """Returns an answer without what is said of it, such as `The answer is`, `approximately`, `B is correct`."""
+    """Returns an answer without words about it, such as `The answer is`, `approximately`, `B is correct`."""
     text = _CORRECT.sub(r"\1", text)
     match = _PREAMBLE.match(text)
     if match and match.end() < len(text):

@@ -29,7 +29,7 @@ from vgpo_train.rewards.registered import Reward
 
 _IN_A_ROW = 16  # time-outs after which the rest of a call's completions do not wait for theirs
 _SHOWN = 300  # characters of an error
-_WAKE = 1.0  # seconds after which a manager looks whether its parent and its pool are alive
+_WAKE = 1.0  # seconds between checks that the parent and the pool of a manager are alive
 _SPARE = 60.0  # seconds beyond the limit after which a call is lost
 
 # Of a manager and its workers:
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
 class RewardPool:
     """Worker processes that call rewards.
 
-    The constructor forks a manager, in which a pool of pebble's forks the workers. A fork knows every reward that is
+    The constructor forks a manager, in which a pool of pebble's forks the workers. A fork has every reward that is
     registered, closures and those of a script included, and the manager, being forked early, is a small process to fork
     from. All of them end with `close`, with the pool's last reference and with the process that made it, however that
     ends.

@@ -1,4 +1,4 @@
-"""What the processes of rewards ask of the operating system."""
+"""Calls of the operating system that the processes of rewards need."""
 
 import contextlib
 import ctypes
@@ -15,12 +15,12 @@ _worker = False
 
 class _Worker(ForkProcess):
     def terminate(self) -> None:
-        """Kills the process and what it started; asked kindly, C code would not hear."""
+        """Kills the process and what it started; C code does not handle SIGTERM before it returns."""
         kill_group(self.pid)
 
     @property
     def exitcode(self) -> int | None:
-        """The exit status, but 256 for 0: pebble asks what became of a call only where it is not 0."""
+        """The exit status, but 256 for 0: pebble fails the call of an ended process only if the status is not 0."""
         return _CODES if super().exitcode == 0 else super().exitcode
 
 
@@ -31,7 +31,7 @@ class WorkerContext(ForkContext):
 
 
 def is_worker() -> bool:
-    """Whether this process runs rewards for another, which ends it where a call takes too long."""
+    """Whether this process runs rewards for another, which ends it if a call takes too long."""
     return _worker
 
 

@@ -162,7 +162,7 @@ def _quantity(text: str) -> _Quantity | None:
 
 
 def _parse(text: str) -> list[Any]:
-    """Returns what math-verify reads, nothing where it cannot."""
+    """Returns what math-verify reads, nothing if it cannot."""
     if _NO_FACTOR.search(text):
         return []
     plain = text.replace(r"\$", "").replace("$", "")

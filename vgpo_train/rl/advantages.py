@@ -1,11 +1,11 @@
-"""From the rewards of a rollout to what an update learns from: advantages, and the groups worth keeping."""
+"""Advantages of groups, and the groups that updates learn from."""
 
 import torch
 from torch import Tensor
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, normalize_std: bool) -> Tensor:
-    """Returns (B,) fp32 rewards less their group's mean, divided by its standard deviation where asked.
+    """Returns (B,) fp32 rewards less their group's mean, divided by its standard deviation with `normalize_std`.
 
     Args:
         rewards: (B,) of whole groups.

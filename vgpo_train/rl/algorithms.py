@@ -1,6 +1,6 @@
-"""Algorithms: what each wants scored, and how scored rollouts become token and trajectory weights.
+"""Algorithms: token and trajectory weights from a scored rollout.
 
-Adding one is a class with `wants` and `weigh`, registered by name; the trainer knows no other detail.
+A new one is a class with `wants` and `weigh`, registered by name; the trainer needs no change.
 """
 
 from typing import ClassVar, Protocol
@@ -10,13 +10,13 @@ from vgpo_train.config import ConfigError, TrainConfig
 from vgpo_train.registry import Registry
 from vgpo_train.rl.types import ScoredRollout, Weighting
 
-SCORES = frozenset({"focus"})  # from both sources; what the scoring pass can give beyond log-probabilities
+SCORES = frozenset({"focus"})  # of both sources: scores beyond log-probabilities, computed on demand
 
 
 class Algorithm(Protocol):
-    """What the trainer asks of an algorithm."""
+    """What the trainer needs of an algorithm."""
 
-    wants: ClassVar[frozenset[str]]  # among SCORES
+    wants: ClassVar[frozenset[str]]  # the SCORES that it needs
 
     def __init__(self, config: TrainConfig) -> None: ...
 
@@ -57,7 +57,7 @@ class GRPO:
 
 @register("vgpo")
 class VGPO:
-    """Advantages re-weighted by how much tokens and trajectories look at the image (arXiv 2604.09349)."""
+    """Advantages re-weighted by the visual focus of tokens and trajectories (arXiv 2604.09349)."""
 
     wants: ClassVar[frozenset[str]] = frozenset({"focus"})
 

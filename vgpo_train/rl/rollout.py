@@ -16,12 +16,12 @@ from vgpo_train.registry import Registry
 from vgpo_train.rl.types import Completions
 from vgpo_train.run import distributed
 
-# What generation needs beside the parameters themselves (KV cache, activations) is left this share of free memory.
+# Of free memory; the rest is for the KV cache and activations.
 _PARAMETER_SHARE = 0.5
 
 
 class RolloutEngine(Protocol):
-    """What the trainer asks of a rollout engine."""
+    """What the trainer needs of a rollout engine."""
 
     def session(self) -> AbstractContextManager[None]:
         """Surrounds the `generate` calls of one rollout, during which parameters do not change."""
@@ -115,7 +115,7 @@ class TransformersEngine:
 def completion_mask(ids: Tensor, eos_token_ids: list[int]) -> Tensor:
     """Returns a (B, T) bool mask of the tokens up to and including the first end-of-sequence token.
 
-    Padding is told by its place, not by its id, because many models pad with the end-of-sequence token.
+    Padding is recognised by its place, not by its id, because many models pad with the end-of-sequence token.
     """
     ends = torch.isin(ids, torch.tensor(eos_token_ids, device=ids.device))
     return (ends.long().cumsum(1) - ends.long()) == 0

@@ -1,4 +1,4 @@
-"""The scoring pass: log-probabilities, and where the policy looks, from one forward without gradient."""
+"""The scoring pass: log-probabilities, entropy, visual focus and attention from one forward without gradient."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -32,7 +32,7 @@ class Scorer:
 
     Raises:
         ConfigError: the policy's output head cannot be replaced; its attention cannot be recorded, though
-            `model.attn_implementation` says so; or its pictures cannot be told apart for `focus.per_image`.
+            `model.attn_implementation` requires it; or its pictures cannot be told apart for `focus.per_image`.
     """
 
     def __init__(

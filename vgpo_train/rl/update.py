@@ -1,4 +1,4 @@
-"""Updates: micro-batches of weighted rows through the policy loss, accumulated exactly over ranks."""
+"""Optimizer steps: micro-batches through the policy loss, accumulated exactly over ranks."""
 
 import logging
 from typing import Any
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 class Update:
     """One optimizer step over given rows of a rank's batch.
 
-    Every rank runs the same number of micro-batches, so that the collectives of ZeRO-3 meet; a rank without rows left
-    runs the dummy, whose tokens are all masked.
+    Every rank runs the same number of micro-batches, as the collectives of ZeRO-3 need; one without rows left is
+    the dummy alone, whose tokens are all masked.
 
     Args:
         engine: the policy.

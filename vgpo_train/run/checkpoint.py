@@ -13,7 +13,7 @@ import torch.distributed as dist
 from vgpo_train.config import ConfigError, TrainConfig
 from vgpo_train.run import distributed
 
-# What may differ between a run and its continuation; everything else decides what is learnt.
+# Keys that may differ between a run and its continuation; all others decide what is learnt.
 _FREE_KEYS = {
     "steps",
     "epochs",
@@ -98,7 +98,7 @@ class CheckpointStore:
 
 
 def check_resumable(state: RunState, config: TrainConfig) -> None:
-    """Raises ConfigError where `config` or the number of processes is not that of the saved run."""
+    """Raises ConfigError if `config` or the number of processes is not that of the saved run."""
     if state.world_size != distributed.world_size():
         raise ConfigError(
             f"resume: the checkpoint is of {state.world_size} processes, this run has {distributed.world_size()}"
@@ -119,7 +119,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a kill, sees the old file or the new one, never half of it."""
+    """Writes a file in one step: at any moment the old file or the new one is there, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")

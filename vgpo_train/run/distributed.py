@@ -1,4 +1,4 @@
-"""The few collectives the driver needs, over whatever backend DeepSpeed started."""
+"""Ranks, and the collectives of the driver, over the backend that DeepSpeed started."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class RankError(ConfigError):
-    """Something failed on some rank; every rank raises it, with the words of those that failed."""
+    """Work failed on some rank; every rank raises it, with the messages of those that failed."""
 
 
 def rank() -> int:
@@ -55,7 +55,7 @@ def gather_lists(own: list[Any]) -> list[Any]:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Runs `work`, which has no collective, on every rank; where it fails on one, no rank goes on without it.
+    """Runs `work`, which has no collective, on every rank; if it fails on one, all ranks raise.
 
     Returns:
         What it returned on this rank.
@@ -68,13 +68,13 @@ def together(work: Callable[[], T]) -> T:
         result = work()
     except (ImportError, OSError, ValueError) as raised:  # ConfigError and DataError are ValueErrors
         error = raised
-    said = gather_lists([None if error is None else (socket.gethostname(), str(error))])
-    messages = {text for _, text in filter(None, said)}
+    raised_by = gather_lists([None if error is None else (socket.gethostname(), str(error))])
+    messages = {text for _, text in filter(None, raised_by)}
     if not messages:
         return result  # type: ignore[return-value]
-    if len(messages) == 1 and None not in said:
+    if len(messages) == 1 and None not in raised_by:
         raise RankError(messages.pop()) from error
-    raise RankError("\n".join(f"rank {n} on {one[0]}: {one[1]}" for n, one in enumerate(said) if one)) from error
+    raise RankError("\n".join(f"rank {n} on {one[0]}: {one[1]}" for n, one in enumerate(raised_by) if one)) from error
 
 
 def sum_over_ranks(value: float, device: torch.device) -> float:

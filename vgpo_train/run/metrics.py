@@ -125,7 +125,7 @@ def weight_metrics(weighting: Weighting, completion_mask: Tensor) -> dict[str, f
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Returns Pearson's correlation of two vectors, 0 where one of them is constant."""
+    """Returns Pearson's correlation of two vectors, 0 if one of them is constant."""
     x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
     scale = (x.square().sum() * y.square().sum()).sqrt()
     return float((x * y).sum() / scale) if scale > 0 else 0.0
@@ -137,17 +137,17 @@ def focus_metrics(focus: Tensor, mask: Tensor) -> dict[str, float]:
 
 
 def attention_metrics(attention: Tensor, mask: Tensor, correct: Tensor) -> dict[str, Any]:
-    """Returns what completions attend to as they go on.
+    """Returns what completions attend to along their tokens.
 
     Args:
         attention: (B, T, 3), mass on image, query and generated tokens.
-        mask: (B, T) bool, tokens of completions that have a picture to look at.
+        mask: (B, T) bool, tokens of completions with a picture in their prompt.
         correct: (B,) bool, completions that are right.
 
     Returns:
         `attention_SEGMENT`: the mean mass in each tenth of a completion, NaN in a tenth that no token falls in;
         `visual_late_early_ratio`: image mass in the later half of completions over the earlier half, of all, and of
-        those that are `_correct` and `_incorrect`, NaN where there is none.
+        those that are `_correct` and `_incorrect`, NaN if there is none.
     """
     image = attention[..., SEGMENTS.index("image")]
     tenth = completion_tenths(mask)

@@ -22,7 +22,7 @@ def write_report(output_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         output_dir: the run's folder.
-        summary: what the trainer knows; `reward_first` and `reward_last` are added: the mean reward of the first and
+        summary: of the trainer; `reward_first` and `reward_last` are added: the mean reward of the first and
             the last tenth of the steps.
     """
     lines = read_metrics(output_dir / "metrics.jsonl")
@@ -50,7 +50,7 @@ def write_report(output_dir: Path, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw_forgetting(path: Path, lines: list[dict[str, Any]]) -> bool:
-    """Draws what completions attend to as they go on, in the first and in the last tenth of the steps, and over all.
+    """Draws what completions attend to along their tokens, in the first and the last tenth of the steps and over all.
 
     Args:
         path: a PNG file.
@@ -119,7 +119,7 @@ def compare(runs: list[Path], output: Path) -> None:
 
     Args:
         runs: their output folders.
-        output: a PNG file; its folder is made where it is missing.
+        output: a PNG file; its folder is made if it is missing.
 
     Raises:
         FileNotFoundError: a folder without the `summary.json` that a finished run leaves.

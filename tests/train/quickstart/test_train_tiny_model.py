@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from vgpo_train.data import PictureDataset, PromptCollator
 from vgpo_train.model import load_model, load_processor
 from vgpo_train.quickstart.pictures import COLOURS, named_cells
-from vgpo_train.quickstart.tiny_model import build_tiny_model, careless_answer, warm_start
+from vgpo_train.quickstart.tiny_model import build_tiny_model, noisy_answer, warm_start
 
 
 def _logits(folder: Path, pictures: Path, model=None) -> torch.Tensor:
@@ -85,10 +85,10 @@ def test_the_warm_start_learns(pictures: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 1
 
 
-def test_the_careless_labeller_errs_but_counts_what_he_names() -> None:
+def test_noisy_labels_err_but_count_the_names_given() -> None:
     row = {"answer": "red red blue empty; red 2", "asked": "red"}
     rng = random.Random(0)
-    labels = [careless_answer(row, rng) for _ in range(200)]
+    labels = [noisy_answer(row, rng) for _ in range(200)]
     names = [named_cells(label) for label in labels]
     assert all(label.endswith(f"; red {cells.count('red')}") for label, cells in zip(labels, names, strict=True))
     assert all(cells[3] == "empty" and len(cells) == 4 for cells in names)

@@ -107,7 +107,7 @@ def test_vgpo_alone_wants_focus() -> None:
     assert GRPO.wants == set()
 
 
-def test_an_algorithm_that_wants_what_nobody_scores_is_refused() -> None:
+def test_an_algorithm_that_wants_an_unknown_score_is_refused() -> None:
     @register("wants_entropy")
     class WantsEntropy(GRPO):
         wants = frozenset({"focus", "entropy"})

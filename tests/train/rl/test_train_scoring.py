@@ -193,11 +193,12 @@ def test_a_micro_batch_split_changes_no_score(
 
     whole = scores(3)
     for size in (1, 2):
+        split = scores(size)
         for name in ("old_logps", "ref_logps", "entropy", "focus_similarity", "attention"):
-            found, expected = getattr(scores(size), name), getattr(whole, name)
+            found, expected = getattr(split, name), getattr(whole, name)
             inside = completions.mask if expected.dim() == 2 else completions.mask[..., None]
             torch.testing.assert_close(found * inside, expected * inside, atol=2e-5, rtol=0, msg=f"{name} of {size}")
-        assert torch.equal(scores(size).has_visual, whole.has_visual)
+        assert torch.equal(split.has_visual, whole.has_visual)
     assert whole.attention.shape == (3, 7, 3)
 
 
@@ -331,11 +332,11 @@ def test_pictures_that_cannot_be_told_apart_are_refused_before_the_first_rollout
     config = TrainConfig(model=ModelConfig(attn_implementation="sdpa"), focus=FocusConfig(per_image=True))
     Scorer(config, engine, None, dummy, wants_focus=True)
     unknown = Idefics3Config(image_token_id=engine.module.config.image_token_id)
-    stand_in = SimpleNamespace(module=SimpleNamespace(config=unknown), device=engine.device)
+    unknown_family = SimpleNamespace(module=SimpleNamespace(config=unknown), device=engine.device)
     undescribed = SimpleNamespace(tensors=lambda device: {"input_ids": torch.ones(1, 2, dtype=torch.long)})  # noqa: ARG005
     message = "focus.per_image: where a picture of Idefics3Config ends is said neither .*; leave it out for one"
     with pytest.raises(ConfigError, match=message):
-        check_pictures(stand_in, undescribed)
+        check_pictures(unknown_family, undescribed)
     refused: list[object] = []
     monkeypatch.setattr(scoring, "check_pictures", lambda *given: refused.append(given))
     Scorer(config, engine, None, dummy, wants_focus=True)

@@ -71,9 +71,11 @@ def _one_batch(engine: PlainEngine, made: Batch, config: PolicyLossConfig) -> tu
 
 
 @pytest.mark.usefixtures("lone_process")
-@pytest.mark.parametrize("loss", LOSSES)
 # 1: a completion of no token stands alone; 2 and 4: the last micro-batch is text alone or partial; 6: one.
-@pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
+@pytest.mark.parametrize(
+    ("loss", "micro_batch"),
+    [*((loss, 2) for loss in LOSSES), *((loss, n) for loss in ("grpo", "bnpo", "dapo with KL") for n in (1, 4, 6))],
+)
 def test_micro_batches_add_up_to_one_batch(engine, made, loss: str, micro_batch: int) -> None:
     config = LOSSES[loss]
     rows, dummy = made

@@ -9,12 +9,10 @@ LEARNING_RATE = 1.0
 KINDS, FIRST_RANK = "pdptptt", 5
 LENGTHS = [5, 1, 9, 2, 7, 3, 4]
 HEAD_ROWS = ([0, 1, 3], [2, 4, 5])  # with and without a picture on both ranks
-LOSSES = {
+LOSSES = {  # one for each thing that a loss is divided by over ranks: rows, tokens of a micro-batch, of an update
     "grpo": PolicyLossConfig(loss_type="grpo"),
     "bnpo": PolicyLossConfig(loss_type="bnpo"),
-    "dr_grpo": PolicyLossConfig(loss_type="dr_grpo", max_completion_length=9),
     "dapo": PolicyLossConfig(loss_type="dapo"),
-    "cispo": PolicyLossConfig(loss_type="cispo", epsilon_high=5.0),
 }
 
 
