@@ -9,8 +9,8 @@ model(**batch)
 HeadPatch.run                  compares f(probe) with each LogitTransform that the configuration may mean; if the
                                one that `results` were computed with is another, the model runs once more
 
-backward of a result: _Tie -> f -> _Probe -> hooks of the head -> hidden states, as if the loss were of logits;
-_Tie gives f's input a gradient of zeros, and the result's own gradient goes straight to its graph.
+In the backward of a result, _Tie passes the gradient on to `results`, and from there to head and hidden states. It
+also gives the logits a gradient of zeros, which ends at _Probe: wrappers see a backward through the model's output.
 """
 
 import inspect
@@ -49,7 +49,7 @@ class LogitTransform(NamedTuple):
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
     def fold(self, temperature: float) -> tuple[float, float | None]:
-        """Returns the temperature and soft-cap of the head's own logits that are equal to `temperature` after it."""
+        """Returns the temperature and soft-cap of the logits before it that are equal to `temperature` afterwards."""
         return temperature / self.scale, None if self.softcap is None else self.softcap / self.scale
 
 
