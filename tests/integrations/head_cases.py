@@ -1,4 +1,4 @@
-"""Models, batches and what the logits of the one give for the other, for tests of the head's stand-in."""
+"""Models, batches and what the logits of the one give for the other, for tests of the replaced head."""
 
 import copy
 import math
@@ -170,7 +170,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 class NoLogits(TorchDispatchMode):
-    """Fails where anything as wide as the vocabulary has more rows than the row of numbers that the model is shown."""
+    """Fails if a tensor as wide as the vocabulary has more rows than the probe."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -183,7 +183,7 @@ class NoLogits(TorchDispatchMode):
 
 @contextmanager
 def forbidden_head(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lets nobody run the product of the head."""
+    """Fails if the product of the head runs."""
     real = nn.functional.linear
     weight = model.get_output_embeddings().weight
 

@@ -1,4 +1,4 @@
-"""Where nobody records, "vgpo" is transformers' own sdpa, mask and all; what it cannot do, it says."""
+"""Without a recorder, "vgpo" is transformers' own sdpa, mask included; what it cannot take raises."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def test_both_functions_are_registered() -> None:
 @pytest.mark.parametrize("attention_mask", [None, torch.ones(2, 5, dtype=torch.bool), PADDED])
 @pytest.mark.parametrize("mask_function", [causal_mask_function, sliding_window_causal_mask_function(3)])
 @pytest.mark.parametrize("skip", [True, False])
-def test_mask_is_sdpas_while_nobody_records(attention_mask: Any, mask_function: Any, skip: bool) -> None:
+def test_mask_is_sdpas_without_a_recorder(attention_mask: Any, mask_function: Any, skip: bool) -> None:
     arguments = {
         "batch_size": 2,
         "q_length": 5,
@@ -48,7 +48,7 @@ def test_mask_is_sdpas_while_nobody_records(attention_mask: Any, mask_function: 
 
 
 @pytest.mark.parametrize("name", SDPA_FAMILIES)
-def test_model_is_bit_identical_to_sdpa_while_nobody_records(name: str) -> None:
+def test_model_is_bit_identical_to_sdpa_without_a_recorder(name: str) -> None:
     model, batch = tiny_vlms.make(name), tiny_vlms.make_batch(name)
     options = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": tiny_vlms.NOT_WORDS}
     results = []
@@ -85,7 +85,7 @@ def test_layers_that_are_not_recorded_get_what_sdpa_gets(name: str, monkeypatch:
         assert torch.equal(plain, recorded)
 
 
-def test_soft_capped_model_attends_with_ours_while_nobody_records() -> None:
+def test_soft_capped_model_attends_with_ours_without_a_recorder() -> None:
     model, batch = tiny_vlms.make("soft_capped"), tiny_vlms.make_batch("soft_capped")
     real = batch["attention_mask"].bool()
     logits = {}

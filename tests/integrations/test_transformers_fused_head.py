@@ -1,4 +1,4 @@
-"""Log-probabilities and loss from a model whose head is stood in for, against the dense logits of the same model."""
+"""Log-probabilities and loss from a model whose head is replaced, against the dense logits of the same model."""
 
 import copy
 from typing import Any
@@ -34,7 +34,12 @@ from transformers import (
 )
 
 from vgpo_kernels import PolicyLossConfig
-from vgpo_kernels.integrations.transformers import fused_logprobs, model_logprobs, record_visual_attention
+from vgpo_kernels.integrations.transformers import (
+    fused_logprobs,
+    head_patch,
+    model_logprobs,
+    record_visual_attention,
+)
 from vgpo_kernels.testing import assert_error_budget
 
 
@@ -65,14 +70,21 @@ def test_log_probabilities_are_those_of_the_logits(name: str, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", READ_AGAIN)
-def test_a_model_is_asked_once_what_it_does_with_logits(name: str) -> None:
-    """Its first forward tells, and is run again; those of later `with`s are not."""
-    case = Case(name)
+def test_the_transform_of_logits_is_read_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first forward, which is run again; later ones, inside this `with` or another, are not."""
+    reads: list[int] = []
     forwards: list[int] = []
+    real = head_patch.HeadPatch._read
+    monkeypatch.setattr(head_patch.HeadPatch, "_read", lambda self, logits: reads.append(1) or real(self, logits))
+    case = Case(name)
     case.model.register_forward_hook(lambda *_: forwards.append(1))
-    for expected in (2, 3, 4):
-        model_logprobs(case.model, case.batch, prompt_length=case.prompt)
-        assert len(forwards) == expected
+    with fused_logprobs(case.model) as fused:
+        first = fused.logprobs(case.batch, prompt_length=case.prompt).logps
+        assert (len(reads), len(forwards)) == (1, 2)
+        second = fused.logprobs(case.batch, prompt_length=case.prompt).logps
+    assert torch.equal(first, second)
+    model_logprobs(case.model, case.batch, prompt_length=case.prompt)
+    assert (len(reads), len(forwards)) == (1, 4)
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -217,22 +229,6 @@ def test_a_batch_whose_tokens_are_all_masked_runs_backward() -> None:
     gradients = gradients_of(case.model)
     assert any("vision" in name for name in gradients), "the vision tower runs backward, too"
     assert not any(gradient.any() for gradient in gradients.values())
-
-
-def test_the_model_may_be_asked_again_and_is_only_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vgpo_kernels.integrations.transformers import head_patch
-
-    readings, forwards = [], []
-    real = head_patch.StandIn._read
-    monkeypatch.setattr(head_patch.StandIn, "_read", lambda self, shown: readings.append(1) or real(self, shown))
-    case = Case("multiplying")
-    case.model.register_forward_hook(lambda *_: forwards.append(1))
-    with fused_logprobs(case.model) as fused:
-        first = fused.logprobs(case.batch, prompt_length=case.prompt).logps
-        assert (len(readings), len(forwards)) == (1, 2), "it multiplies by what Granite divides by: once more"
-        second = fused.logprobs(case.batch, prompt_length=case.prompt).logps
-    assert (len(readings), len(forwards)) == (1, 3)
-    assert torch.equal(first, second)
 
 
 def test_adapters_on_other_layers_in_a_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the head's stand-in leaves behind, and what it refuses."""
+"""What the replaced head leaves behind, and what it refuses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,11 +50,11 @@ def test_nothing_else_may_call_the_head_meanwhile() -> None:
         assert fused.logprobs(case.batch, prompt_length=case.prompt).logps.any(), "the outer one goes on"
 
 
-def test_the_stand_in_is_gone_after_the_with() -> None:
+def test_the_patch_is_gone_after_the_with() -> None:
     case = Case("granite")
     with fused_logprobs(case.model) as fused:
         pass
-    with pytest.raises(RuntimeError, match="GraniteForCausalLM: its output head is stood in for only inside"):
+    with pytest.raises(RuntimeError, match="GraniteForCausalLM: its output head is replaced only inside"):
         fused.logprobs(case.batch, prompt_length=PROMPT)
 
 

@@ -1,4 +1,4 @@
-"""The head's stand-in under what wraps models for several devices (DDP, FSDP; on a group of one) or trains a copy."""
+"""The replaced head in models wrapped for several devices (DDP, FSDP; on a group of one) or trains a copy."""
 
 from collections.abc import Iterator
 
@@ -38,7 +38,7 @@ def test_ddp(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("lone_group")
-# A tied head stands in the root's group, another one may stand apart and is let go after the forward.
+# A tied head is in the root's group; another one may have its own, which is resharded after the forward.
 @pytest.mark.parametrize(("name", "apart"), [(SMALL, False), ("qwen2_vl", False), ("qwen2_vl", True)])
 def test_fsdp(name: str, apart: bool) -> None:
     case = Case(name)

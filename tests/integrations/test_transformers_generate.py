@@ -35,7 +35,7 @@ def generate(model: Any, batch: dict[str, Any], queries: str, **options: Any) ->
 def over_the_whole(
     model: Any, family: str, batch: dict[str, Any], completion: Tensor, queries: str, mask: Tensor | None = None
 ) -> Recorder:
-    """Records one forward over prompts and completions, for test_transformers_recorded_mass."""
+    """Records one forward over the whole, which test_transformers_recorded_mass compares with eager maps."""
     whole = tiny_vlms.continued(family, batch, completion, mask)
     with (
         torch.no_grad(),
@@ -141,13 +141,13 @@ def test_several_samples_of_a_prompt(model: Any, family: str) -> None:
 
 def test_assisted_decoding_forgets_refused_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = []
-    real = sequence.Sequence._truncate
+    real = sequence.SequenceRecord._truncate
 
     def spy(self: Any, length: int) -> None:
         refused.append(self.tokens.length - length)
         real(self, length)
 
-    monkeypatch.setattr(sequence.Sequence, "_truncate", spy)
+    monkeypatch.setattr(sequence.SequenceRecord, "_truncate", spy)
     family = "internvl"
     model, batch = tiny_vlms.make(family), tiny_vlms.make_batch(family)
     model.set_attn_implementation("vgpo")
@@ -192,7 +192,7 @@ def test_loop_of_ones_own(family: str, queries: str, known: bool) -> None:
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
             output = model(input_ids=token, attention_mask=mask, past_key_values=output.past_key_values)
     expected = over_the_whole(model, family, batch, torch.cat(completion, 1), queries)
-    # The last query produces a token that nobody sampled, but somebody may.
+    # The last query produces a token that has not been sampled yet.
     last = slice(None, 4)
     assert rec.mass.shape[-2] == 4 + (queries == "predicting")
     assert_close(rec.mass[..., last, :], expected.mass)
@@ -338,7 +338,7 @@ def test_loops_that_cannot_be_followed(model: Any, family: str, options: dict[st
 
 
 def test_generate_is_not_compiled_while_recorded(model: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled steps would not be heard."""
+    """Compiled steps would bypass the recorder."""
     seen = []
     real = type(model).generate
 

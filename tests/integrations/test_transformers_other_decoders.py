@@ -121,7 +121,7 @@ def test_against_eager_maps(make: Callable[[], Any], layers: tuple[int, ...]) ->
     assert_close(rec.mass[..., 0] * real[:, None], expected * real[:, None])
 
 
-def test_family_that_bypasses_the_interface() -> None:
+def test_family_that_bypasses_theattention_function() -> None:
     model = ready(falcon)
     model.set_attn_implementation("vgpo")  # transformers warns that it cannot
     message = r"ran with attn_implementation='sdpa'.*a family that will not take it bypasses transformers' attention"

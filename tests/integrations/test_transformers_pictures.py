@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from vgpo_kernels.integrations.transformers import check_separable, image_ids, visual_token_mask
-from vgpo_kernels.integrations.transformers.pictures import find_picture, lay_out
+from vgpo_kernels.integrations.transformers.heatmap import find_picture, lay_out
 
 IMAGE, VIDEO, BEGIN, END, BREAK = 8, 9, 6, 7, 5
 TOWER = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4}
@@ -219,5 +219,7 @@ def test_visual_tokens_are_found_in_the_vision_half() -> None:
     assert visual_token_mask(phi, ids).tolist() == [[True, False, False]]
     assert visual_token_mask(GEMMA4, ids).tolist() == [[True, False, True]]
     text = Gemma4Config().text_config
-    with pytest.raises(ValueError, match=r"config: expected one that names the image token .*got Gemma4TextConfig"):
+    with pytest.raises(
+        ValueError, match=r"config: expected a configuration that names the image token .*got Gemma4TextConfig"
+    ):
         visual_token_mask(text, ids)

@@ -5,18 +5,13 @@ from typing import Any
 import pytest
 import tiny_vlms
 import torch
+from tiny_vlms import recorded
 from torch import Tensor
 from torch.testing import assert_close
 
 from vgpo_kernels.integrations.transformers import record_visual_attention, sequence
 
 FAMILY = "qwen2_5_vl"  # sliding and full layers
-
-
-def recorded(model: Any, batch: dict[str, Any], *args: Any, **options: Any) -> Tensor:
-    with torch.no_grad(), record_visual_attention(model, *args, **options) as rec:
-        model(**batch)
-    return rec.mass
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

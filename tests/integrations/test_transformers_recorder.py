@@ -1,4 +1,4 @@
-"""The context manager: what it leaves behind, whose calls it hears, training under checkpointing, errors."""
+"""The context manager: what it leaves behind, which calls it records, masks of the caller, errors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,16 +6,13 @@ from typing import Any
 import pytest
 import tiny_vlms
 import torch
-from torch import Tensor, nn
+from head_cases import Wrapper
+from tiny_vlms import recorded
+from torch import nn
 from torch.testing import assert_close
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from vgpo_kernels.integrations.transformers import (
-    attention_function,
-    focus_from_attention,
-    generate_patch,
-    record_visual_attention,
-)
+from vgpo_kernels.integrations.transformers import focus_from_attention, record_visual_attention, recorder_base
 
 FAMILY = "qwen2_5_vl"  # sliding and full layers
 
@@ -35,17 +32,11 @@ def batch() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def nothing_stays_behind(model: Any) -> Iterator[None]:
     yield
-    assert attention_function.LISTENERS == generate_patch.FOLLOWERS == []
+    assert recorder_base.ACTIVE == []
     assert "generate" not in model.__dict__
     for module in model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
-
-
-def recorded(model: Any, batch: dict[str, Any], *args: Any, **options: Any) -> Tensor:
-    with torch.no_grad(), record_visual_attention(model, *args, **options) as rec:
-        model(**batch)
-    return rec.mass
 
 
 def test_last_forward_is_what_is_read(model: Any, batch: dict[str, Any]) -> None:
@@ -82,11 +73,11 @@ def test_two_models_are_told_apart(model: Any, batch: dict[str, Any]) -> None:
         other(**other_batch)
         assert torch.equal(one.mass, expected[0])
         assert torch.equal(two.mass, expected[1])
-    unheard = tiny_vlms.make(FAMILY)
-    unheard.set_attn_implementation("vgpo")
+    unrecorded = tiny_vlms.make(FAMILY)
+    unrecorded.set_attn_implementation("vgpo")
     with torch.no_grad(), record_visual_attention(model, "all") as one:
         model(**batch)
-        unheard(**tiny_vlms.make_batch(FAMILY, words=9))
+        unrecorded(**tiny_vlms.make_batch(FAMILY, words=9))
     assert torch.equal(one.mass, expected[0])
 
 
@@ -122,17 +113,6 @@ def test_interrupted_forward_is_not_taken_for_the_outermost_one(model: Any, batc
         handle.remove()
         model(**batch)
     assert torch.equal(rec.mass, recorded(model, batch))
-
-
-class Wrapper(nn.Module):
-    """Calls the model within, as DistributedDataParallel and DeepSpeed's engine do."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
 
 
 def test_wrapped_models_and_calls_of_inner_ones(model: Any, batch: dict[str, Any]) -> None:
@@ -211,7 +191,7 @@ def test_mask_that_was_copied_on_the_way(model: Any, batch: dict[str, Any], hole
 
 
 def test_compiled_layer(model: Any, batch: dict[str, Any]) -> None:
-    """One graph while nobody records; a recorder that comes later is heard."""
+    """One graph without a recorder; a later recorder records."""
     attention = model.model.language_model.layers[2].self_attn
     with torch.no_grad():
         plain, mass = model(**batch).logits, recorded(model, batch)
@@ -268,7 +248,7 @@ def test_focus_is_the_mean_of_layers_and_heads(model: Any, batch: dict[str, Any]
 
 
 def test_focus_of_a_broken_record(model: Any, batch: dict[str, Any]) -> None:
-    """Numbers that are NaN only where nobody asks do no harm."""
+    """NaN outside the mask does not raise."""
     with torch.no_grad(), record_visual_attention(model, "all", prompt_length=20) as rec:
         model(**batch)
     mask = torch.ones(3, 5)
@@ -289,7 +269,7 @@ class TestErrors:
         with pytest.raises(RuntimeError, match=message), record_visual_attention(model):
             model(**batch)
 
-    def test_model_that_bypasses_the_interface(
+    def test_model_that_bypasses_theattention_function(
         self, model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for layer in model.model.language_model.layers:
@@ -297,7 +277,7 @@ class TestErrors:
         with pytest.raises(RuntimeError, match="set to 'vgpo' but none of its layers called it: it bypasses"):
             recorded(model, batch)
 
-    def test_layer_that_bypasses_the_interface(
+    def test_layer_that_bypasses_theattention_function(
         self, model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         attention = model.model.language_model.layers[2].self_attn

@@ -1,4 +1,4 @@
-"""VGPOTrainer's prompts to a vLLM in its process, which a stand-in plays here; tests/with_vllm has the real one."""
+"""VGPOTrainer's prompts to a vLLM in its process, here a fake one; tests/with_vllm has the real one."""
 
 import inspect
 import math
@@ -18,7 +18,7 @@ from vgpo_kernels.integrations.trl import VGPOTrainer, vllm
 from vgpo_kernels.integrations.trl.vllm import UnexpandedEngine, unexpanded_prompts, without_placeholders
 
 
-class StandIn:
+class FakeEngine:
     """Takes what TRL gives to vLLM, and expands the first placeholder of each picture, as vLLM's processor does."""
 
     more = 0  # placeholders a picture beyond those of the trainer's processor
@@ -50,8 +50,8 @@ class StandIn:
 
 @pytest.fixture
 def trainer_of(make, monkeypatch):
-    """Builds trainers whose vLLM is the stand-in."""
-    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", StandIn)
+    """Builds trainers whose vLLM is the fake one."""
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", FakeEngine)
     return lambda trainer, **options: make(trainer, use_vllm=True, vllm_mode="colocate", **options)
 
 
@@ -77,7 +77,7 @@ def test_vllm_completes_the_prompts_that_are_trained_on(trainer_of, pictures):
         trainer.model.train()
         batch = trainer._generate_and_score_completions([data[row // 4] for row in range(8)])
         engine = trainer.vllm_generation
-        assert isinstance(engine, StandIn)
+        assert isinstance(engine, FakeEngine)
         generated[kind] = (engine, prompt_ids(batch))
     engine, trained = generated[GRPOTrainer]
     pictures_of = [2] * 4 + [1] * 4
@@ -92,13 +92,13 @@ def test_vllm_completes_the_prompts_that_are_trained_on(trainer_of, pictures):
 
 
 def test_another_prompt_at_vllm_is_an_error(trainer_of, pictures, monkeypatch):
-    monkeypatch.setattr(StandIn, "more", 2)
+    monkeypatch.setattr(FakeEngine, "more", 2)
     trainer = trainer_of(VGPOTrainer)
     with pytest.raises(
         RuntimeError, match=r"prompt 0: expected vLLM to complete the (\d+) tokens .*, got \d+ tokens, "
     ):
         trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
-    assert isinstance(trainer.vllm_generation, StandIn)
+    assert isinstance(trainer.vllm_generation, FakeEngine)
     # Nothing is compared without a picture.
     data = dataset(pictures, without_picture=tuple(range(16)))
     trainer._generate_and_score_completions([data[0]] * 4)
@@ -158,5 +158,5 @@ def test_pictures_that_touch_are_one_mark_each():
 
 
 def test_everything_else_is_the_engines_own():
-    engine = StandIn(processing_class=llava_processor(), generation_kwargs=None)
+    engine = FakeEngine(processing_class=llava_processor(), generation_kwargs=None)
     assert UnexpandedEngine(engine, None).sync_weights == engine.sync_weights

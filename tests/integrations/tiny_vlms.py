@@ -32,6 +32,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from vgpo_kernels.integrations.transformers import record_visual_attention
+
 VOCABULARY = 100
 IMAGE, VIDEO, START, END = 95, 96, 93, 94
 NOT_WORDS = [0, *range(90, VOCABULARY)]
@@ -293,6 +295,13 @@ def continued(name: str, batch: dict[str, Any], completion: Tensor, mask: Tensor
         "attention_mask": attention_mask,
         **FAMILIES[name].extra(ids, batch["input_ids"].shape[1]),
     }
+
+
+def recorded(model: Any, batch: dict[str, Any], *args: Any, **options: Any) -> Tensor:
+    """Returns the mass that a forward records."""
+    with torch.no_grad(), record_visual_attention(model, *args, **options) as rec:
+        model(**batch)
+    return rec.mass
 
 
 def _row(family: Family, pictures: int, words: int) -> list[int]:

@@ -15,6 +15,9 @@
         out = fused.policy_loss(inputs, old_logps, advantages, completion_mask, prompt_length=prompt_length)
     out.loss.backward()
 
+`completion_focus` and `focus_from_attention` give what `vgpo_weights` takes; `visual_token_mask` and `image_ids` say
+which tokens are visual, and of which picture.
+
 Importing this package makes "vgpo" known to transformers. If no recorder is active, it is transformers' own "sdpa",
 mask included, except in models with a soft-cap on their attention, which "sdpa" refuses: those run our kernels
 throughout. The vision tower stays on "sdpa" even if "vgpo" is set for the whole model.
@@ -26,6 +29,7 @@ model: `model_parts`, `visual_tokens`, `pictures`.
 
 from vgpo_kernels.integrations.transformers import attention_function
 from vgpo_kernels.integrations.transformers.api import (
+    completion_focus,
     focus_from_attention,
     fused_logprobs,
     model_logprobs,
@@ -41,6 +45,7 @@ __all__ = [
     "ModelLogprobs",
     "Recorder",
     "check_separable",
+    "completion_focus",
     "focus_from_attention",
     "fused_logprobs",
     "image_ids",

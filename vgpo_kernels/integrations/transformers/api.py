@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from vgpo_kernels._dispatch import checks_values
-from vgpo_kernels._validate import MASK, check_choice, check_tensor
+from vgpo_kernels._validate import FLOATING, INTEGER, MASK, check_choice, check_tensor
+from vgpo_kernels.focus import visual_focus_score
 from vgpo_kernels.integrations.transformers.fused_head import FusedHead, ModelLogprobs
-from vgpo_kernels.integrations.transformers.model_parts import check_layers, chosen_layers, find_parts
+from vgpo_kernels.integrations.transformers.model_parts import choose_layers, find_parts
 from vgpo_kernels.integrations.transformers.recorder import Recorder
-from vgpo_kernels.integrations.transformers.segments import SEGMENTS
-from vgpo_kernels.integrations.transformers.sequence import Wishes
+from vgpo_kernels.integrations.transformers.sequence import SEGMENTS, RecordingOptions
 
 
 @contextmanager
@@ -29,13 +29,13 @@ def record_visual_attention(
 ) -> Iterator[Recorder]:
     """Records, inside the `with`, how much the queries of a model's text decoder attend to visual tokens.
 
-    Which queries: those of the completion, where there is one. Under `generate`, and where forwards continue a KV
-    cache, the completion is what comes after the first prompt; in a plain forward it begins at `prompt_length`, and
-    without a `prompt_length` there is none: every token of the forward is recorded. Each outermost forward that does
-    not continue the one before starts over, so that what is read is always of the last forward or `generate`.
+    The recorded queries are those of the completion. Under `generate`, and if forwards continue a KV cache, the
+    completion is what comes after the first prompt; in a plain forward it begins at `prompt_length`, and without a
+    `prompt_length` there is none: every token of the forward is recorded. Each outermost forward that does not continue
+    the one before starts a new record, so that the record is always of the last forward or `generate`.
 
     Recorded numbers are constants: no gradient flows into them. Recording changes the model's own results by rounding
-    at most, in the recorded layers, whose kernel is another. A layer that gradient checkpointing runs again is not
+    at most, in the recorded layers, which run another kernel. A layer that gradient checkpointing runs again is not
     recorded again.
 
     Args:
@@ -43,15 +43,15 @@ def record_visual_attention(
         layers: "last", "all", or layer indices, negative ones from the end.
         segments: "visual" gives one segment, the visual tokens. "image/query/generated" gives three that sum to 1:
             visual tokens, the rest of the prompt, the completion. Padding is in none.
-        heads: "mean", or "all" for each head by itself.
+        heads: "mean" over heads, or "all" for each head.
         columns: record also what each visual token received, summed over the completion's queries (over all queries
-            where there is no completion). Padding is left out, and under `generate` so are queries from a row's end
-            token on, which the model runs only for rows that are not the last to end.
+            if there is no completion). Padding is left out, and under `generate` so are queries from a row's end token
+            on, which the model runs only until the last row has ended.
         prompt_length: tokens before the completion in a plain forward, padding included; fewer than the sequence has
-            when the record is read. `generate` knows by itself.
+            when the record is read. `generate` needs none.
         queries: which query stands for a token of the completion: "token" the one at the token itself; the last token
-            that `generate` samples is never run through the model, so there it has one token less. "predicting" the
-            one before it, which produced it; complete under `generate`.
+            that `generate` samples is never run through the model, so that the record has one token less. "predicting"
+            the one before it, which produced it; complete under `generate`.
 
     Yields:
         A Recorder. `mass` (layers, B, tokens, S) fp32, with heads="all" (layers, B, heads, tokens, S). With
@@ -59,9 +59,9 @@ def record_visual_attention(
         visual tokens, and `heatmap(sample, image)` -> (h, w). Tokens after a row's end are there, too: mask them.
 
     Raises:
-        TypeError, ValueError: an argument is not one of those above; the family shows its decoder no visual tokens, or
-            its layers choose keys for each query, have sinks or a bias on the scores; heads larger than the kernels
-            take, with layer and size; in a forward, a mask that is no interval of keys for each query, or dropout.
+        TypeError, ValueError: an argument is not one of those above; the family's decoder gets no visual tokens, or its
+            layers choose keys for each query, have sinks or a bias on the scores; heads larger than the kernels take,
+            with layer and size; in a forward, a mask that is no interval of keys for each query, or dropout.
         RuntimeError: the model does not run "vgpo", or bypasses transformers' attention interface.
 
     Example:
@@ -90,22 +90,20 @@ def record_visual_attention(
     if prompt_length is not None and prompt_length < 1:
         raise ValueError(f"prompt_length: expected at least 1, got {prompt_length}")
     parts = find_parts(model)
-    chosen = chosen_layers(layers, parts.layers)
-    check_layers(parts, chosen)
-    wishes = Wishes(
-        layers=chosen,
+    options = RecordingOptions(
+        layers=choose_layers(parts, layers),
         segments=segments,
         all_heads=heads == "all",
         columns=columns,
         prompt_length=prompt_length,
         predicting=queries == "predicting",
     )
-    with Recorder(parts, wishes) as recorder:
+    with Recorder(parts, options) as recorder:
         yield recorder
 
 
 def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
-    """Returns how much each token of the completion looks at the pictures, as `vgpo_weights` takes it.
+    """Returns the focus of each completion token on the images from recorded attention, as `vgpo_weights` takes it.
 
     Args:
         rec: of a forward or `generate` with a completion.
@@ -129,29 +127,74 @@ def focus_from_attention(rec: Recorder, completion_mask: Tensor) -> Tensor:
     """
     mass = rec.mass[..., 0]  # [layers, B, (heads,) tokens]
     check_tensor("completion_mask", completion_mask, shape=(mass.shape[1], "T"), dtypes=MASK)
-    tokens, wanted = mass.shape[-1], completion_mask.shape[1]
-    if tokens != wanted:
+    tokens, columns = mass.shape[-1], completion_mask.shape[1]
+    if tokens != columns:
         raise ValueError(
-            f"completion_mask: expected one column for each of the {tokens} recorded tokens, got {wanted}; under "
+            f"completion_mask: expected one column for each of the {tokens} recorded tokens, got {columns}; under "
             "generate record with queries='predicting', or record a forward over the whole sequence with prompt_length"
         )
     focus = mass.transpose(0, 1).flatten(1, -2).mean(1)
-    asked_for = completion_mask.to(focus.device) != 0
-    broken = (focus.isnan() & asked_for).nonzero().tolist() if checks_values(None, mass) else []
+    mask = completion_mask.to(focus.device) != 0
+    broken = (focus.isnan() & mask).nonzero().tolist() if checks_values(None, mass) else []
     if broken:
         row, token = broken[0]
         raise ValueError(f"rec.mass: expected numbers under completion_mask, got NaN in row {row}, token {token}")
-    return torch.where(asked_for, focus, 0.0)
+    return torch.where(mask, focus, 0.0)
+
+
+def completion_focus(
+    states: Tensor,
+    visual_mask: Tensor,
+    completion_mask: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Returns the focus of each completion token on the images from hidden states, as `vgpo_weights` takes it.
+
+    It is `visual_focus_score` with the masks of prompts and completions apart, as training loops hold them.
+
+    Args:
+        states: (B, P + T, D), last-layer states after the final norm, of prompts and completions.
+        visual_mask: (B, P), 1 for the visual tokens of the prompts; see `visual_token_mask`.
+        completion_mask: (B, T), 1 for the tokens of the completion.
+        image_ids: (B, P) integers, the image of each visual token, for one prototype an image; see `image_ids`.
+        impl: "triton", "native" or "reference"; None chooses by device.
+
+    Returns:
+        (B, T) float32 (float64 for float64 states) cosines, 0 outside the mask and in rows without a visual token.
+
+    Raises:
+        TypeError, ValueError: as `visual_focus_score`.
+
+    Example:
+        >>> import torch
+        >>> states = torch.tensor([[[2.0, 0.0], [0.0, 2.0], [3.0, 3.0], [-1.0, 0.0]]])
+        >>> completion_focus(states, torch.tensor([[True, False]]), torch.tensor([[True, True]]))
+        tensor([[ 0.7071, -1.0000]])
+
+    Source: rho of VGPO (arXiv 2604.09349).
+    """
+    check_tensor("visual_mask", visual_mask, shape=("B", "P"), dtypes=MASK)
+    check_tensor("completion_mask", completion_mask, shape=(visual_mask.shape[0], "T"), dtypes=MASK)
+    prompt, length = visual_mask.shape[1], completion_mask.shape[1]
+    check_tensor("states", states, shape=(visual_mask.shape[0], prompt + length, "D"), dtypes=FLOATING)
+    if image_ids is not None:
+        check_tensor("image_ids", image_ids, shape=tuple(visual_mask.shape), dtypes=INTEGER)
+        image_ids = nn.functional.pad(image_ids, (0, length), value=-1)
+    visual = nn.functional.pad(visual_mask, (0, length))
+    completion = nn.functional.pad(completion_mask, (prompt, 0))
+    return visual_focus_score(states, visual, completion, image_ids=image_ids, impl=impl)[:, prompt:]
 
 
 @contextmanager
 def fused_logprobs(model: nn.Module) -> Iterator[FusedHead]:
-    """Stands in for a model's output head inside the `with`, for log-probabilities and losses without logits.
+    """Replaces a model's output head inside the `with`, for log-probabilities and losses without logits.
 
     The model is run as it is, wrapped or not: the head's module is called with its hooks, so that DeepSpeed ZeRO-3 and
-    FSDP gather its weight once a forward, and DDP hears of its gradients. Only its product with the vocabulary is
-    replaced, by `vgpo_kernels.linear_logprobs` and `linear_policy_loss` over the tokens of the completions. In its
-    place the model gets one row of known numbers, from which the first forward learns whether the model scales or
+    FSDP gather its weight once a forward, and DDP reduces its gradients. Only its product with the vocabulary is
+    replaced, by `vgpo_kernels.linear_logprobs` and `linear_policy_loss` over the tokens of the completions. In place of
+    logits the model gets one row of known numbers, from which the first forward finds whether the model scales or
     soft-caps its logits, as Granite, Cohere and Gemma do; that is taken into account.
 
     Args:
@@ -170,7 +213,7 @@ def fused_logprobs(model: nn.Module) -> Iterator[FusedHead]:
         TypeError: no model of transformers, or a head that is adapted, quantised, or no linear layer.
         ValueError: a model without a head or without weights (meta tensors), an encoder-decoder, or one that changes
             its logits in another way.
-        RuntimeError: the head is called by something else inside the `with`, or is stood in for already.
+        RuntimeError: the head is called by something else inside the `with`, or has been replaced already.
 
     Example:
         >>> import torch

@@ -5,7 +5,7 @@ model.set_attn_implementation({"text_config": "vgpo"})
 model(**inputs)  # transformers' own sdpa, mask and all, unless a recorder is active
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +16,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from vgpo_kernels.attention import attention_with_lse
 from vgpo_kernels.integrations.transformers import mask_intervals
 from vgpo_kernels.integrations.transformers.mask_intervals import KeyIntervals, MaskShape
+from vgpo_kernels.integrations.transformers.recorder_base import ACTIVE, RecorderBase
 
 NAME = "vgpo"
-
-
-class Listener(Protocol):
-    """A recorder, as the attention sees it."""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Indices of the layers to record."""
-
-    def makes_mask_for(self, config: Any) -> bool:
-        """Tells whether masks made for this configuration are those of the recorded decoder."""
-
-    def hears(self, module: nn.Module) -> bool:
-        """Tells whether the module belongs to the recorded decoder, in a forward that is being recorded."""
-
-    def first_key(self, kv_length: int) -> int:
-        """Returns the token that the first of so many keys stands at, where the mask does not say."""
-
-    def observe(
-        self, layer: int, q: Tensor, k: Tensor, lse: Tensor | None, mask: KeyIntervals | None, options: dict[str, Any]
-    ) -> None:
-        """Takes what a layer attended with; no LSE where no recorder records the layer."""
-
-
-# The recorders that are active; empty outside of every `with`.
-LISTENERS: list[Listener] = []
 
 
 def register() -> None:
@@ -58,17 +33,17 @@ def vgpo_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     A model with soft-capped attention, which sdpa does not know, always gets intervals.
     """
     config = kwargs.get("config")
-    listeners = [listener for listener in LISTENERS if listener.makes_mask_for(config)]
-    if not listeners and getattr(config, "attn_logit_softcapping", None) is None:
+    recorders = [recorder for recorder in ACTIVE if recorder.records_masks_of(config)]
+    if not recorders and getattr(config, "attn_logit_softcapping", None) is None:
         if getattr(config, "num_kv_shared_layers", 0):
-            # Such models drop queries on the way and cut the mask along; for "sdpa", by name, they mind a missing one.
+            # Such models drop queries before their last layers and cut the mask to match, so it has to exist.
             kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(*args, **kwargs)
-    return _encoded(listeners, *args, **kwargs)
+    return _encoded(recorders, *args, **kwargs)
 
 
 def _encoded(
-    listeners: list[Listener],
+    recorders: list[RecorderBase],
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -81,7 +56,7 @@ def _encoded(
     **kwargs: Any,
 ) -> Tensor:
     if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone()  # a static cache counts on in place, and dense masks are made later
+        q_offset = q_offset.clone()  # a static cache counts on in place, and the mask of sdpa is made later
     shape = MaskShape(batch_size, q_length, kv_length, q_offset, kv_offset)
     described: dict[str, Any] = {
         "mask_function": mask_function,
@@ -90,12 +65,8 @@ def _encoded(
         "device": device,
     }
     mask = mask_intervals.evaluate(shape=shape, name=type(kwargs["config"]).__name__, **described)
-    mask.layers = tuple(sorted({layer for listener in listeners for layer in listener.layers}))
-
-    def as_sdpa_gets_it() -> Tensor | None:
-        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **described, **kwargs)
-
-    mask.sdpa_mask = as_sdpa_gets_it
+    mask.layers = tuple(sorted({layer for recorder in recorders for layer in recorder.layers}))
+    mask.sdpa_mask = lambda: sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, **described, **kwargs)
     return mask_intervals.encode(mask)
 
 
@@ -110,70 +81,75 @@ def vgpo_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attends as transformers' sdpa does; in layers that are recorded, with our attention, which gives its LSE.
+    """Attends as transformers' sdpa does; recorded layers run our attention, which gives its LSE.
+
+    | recorder | soft-cap | mask from | runs |
+    |---|---|---|---|
+    | of no layer of the model | no | anywhere | sdpa |
+    | of other layers | no | `vgpo_mask` | sdpa, under the mask that sdpa would have got |
+    | of this layer | any | `vgpo_mask` | ours, recorded |
+    | of this layer | no | the caller | ours for the record, sdpa for the result |
+    | any | yes | anywhere | ours |
 
     Args:
         module: the attention layer.
         query: (B, Hq, Lq, D).
         key, value: (B, Hkv, Lk, D).
         attention_mask: what `vgpo_mask` returned, or a mask (B, 1, Lq, Lk).
-        dropout, scaling, is_causal, kwargs: as transformers hands them to every attention function.
+        dropout, scaling, is_causal, kwargs: as transformers gives them to every attention function.
 
     Returns:
         (B, Lq, Hq, D), and None for the attention map that is never made.
 
     Raises:
-        ValueError: the layer asks for what neither route does: sinks, and while recording also a bias on the scores,
-            dropout, a mask of its own for each head, or one that is no interval.
+        ValueError: the layer asks for what neither implementation does: sinks, and while recording also a bias on the
+            scores, dropout, a mask of its own for each head, or one that is no interval.
     """
-    listeners = [listener for listener in LISTENERS if listener.hears(module)]
+    recorders = [recorder for recorder in ACTIVE if recorder.records(module)]
     softcap = kwargs.get("softcap")
     encoded = mask_intervals.is_encoded(attention_mask)
     _check_known(module, kwargs)
     chosen = kwargs.pop("indices", None)
     if chosen is not None:
-        if listeners or encoded or softcap is not None:
+        if recorders or encoded or softcap is not None:
             _refuse(module, "chosen keys (indices) where it is recorded", "they are no interval of keys for each query")
         if chosen.dim() != 3 or chosen.shape[:2] != (query.shape[0], query.shape[2]):
             _refuse(module, f"chosen keys (indices) of shape {tuple(chosen.shape)}", "expected (B, Lq, n)")
         # These layers put their choice into the mask only for "eager" and "sdpa", by name.
         attention_mask = mask_intervals.only_chosen(attention_mask, chosen, key.shape[2])
-    if not listeners and softcap is None and not encoded:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-        )
+
+    def run_sdpa(mask: Tensor | None) -> tuple[Tensor, None]:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, is_causal=is_causal, **kwargs)
+
+    if not recorders and softcap is None and not encoded:
+        return run_sdpa(attention_mask)
     layer: Any = getattr(module, "layer_idx", None)
     mask = mask_intervals.decode(attention_mask) if encoded else None  # type: ignore[arg-type]
-    recorded = listeners and any(layer in listener.layers for listener in listeners)
-    # An encoded mask says which layers are recorded, so that a layer run again for its gradient takes the same route.
+    recorded = any(layer in recorder.layers for recorder in recorders)
+    # An encoded mask says which layers are recorded: a layer that runs again for its gradient, after the recorder has
+    # ended, runs the same implementation. A mask of the caller cannot, so that its layers return what sdpa does.
     ours = softcap is not None or (mask is not None and layer in mask.layers)
     if not (ours or recorded):
-        for listener in listeners:
-            listener.observe(layer, query, key, None, None, {})
-        plain = attention_mask if mask is None else mask.last_queries(query.shape[2]).dense()
-        return sdpa_attention_forward(module, query, key, value, plain, dropout, scaling, is_causal=is_causal, **kwargs)
+        for recorder in recorders:
+            recorder.observe(layer, query, key, None, None, {})
+        return run_sdpa(attention_mask if mask is None else mask.last_queries(query.shape[2]).dense())
     _check_plain_attention(module, dropout, kwargs)
     if mask is None:
-        first_key = listeners[0].first_key(key.shape[2]) if listeners else 0
+        first_key = recorders[0].first_key(key.shape[2]) if recorders else 0
         mask = _mask_from_outside(module, attention_mask, query, key, is_causal, first_key)
     if mask.kv_length != key.shape[2]:
         _refuse(module, f"{key.shape[2]} keys under a mask of {mask.kv_length}", "its mask was made for other keys")
     mask = mask.last_queries(query.shape[2])
     options = {"scale": scaling, "softcap": softcap}
-    # A mask from elsewhere says nothing of recording: run again for its gradient, the layer must do what it did before.
     with torch.set_grad_enabled(ours and torch.is_grad_enabled()):
         out, lse = _attend(query, key, value, {**options, **mask.options()})
-    for listener in listeners:
-        listener.observe(layer, query, key, lse, mask, options)
-    if ours:
-        return out.transpose(1, 2).contiguous(), None
-    return sdpa_attention_forward(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
-    )
+    for recorder in recorders:
+        recorder.observe(layer, query, key, lse, mask, options)
+    return (out.transpose(1, 2).contiguous(), None) if ours else run_sdpa(attention_mask)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Returns the output and its LSE, also where values are shorter than keys."""
+    """Returns the output and its LSE, also if values are shorter than keys."""
     short = key.shape[3] - value.shape[3]
     if short > 0:
         value = nn.functional.pad(value, (0, short))
@@ -192,7 +168,7 @@ def _mask_from_outside(
 
 
 def _check_known(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raises for what sdpa would leave out without a word."""
+    """Raises for what sdpa would silently leave out."""
     for name, what in (("s_aux", "attention sinks"), ("sinks", "attention sinks"), ("block_indices", "chosen keys")):
         if kwargs.get(name) is not None:
             _refuse(module, f"{what} ({name})", "use attn_implementation='eager'")

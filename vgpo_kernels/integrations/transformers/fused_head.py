@@ -4,14 +4,14 @@ with FusedHead(model) as fused:
     fused.logprobs(batch, prompt_length=7).logps  # (B, T)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from vgpo_kernels import PolicyLossConfig, PolicyLossOutput, linear_logprobs, linear_policy_loss
 from vgpo_kernels._validate import INTEGER, MASK, check_tensor
-from vgpo_kernels.integrations.transformers.head_patch import StandIn, find_head
+from vgpo_kernels.integrations.transformers.head_patch import HeadPatch, find_head
 
 
 class ModelLogprobs(NamedTuple):
@@ -36,20 +36,20 @@ class FusedHead:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._head = find_head(model)
-        self._stand_in = StandIn(self._head)
+        self._patch = HeadPatch(self._head)
         self._hidden_states: Tensor | None = None
 
     def __enter__(self) -> "FusedHead":
-        self._stand_in.__enter__()
+        self._patch.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stand_in.__exit__()
+        self._patch.__exit__()
         self._hidden_states = None
 
     @property
     def hidden_states(self) -> Tensor | None:
-        """(B, L, D) after the final norm, of the last forward, where it was told to keep them."""
+        """(B, L, D) after the final norm, of the last forward; None unless called with hidden_states=True."""
         return self._hidden_states
 
     def logprobs(
@@ -69,23 +69,12 @@ class FusedHead:
         if mask is not None:
             check_tensor("completion_mask", mask, shape=tuple(targets.shape), dtypes=MASK)
 
-        def work(head: nn.Linear, hidden: Tensor) -> dict[str, Tensor]:
-            states = self._states(head, hidden, targets.shape[1])
-            scaled, softcap = self._stand_in.reading.fold(temperature)
-            found = linear_logprobs(
-                states,
-                head.weight,
-                targets.to(states.device),
-                bias=head.bias,
-                temperature=scaled,
-                softcap=softcap,
-                mask=None if mask is None else mask.to(states.device),
-                entropy=entropy,
-                impl=impl,
-            )
+        def score(states: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> dict[str, Tensor]:
+            kept = None if mask is None else mask.to(states.device)
+            found = linear_logprobs(states, weight, targets, mask=kept, entropy=entropy, impl=impl, **head)
             return {name: value for name, value in found._asdict().items() if value is not None}
 
-        found = self._run(batch, targets.shape[1], hidden_states, work)
+        found = self._run(batch, targets, temperature, hidden_states, score)
         return ModelLogprobs(found["logps"], found.get("entropy"), found["lse"], self._hidden_states)
 
     def policy_loss(
@@ -108,7 +97,7 @@ class FusedHead:
     ) -> PolicyLossOutput:
         """Returns the policy loss of the completions, whose backward gives the model's gradients.
 
-        The gradients of head and hidden states are made in the forward, chunk by chunk; the backward scales them.
+        The gradients of head and hidden states are computed in the forward, chunk by chunk; the backward scales them.
 
         Args:
             batch, prompt_length, temperature, impl: as of `model_logprobs`.
@@ -120,31 +109,27 @@ class FusedHead:
         check_tensor("completion_mask", completion_mask, shape=tuple(targets.shape), dtypes=MASK)
         made: list[PolicyLossOutput] = []
 
-        def work(head: nn.Linear, hidden: Tensor) -> dict[str, Tensor]:
-            states = self._states(head, hidden, targets.shape[1])
-            scaled, softcap = self._stand_in.reading.fold(temperature)
+        def loss(states: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> dict[str, Tensor]:
             output = linear_policy_loss(
                 states,
-                head.weight,
-                targets.to(states.device),
+                weight,
+                targets,
                 old_logps,
                 advantages,
                 completion_mask,
-                bias=head.bias,
                 ref_logps=ref_logps,
                 token_weights=token_weights,
                 trajectory_weights=trajectory_weights,
-                temperature=scaled,
-                softcap=softcap,
                 config=PolicyLossConfig() if config is None else config,
                 num_items_in_batch=num_items_in_batch,
                 memory_budget=memory_budget,
                 impl=impl,
+                **head,
             )
             made[:] = [output._replace(loss=output.loss.detach())]
             return {"loss": output.loss}
 
-        found = self._run(batch, targets.shape[1], hidden_states, work)
+        found = self._run(batch, targets, temperature, hidden_states, loss)
         return made[0]._replace(loss=found["loss"])
 
     def _states(self, head: nn.Linear, hidden: Tensor, length: int) -> Tensor:
@@ -161,12 +146,17 @@ class FusedHead:
         return hidden[:, -length - 1 : -1]
 
     def _run(
-        self,
-        batch: Mapping[str, Any],
-        length: int,
-        hidden_states: bool,
-        work: Callable[[nn.Linear, Tensor], dict[str, Tensor]],
+        self, batch: Mapping[str, Any], targets: Tensor, temperature: float, hidden_states: bool, function: Any
     ) -> dict[str, Tensor]:
+        """Runs the model, with `function(states, weight, targets, bias=, temperature=, softcap=)` as its head."""
+        length = targets.shape[1]
+
+        def compute(head: nn.Linear, hidden: Tensor) -> dict[str, Tensor]:
+            states = self._states(head, hidden, length)
+            scaled, softcap = self._patch.transform.fold(temperature)
+            options = {"bias": head.bias, "temperature": scaled, "softcap": softcap}
+            return function(states, head.weight, targets.to(states.device), **options)
+
         options: dict[str, Any] = {"use_cache": False}
         if not hidden_states:
             # Gemma 4 with shared keys runs its upper layers on these tokens only.
@@ -175,7 +165,7 @@ class FusedHead:
         caught: list[Tensor] = []
         hook = self._head.decoder.register_forward_hook(lambda _module, _args, output: caught.append(_last(output)))
         try:
-            found = self._stand_in.run(lambda: self._model(**inputs), work)
+            found = self._patch.run(lambda: self._model(**inputs), compute)
         finally:
             hook.remove()
         self._hidden_states = self._checked(caught, batch["input_ids"]) if hidden_states else None
@@ -204,7 +194,7 @@ def _targets(batch: Any, prompt_length: Any) -> Tensor:
         raise TypeError(f"batch: expected a mapping of the model's arguments, got {type(batch).__name__}")
     for name in ("labels", "logits_to_keep"):
         if batch.get(name) is not None:
-            raise ValueError(f"batch: expected no {name}, which are of no use without logits; leave them out")
+            raise ValueError(f"batch: expected no {name}, which have no effect without logits; leave them out")
     if batch.get("decoder_input_ids") is not None:
         raise ValueError("batch: expected prompt and completion together in input_ids, got decoder_input_ids")
     ids = batch.get("input_ids")

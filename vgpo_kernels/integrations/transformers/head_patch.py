@@ -1,8 +1,16 @@
-"""Finds a model's output head, stands in for it during a forward, and tells what the model does with its logits.
+"""Replaces the product of a model's output head during a forward, and finds what the model does with its logits.
 
-The head runs inside its own module call, so that whatever wraps the model (DeepSpeed ZeRO-3, FSDP, DDP) gathers its
-weight once and hears of its gradients; what it returns is the result, not logits. The model goes on with a probe in
-their place: one row of known values, from which it shows whether it scales or soft-caps logits after the head.
+model(**batch)
+  decoder                      hidden states (B, n, D)
+  head(hidden)                 called as a module: DeepSpeed ZeRO-3, FSDP and DDP run their hooks, gather its weight
+    HeadPatch._forward           in place of hidden @ weight.T: compute(head, hidden) gives `results`, by name
+    HeadPatch._emit_probe        last forward hook: keeps the results and returns the probe, (1, 1, V) known values
+  logits = f(probe)            f is what the model does with its logits: a scale, a soft-cap, or nothing
+HeadPatch.run                  compares f(probe) with each LogitTransform that the configuration may mean; if the
+                               one that `results` were computed with is another, the model runs once more
+
+In the backward of a result, _Tie passes the gradient on to `results`, and from there to head and hidden states. It
+also gives the logits a gradient of zeros, which ends at _Probe: wrappers see a backward through the model's output.
 """
 
 import inspect
@@ -16,20 +24,20 @@ from transformers import PreTrainedModel
 
 from vgpo_kernels.integrations.transformers.model_parts import find_decoder, is_encoder_decoder, outermost_model
 
-# Fields of configurations: each is a factor of the logits, or what they are divided by.
+# Fields of configurations that scale logits; DIVIDING are those that most likely divide them.
 SCALE_FIELDS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 SOFTCAP_FIELDS = ("final_logit_softcapping",)
 DIVIDING = ("logits_scaling",)
-# Values of a probe are whole numbers from -PROBE to PROBE.
+# The values of a probe are the whole numbers from -PROBE to PROBE, over and over.
 PROBE = 50
 
-# What a model was seen to do with the logits of its head, so that it is asked once, not in every `with`.
-_SEEN: WeakKeyDictionary[nn.Module, "Reading"] = WeakKeyDictionary()
+# The transform that the first forward of a head's model has shown, so that later patches need not find it again.
+_VERIFIED: WeakKeyDictionary[nn.Module, "LogitTransform"] = WeakKeyDictionary()
 
-Work = Callable[[nn.Linear, Tensor], dict[str, Tensor]]
+Compute = Callable[[nn.Linear, Tensor], dict[str, Tensor]]
 
 
-class Reading(NamedTuple):
+class LogitTransform(NamedTuple):
     """What a model does with the logits x of its head: softcap * tanh(scale * x / softcap)."""
 
     scale: float
@@ -41,7 +49,7 @@ class Reading(NamedTuple):
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
     def fold(self, temperature: float) -> tuple[float, float | None]:
-        """Returns temperature and soft-cap of the head's own logits that come to the same."""
+        """Returns the temperature and soft-cap of the logits before it that are equal to `temperature` afterwards."""
         return temperature / self.scale, None if self.softcap is None else self.softcap / self.scale
 
 
@@ -52,14 +60,14 @@ class Head(NamedTuple):
         name: of the model's class, for errors.
         module: the head.
         decoder: gives the states that the head gets, as its last_hidden_state.
-        readings: what the model may do with logits by its configuration, the most likely first.
+        transforms: what the model may do with logits by its configuration, the most likely first.
         accepts: the arguments of the model's forward.
     """
 
     name: str
     module: nn.Linear
     decoder: nn.Module
-    readings: tuple[Reading, ...]
+    transforms: tuple[LogitTransform, ...]
     accepts: frozenset[str]
 
 
@@ -69,7 +77,7 @@ def find_head(model: nn.Module) -> Head:
     Raises:
         TypeError: no model of transformers is inside, or its head is no plain linear layer.
         ValueError: the model has no head, or more than a decoder.
-        RuntimeError: something else stands in for the head already.
+        RuntimeError: the head is patched already.
     """
     inside = outermost_model(model)
     name = type(inside).__name__
@@ -93,18 +101,18 @@ def find_head(model: nn.Module) -> Head:
     accepts = set(parameters)
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         accepts.add("use_cache")  # handed on to the decoder
-    return Head(name, head, find_decoder(inside), _readings(inside.config), frozenset(accepts))
+    return Head(name, head, find_decoder(inside), _transforms(inside.config), frozenset(accepts))
 
 
 def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:
-    """Returns a model's head, that of its decoder where the whole hands none out (Nemotron 3 Omni)."""
+    """Returns a model's head, that of its decoder if the whole has none (Nemotron 3 Omni)."""
     head = model.get_output_embeddings()
     decoder = model.get_decoder()
     return decoder.get_output_embeddings() if head is None and isinstance(decoder, PreTrainedModel) else head
 
 
 def _trained_copy(head: Any) -> Any:
-    """Returns the linear layer that runs where PEFT keeps a copy of the head to train (`modules_to_save`)."""
+    """Returns the linear layer that runs if PEFT keeps a copy of the head to train (`modules_to_save`)."""
     copies = getattr(head, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return head
@@ -114,17 +122,17 @@ def _trained_copy(head: Any) -> Any:
 
 def _owner(head: nn.Module) -> str:
     forward = vars(head)["forward"]
-    return "fused_logprobs" if isinstance(getattr(forward, "__self__", None), StandIn) else repr(forward)
+    return "fused_logprobs" if isinstance(getattr(forward, "__self__", None), HeadPatch) else repr(forward)
 
 
-def _readings(config: Any) -> tuple[Reading, ...]:
+def _transforms(config: Any) -> tuple[LogitTransform, ...]:
     """Returns what the fields of a configuration may mean; a model may also ignore them."""
     configs = (config, config.get_text_config())
     scales, softcaps = [], list(_numbers(configs, SOFTCAP_FIELDS))
     for field in SCALE_FIELDS:
         for value in _numbers(configs, (field,)):
             scales += [1.0 / value, value] if field in DIVIDING else [value, 1.0 / value]
-    found = [Reading(scale, softcap) for softcap in (*softcaps, None) for scale in (*scales, 1.0)]
+    found = [LogitTransform(scale, softcap) for softcap in (*softcaps, None) for scale in (*scales, 1.0)]
     return tuple(dict.fromkeys(found))
 
 
@@ -136,28 +144,28 @@ def _numbers(configs: tuple[Any, ...], fields: tuple[str, ...]) -> Iterator[floa
                 yield float(value)
 
 
-class StandIn:
-    """Stands in for a head while it is entered.
+class HeadPatch:
+    """Replaces the forward of a head while it is entered; see the module's docstring.
 
     Args:
-        head: what it stands in for.
+        head: the head.
     """
 
     def __init__(self, head: Head) -> None:
         self.head = head
-        seen = _SEEN.get(head.module)
-        self.is_sure = seen in head.readings
-        self.reading = seen if seen is not None and self.is_sure else head.readings[0]
-        self._work: Work | None = None
+        verified = _VERIFIED.get(head.module)
+        self.transform = verified if verified in head.transforms else head.transforms[0]
+        self._is_verified = self.transform is verified
+        self._compute: Compute | None = None
         self._results: dict[str, Tensor] | None = None
         self._probe: Tensor | None = None
         self._hook: Any = None
 
-    def __enter__(self) -> "StandIn":
+    def __enter__(self) -> "HeadPatch":
         module = self.head.module
         module.forward = self._forward  # type: ignore[assignment]
-        # Registered last: hooks of what wraps the model have seen the results before.
-        self._hook = module.register_forward_hook(self._take_results)
+        # Registered last: the hooks of wrappers have run on the results before.
+        self._hook = module.register_forward_hook(self._emit_probe)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,48 +173,47 @@ class StandIn:
         del self.head.module.forward
         self._probe = self._hook = None
 
-    def run(self, forward: Callable[[], Any], work: Work) -> dict[str, Tensor]:
-        """Calls `forward`, which runs the model, and returns what `work` makes of the states that the head gets.
+    def run(self, forward: Callable[[], Any], compute: Compute) -> dict[str, Tensor]:
+        """Calls `forward`, which runs the model, and returns what `compute` makes of the states that the head gets.
 
-        Where the first forward shows that the model does otherwise with logits than thought, it is called again.
+        If the first forward shows another transform of the logits than the one assumed, it is called again.
 
         Raises:
             RuntimeError: the model does not call its head, or more than once; or the `with` has ended.
             ValueError: the model changes logits in another way than its configuration says.
         """
         if self._hook is None:
-            raise RuntimeError(f"{self.head.name}: its output head is stood in for only inside fused_logprobs")
-        self._work, self._results = work, None
+            raise RuntimeError(f"{self.head.name}: its output head is replaced only inside fused_logprobs")
+        self._compute, self._results = compute, None
         try:
             logits = self._logits_of(forward())
         finally:
-            self._work, results, self._results = None, self._results, None
+            self._compute, results, self._results = None, self._results, None
         if results is None:
             raise RuntimeError(f"{self.head.name}: its forward has not called its output head")
-        if not self.is_sure:
-            shown = self._read(logits.detach())
-            self.is_sure, understood, self.reading = True, shown == self.reading, shown
-            _SEEN[self.head.module] = shown
-            if not understood:
+        if not self._is_verified:
+            assumed, self.transform = self.transform, self._read(logits.detach())
+            self._is_verified, _VERIFIED[self.head.module] = True, self.transform
+            if self.transform != assumed:
                 del results, logits
-                return self.run(forward, work)
+                return self.run(forward, compute)
         return _tied(results, logits)
 
     def _forward(self, hidden: Tensor) -> dict[str, Tensor]:
-        if self._work is None:
+        if self._compute is None:
             raise RuntimeError(
-                f"{self.head.name}: its output head was called inside fused_logprobs, which stands in for it; leave "
-                "the `with` before anything else (such as generate) runs the model"
+                f"{self.head.name}: its output head was called inside fused_logprobs, which replaces it; leave the "
+                "`with` before anything else (such as generate) runs the model"
             )
-        work, self._work = self._work, None
-        return work(self.head.module, hidden)
+        compute, self._compute = self._compute, None
+        return compute(self.head.module, hidden)
 
-    def _take_results(self, module: nn.Module, args: tuple[Any, ...], results: dict[str, Tensor]) -> Tensor:  # noqa: ARG002
+    def _emit_probe(self, module: nn.Module, args: tuple[Any, ...], results: dict[str, Tensor]) -> Tensor:  # noqa: ARG002
         self._results = results
         if self._probe is None or self._probe.device != args[0].device:
-            places = torch.arange(self.head.module.out_features, device=args[0].device)
-            self._probe = (places % (2 * PROBE + 1) - PROBE).float()[None, None]  # [1, 1, V]
-        # Without a gradient the function has nothing to tie, and torch.compile would not trace it as it is meant.
+            positions = torch.arange(self.head.module.out_features, device=args[0].device)
+            self._probe = (positions % (2 * PROBE + 1) - PROBE).float()[None, None]  # [1, 1, V]
+        # Without a gradient the function has nothing to connect, and torch.compile would not trace it rightly.
         if not any(value.requires_grad for value in results.values()):
             return self._probe.clone()
         probe: Tensor = _Probe.apply(self._probe, *results.values())
@@ -220,15 +227,15 @@ class StandIn:
             raise TypeError(f"{self.head.name}: expected an output with logits, got {type(output).__name__}")
         return logits
 
-    def _read(self, shown: Tensor) -> Reading:
-        """Returns what the model did with the probe."""
+    def _read(self, logits: Tensor) -> LogitTransform:
+        """Returns the transform that makes these logits of the probe."""
         probe: Tensor = self._probe  # type: ignore[assignment]
-        tolerance = 8 * torch.finfo(shown.dtype).eps
-        if shown.shape == probe.shape:
-            for reading in self.head.readings:
-                expected = reading(probe)
-                if bool(((shown.float() - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)).all()):
-                    return reading
+        tolerance = 8 * torch.finfo(logits.dtype).eps
+        if logits.shape == probe.shape:
+            for transform in self.head.transforms:
+                expected = transform(probe)
+                if bool(((logits.float() - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)).all()):
+                    return transform
         fields = ", ".join((*SCALE_FIELDS, *SOFTCAP_FIELDS))
         raise ValueError(
             f"{self.head.name}: what it does with the logits of its head is no scale or soft-cap of its configuration "
@@ -237,7 +244,7 @@ class StandIn:
 
 
 class _Probe(torch.autograd.Function):
-    """The probe, with a way back to the results, which wrappers look for in a model's output."""
+    """The probe, whose graph leads to the results: wrappers look for their parameters in that of a model's output."""
 
     @staticmethod
     def forward(ctx: Any, probe: Tensor, *results: Tensor) -> Tensor:
@@ -250,7 +257,7 @@ class _Probe(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """The results, whose backward passes through the model's output as that of any loss on logits does."""
+    """The results, whose backward passes through the model's output, as that of a loss on logits does."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *results: Tensor) -> tuple[Tensor, ...]:

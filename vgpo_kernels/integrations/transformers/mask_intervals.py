@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
-# Visible or not, for a block of queries at a time: 8 Mi keys come to a few temporaries of 32 MB.
+# A mask function is evaluated on a block of queries at a time: 8 Mi entries take a few temporaries of 32 MB.
 BLOCK_ELEMENTS = 1 << 23
 
-# What stands before the bounds in an encoded mask, then the layers.
+# The numbers before the layers and the bounds in an encoded mask.
 HEADER = ("Lq", "Lk", "kv_offset", "holes", "causal", "layers")
 
 
@@ -28,8 +28,8 @@ class MaskShape(NamedTuple):
         batch: B.
         q_length: Lq, queries of this forward.
         kv_length: Lk, keys that the cache hands over.
-        q_offset: token that the first query stands at, an int or a tensor of one element.
-        kv_offset: token that the first key stands at, an int or a tensor of one element.
+        q_offset: position of the first query, an int or a tensor of one element.
+        kv_offset: position of the first key, an int or a tensor of one element.
     """
 
     batch: int
@@ -45,9 +45,9 @@ class KeyIntervals:
 
     Args:
         key_start: (B, Lq) int32, inclusive.
-        key_end: (B, Lq) int32, exclusive; no greater than key_start where a query sees nothing.
-        usable: (B, Lk) bool, False for holes; None where every key between bounds is seen.
-        kv_offset: token that key 0 stands at.
+        key_end: (B, Lq) int32, exclusive; no greater than key_start if a query sees nothing.
+        usable: (B, Lk) bool, False for holes; None if every key between the bounds is seen.
+        kv_offset: position of key 0.
         kv_length: Lk.
         causal: the intervals are those of the plain causal mask whose last query sees every key.
         layers: indices of the layers whose attention is recorded.
@@ -65,17 +65,13 @@ class KeyIntervals:
     _dense: list[Tensor | None] = field(default_factory=list, repr=False)
 
     def options(self) -> dict[str, Any]:
-        """Returns the mask in the keywords of `vgpo_kernels.attention`: a plain causal one opens every kernel."""
+        """Returns the mask in the keywords of `vgpo_kernels.attention`: causal=True lets every kernel run."""
         if self.causal:
             return {"causal": True}
-        return self.interval_options()
-
-    def interval_options(self) -> dict[str, Any]:
-        """Returns the mask as intervals, in the keywords of `vgpo_kernels.attention`."""
         return {"intervals": (self.key_start, self.key_end), "key_mask": self.usable}
 
     def last_queries(self, count: int) -> "KeyIntervals":
-        """Returns the mask of the last `count` queries: some models drop the others on the way."""
+        """Returns the mask of the last `count` queries: some models drop the others before their last layers."""
         if count == self.key_start.shape[1]:
             return self
         start, end = self.key_start[:, -count:].contiguous(), self.key_end[:, -count:].contiguous()
@@ -113,14 +109,14 @@ def evaluate(
     Args:
         mask_function: of batch, head, query and key indices, as transformers' masking_utils combine them.
         shape: which queries and keys.
-        name: who gave the mask, for the error.
+        name: of the mask's owner, for the error.
         device: where to evaluate it.
         attention_mask: (B, tokens) bool, False for padding; edges end intervals, the middle becomes holes.
         use_vmap: the function takes only scalars.
         block_elements: most entries of the attention map to evaluate at once.
 
     Raises:
-        ValueError: a query sees other keys than one interval of those that anybody sees.
+        ValueError: a query sees other keys than one interval of those that any query of its row sees.
     """
 
     def blocks() -> Iterator[Tensor]:
@@ -147,14 +143,14 @@ def evaluate(
 def from_dense(
     mask: Tensor, batch: int, name: str, *, kv_offset: int = 0, block_elements: int = BLOCK_ELEMENTS
 ) -> KeyIntervals:
-    """Returns the intervals of a mask that was made whole by somebody else.
+    """Returns the intervals of a dense mask.
 
     Args:
         mask: (B or 1, heads, Lq, Lk), bool (True is seen) or additive (0 is seen, the smallest number is not).
         batch: B.
-        name: who gave the mask, for the error.
-        kv_offset: token that the first key stands at.
-        block_elements: most entries to look at at once.
+        name: of the mask's owner, for the error.
+        kv_offset: position of the first key.
+        block_elements: most entries to read at once.
 
     Raises:
         ValueError: heads have masks of their own, an additive mask holds a bias, or a row is no interval.
@@ -182,7 +178,7 @@ def from_dense(
 
 
 def without_mask(shape: MaskShape, *, causal: bool, device: torch.device) -> KeyIntervals:
-    """Returns what transformers' own attention takes a missing mask for.
+    """Returns the mask that transformers' own attention applies if it is given none.
 
     Args:
         shape: which queries and keys; a single query sees everything.
@@ -198,7 +194,7 @@ def without_mask(shape: MaskShape, *, causal: bool, device: torch.device) -> Key
 
 
 def only_chosen(mask: Tensor | None, chosen: Tensor, kv_length: int) -> Tensor:
-    """Returns a mask for transformers' own attention that shows each query the keys chosen for it, and no other.
+    """Returns a mask for transformers' own attention under which each query sees only the keys chosen for it.
 
     Args:
         mask: (B, 1, Lq, Lk), bool (True is seen) or additive; None is the causal mask whose last query sees every key.
@@ -214,10 +210,10 @@ def only_chosen(mask: Tensor | None, chosen: Tensor, kv_length: int) -> Tensor:
 
 
 def encode(mask: KeyIntervals) -> Tensor:
-    """Returns the mask as one (B, 1, 1, n) int32 tensor, which models hand on as they do any attention mask.
+    """Returns the mask as one (B, 1, 1, n) int32 tensor, which models pass on as they do any attention mask.
 
-    The tensor says all that is needed; the object itself rides along as an attribute, so that a layer that gets the
-    very tensor reads nothing back from the device.
+    The object itself is an attribute of the tensor: a layer that gets this tensor, and no copy, reads nothing back
+    from the device.
     """
     batch, Lq = mask.key_start.shape
     device = mask.key_start.device
@@ -241,7 +237,7 @@ def decode(packed: Tensor) -> KeyIntervals:
     """Returns the mask that `encode` packed.
 
     Raises:
-        ValueError: a model cut the tensor as if it were a map.
+        ValueError: a model cut the tensor as if it were a mask (B, 1, Lq, Lk).
     """
     known = getattr(packed, "_vgpo_intervals", None)
     if known is not None:
@@ -284,7 +280,7 @@ def _intervals(blocks: Iterable[Tensor], kv_offset: Any, name: str) -> KeyInterv
     count = torch.cat(counts, dim=1)  # [B, Lq]
     empty = count == 0
     start, end = start.masked_fill(empty, 0), end.masked_fill(empty, 0)
-    # Keys that nobody sees are holes of the row, not of a query.
+    # Keys that no query sees are holes of the row, not of a query.
     seen_before = torch.nn.functional.pad(seen_by_any.cumsum(1), (1, 0))  # [B, Lk + 1]
     between = seen_before.gather(1, end.long()) - seen_before.gather(1, start.long())
     broken = between != count
@@ -297,7 +293,7 @@ def _intervals(blocks: Iterable[Tensor], kv_offset: Any, name: str) -> KeyInterv
         raise ValueError(
             f"the attention mask of {name} is no interval of keys: query {query} of row {row} sees "
             f"{count[row, query].item()} of the {between[row, query].item()} keys from {start[row, query].item()} "
-            f"to {end[row, query].item() - 1} that others see; attn_implementation='vgpo' cannot take it"
+            f"to {end[row, query].item() - 1} that other queries see; attn_implementation='vgpo' cannot take it"
         )
     usable = seen_by_any if holes else None
     return KeyIntervals(start, end, usable, kv_offset, Lk, causal and not holes)

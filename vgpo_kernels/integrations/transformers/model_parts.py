@@ -3,7 +3,7 @@
 parts = find_parts(engine)  # DeepSpeed, DDP, PEFT and bare models alike
 parts.entries  # the modules that may be called with input_ids
 parts.layers  # indices of the layers with attention
-chosen_layers("last", parts.layers)
+choose_layers(parts, "last")
 """
 
 import re
@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vgpo_kernels.attention.checks import HEAD_DIM
-from vgpo_kernels.integrations.transformers.visual_tokens import IMAGE_TOKEN_FIELDS, VisualTokens, find_visual_tokens
+from vgpo_kernels.integrations.transformers.visual_tokens import VisualTokens, find_visual_tokens
 
-# Names of classes: of attention, and of what is called so without a softmax.
+# Class names of attention layers, and of those among them that have no softmax.
 _ATTENTION = re.compile("attention|attn|mla$", re.IGNORECASE)
 _WITHOUT_SOFTMAX = re.compile("delta|lightning", re.IGNORECASE)
 # Fields of attention layers that bring more than queries and keys into the softmax.
@@ -35,12 +35,12 @@ class Parts(NamedTuple):
         name: of the model's class, for errors.
         config: of the outermost model of transformers.
         entries: models that hold the text decoder, from the outside in; any of them may be called.
-        attention: ids of the decoder's modules, those that call the attention function among them.
-        configs: ids of the configurations that the decoder's masks may be made for.
+        attention: `id` of each module of the decoder; those that call the attention function are among them.
+        configs: `id` of each of the configurations that the decoder's masks may be made for.
         layers: indices of the decoder's layers with attention, ascending.
-        head_sizes: of those layers whose attention module tells it, by index.
+        head_sizes: of those layers whose attention module says it, by index.
         visual: ids of the tokens that stand for pieces of a picture or a video.
-        refusal: why its attention cannot be recorded whatever the layer; None where it can.
+        refusal: why its attention cannot be recorded whatever the layer; None if it can.
     """
 
     name: str
@@ -100,39 +100,41 @@ def find_parts(model: nn.Module) -> Parts:
     outermost = outermost_model(model)
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     name = type(outermost).__name__
-    _refuse_encoder_decoder(outermost, name)
+    if is_encoder_decoder(outermost.config):
+        raise _no_visual_tokens(name, "an encoder-decoder")
     decoder = find_decoder(outermost)
     inside = list(decoder.modules())
-    _refuse_cross_attention(inside, name)
+    crossing = next((kind for module in inside if "CrossAttention" in (kind := type(module).__name__)), None)
+    if crossing is not None:
+        raise _no_visual_tokens(name, crossing)
     entries = tuple(module for module in models if module is decoder or _holds(module, decoder))
     text_config = outermost.config.get_text_config()
     found: list[Any] = [module for module in inside if _is_attention(module)]
     configs = [outermost.config, text_config, *(getattr(module, "config", None) for module in (decoder, *found))]
-    visual = find_visual_tokens(outermost.config)
-    if not visual.image:
-        fields, found_class = " or ".join(IMAGE_TOKEN_FIELDS), type(outermost.config).__name__
-        raise ValueError(
-            f"{name}: expected a configuration that names the image token ({fields}), got {found_class}; "
-            "pass the whole vision-language model, and one whose pictures are tokens of input_ids"
-        )
     return Parts(
-        name,
-        outermost.config,
-        entries,
-        frozenset(map(id, inside)),
-        frozenset(id(config) for config in configs if config is not None),
-        _attention_layers({module.layer_idx for module in found}, text_config),
-        {module.layer_idx: size for module in found if (size := _head_size(module)) is not None},
-        visual,
-        _why_not_plain(found, name),
+        name=name,
+        config=outermost.config,
+        entries=entries,
+        attention=frozenset(map(id, inside)),
+        configs=frozenset(id(config) for config in configs if config is not None),
+        layers=_attention_layers({module.layer_idx for module in found}, text_config),
+        head_sizes={module.layer_idx: size for module in found if (size := _head_size(module)) is not None},
+        visual=find_visual_tokens(outermost.config, name),
+        refusal=_why_not_plain(found, name),
     )
 
 
-def check_layers(parts: Parts, layers: Iterable[int]) -> None:
-    """Raises ValueError where the attention of these layers is no plain softmax, or too wide for the kernels."""
+def choose_layers(parts: Parts, layers: Any) -> tuple[int, ...]:
+    """Returns the layer indices that "last", "all" or a list of indices (negative from the end) stand for.
+
+    Raises:
+        TypeError, ValueError: another thing, no layer, one without attention, one whose heads are larger than the
+            kernels take, or a model whose attention is no plain softmax.
+    """
+    chosen = _indices(layers, parts.layers)
     if parts.refusal is not None:
         raise ValueError(parts.refusal)
-    for layer in layers:
+    for layer in chosen:
         size = parts.head_sizes.get(layer, 0)
         if size > HEAD_DIM:
             fitting = [index for index in parts.layers if parts.head_sizes.get(index, 0) <= HEAD_DIM]
@@ -140,14 +142,10 @@ def check_layers(parts: Parts, layers: Iterable[int]) -> None:
                 f"layers: expected layers of a head size of at most {HEAD_DIM}, got layer {layer} of {parts.name} "
                 f"with {size}; those that can be recorded: {fitting}"
             )
+    return chosen
 
 
-def chosen_layers(layers: Any, available: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the layer indices that "last", "all" or a list of indices (negative from the end) stand for.
-
-    Raises:
-        TypeError, ValueError: another thing, no layer, or one without attention.
-    """
+def _indices(layers: Any, available: tuple[int, ...]) -> tuple[int, ...]:
     if not available:
         raise ValueError("layers: expected a decoder whose attention modules know their layer_idx, got none")
     if isinstance(layers, str):
@@ -176,25 +174,15 @@ def _holds(module: nn.Module, inner: nn.Module) -> bool:
     return any(child is inner for child in module.modules())
 
 
-def _refuse_encoder_decoder(outermost: PreTrainedModel, name: str) -> None:
-    if is_encoder_decoder(outermost.config):
-        raise ValueError(
-            f"{name}: expected a decoder that reads pictures as tokens of its input, got an encoder-decoder: its "
-            "pictures reach the decoder through cross-attention, which has no visual tokens to record attention to"
-        )
-
-
-def _refuse_cross_attention(decoder_modules: Iterable[nn.Module], name: str) -> None:
-    for module in decoder_modules:
-        if "CrossAttention" in type(module).__name__:
-            raise ValueError(
-                f"{name}: expected a decoder that reads pictures as tokens of its input; this one reads them through "
-                "cross-attention, which has no visual tokens to record attention to"
-            )
+def _no_visual_tokens(name: str, got: str) -> ValueError:
+    return ValueError(
+        f"{name}: expected a decoder that reads pictures as tokens of its input, got {got}: its pictures reach the "
+        "decoder through cross-attention, which has no visual tokens to record attention to"
+    )
 
 
 def _why_not_plain(layers: Iterable[nn.Module], name: str) -> str | None:
-    """Returns what keeps the first such layer from being a softmax of q.k over an interval of keys."""
+    """Returns why the attention is no softmax of q.k over an interval of keys; None if it is."""
     for layer in layers:
         kind = type(layer).__name__
         if isinstance(getattr(layer, "indexer", None), nn.Module):
@@ -214,7 +202,7 @@ def _why_not_plain(layers: Iterable[nn.Module], name: str) -> str | None:
 def _is_attention(module: nn.Module) -> bool:
     """Tells whether a module of a decoder is the attention with a softmax of one of its layers.
 
-    Blocks, mixers, convolutions and picture embeddings of some families know a layer's index, too.
+    Blocks, mixers, convolutions and picture embeddings of some families have a layer's index, too.
     """
     kind, index = type(module).__name__, getattr(module, "layer_idx", None)
     has_softmax = _ATTENTION.search(kind) is not None and _WITHOUT_SOFTMAX.search(kind) is None
@@ -222,7 +210,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _head_size(module: nn.Module) -> int | None:
-    """Returns the size of queries and keys that an attention module was built for, where it says."""
+    """Returns the size of queries and keys that an attention module was built for; None if it does not say."""
     sizes = (getattr(module, name, None) for name in ("qk_head_dim", "head_dim"))
     return next((size for size in sizes if isinstance(size, int)), None)
 

@@ -18,7 +18,7 @@ VIDEO_TOKEN_FIELDS = ("video_token_id", "video_token_index")
 
 
 class VisualTokens(NamedTuple):
-    """The ids of the tokens that stand for pieces of pictures and of videos; empty where a configuration names none."""
+    """The ids of the tokens that stand for pieces of pictures and of videos; empty if a configuration names none."""
 
     image: frozenset[int]
     video: frozenset[int]
@@ -29,10 +29,24 @@ class VisualTokens(NamedTuple):
         return self.image | self.video
 
 
-def find_visual_tokens(config: Any) -> VisualTokens:
-    """Returns the ids that a configuration names, or one of its parts (Phi-4-multimodal: that of the vision tower)."""
+def find_visual_tokens(config: Any, name: str = "config") -> VisualTokens:
+    """Returns the ids that a configuration names, or one of its parts (Phi-4-multimodal: that of the vision tower).
+
+    Args:
+        config: of a vision-language model of transformers.
+        name: what it is of, for the error.
+
+    Raises:
+        ValueError: no image token is named.
+    """
     configs = list(_with_parts(config))
-    return VisualTokens(_named(configs, IMAGE_TOKEN_FIELDS), _named(configs, VIDEO_TOKEN_FIELDS))
+    visual = VisualTokens(_named(configs, IMAGE_TOKEN_FIELDS), _named(configs, VIDEO_TOKEN_FIELDS))
+    if not visual.image:
+        raise ValueError(
+            f"{name}: expected a configuration that names the image token ({' or '.join(IMAGE_TOKEN_FIELDS)}), got "
+            f"{type(config).__name__}; pass that of a vision-language model whose pictures are tokens of input_ids"
+        )
+    return visual
 
 
 def visual_token_mask(config: Any, input_ids: Tensor) -> Tensor:
@@ -56,11 +70,7 @@ def visual_token_mask(config: Any, input_ids: Tensor) -> Tensor:
         tensor([[False,  True,  True, False]])
     """
     check_tensor("input_ids", input_ids, shape=("B", "L"), dtypes=INTEGER)
-    visual = find_visual_tokens(config)
-    if not visual.image:
-        fields = " or ".join(IMAGE_TOKEN_FIELDS)
-        raise ValueError(f"config: expected one that names the image token ({fields}), got {type(config).__name__}")
-    return among(input_ids, visual.all)
+    return among(input_ids, find_visual_tokens(config).all)
 
 
 def among(ids: Tensor, wanted: Iterable[int]) -> Tensor:

@@ -1,30 +1,29 @@
-"""What TRL calls in place of the model: it answers with log-probabilities, and nothing makes logits.
+"""What TRL calls in place of the model: proxies whose output has log-probabilities, and never logits.
 
 with fused_logprobs(model) as fused:
-    log_probs = Scoring(trainer, model, fused, 7, None, False)(labels=labels, fused_lm_head=True, **batch).log_probs
+    proxy = ScoringProxy(trainer, model, fused, prompt_length=7, source=None, entropy=False)
+    log_probs = proxy(labels=labels, fused_lm_head=True, **batch).log_probs
 """
 
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vgpo_kernels.focus import visual_focus_score
-from vgpo_kernels.integrations.transformers import focus_from_attention, record_visual_attention
+from vgpo_kernels.integrations.transformers import completion_focus, focus_from_attention, record_visual_attention
 from vgpo_kernels.policy_loss import PolicyLossOutput
 
 
-class Scoring:
-    """Stands in for a model whose log-probabilities TRL asks for, and keeps the focus of the rows that it gets.
+class ScoringProxy:
+    """In place of a model whose log-probabilities TRL asks for; keeps the focus of the rows that it is called with.
 
     Args:
         trainer: the VGPOTrainer.
         model: whose log-probabilities they are.
         fused: the FusedHead of the model.
         prompt_length: tokens before the completions, padding included.
-        source: of the focus; None keeps none.
+        source: of the focus; None computes none.
         entropy: compute the entropies, too.
     """
 
@@ -68,18 +67,12 @@ class Scoring:
         return record_visual_attention(self.model, layers=self.trainer.focus_layers, prompt_length=self.prompt_length)
 
     def _similarity(self, states: Tensor, batch: dict[str, Any], mask: Tensor) -> Tensor:
-        prompts = slice(None, self.prompt_length)
-        visual = self.trainer._visual_mask(batch["input_ids"][:, prompts], batch["attention_mask"][:, prompts])
-        focus = visual_focus_score(
-            states,
-            torch.cat([visual, torch.zeros_like(mask)], dim=1),
-            torch.cat([torch.zeros_like(visual), mask], dim=1),
-        )
-        return focus[:, self.prompt_length :]
+        ids, real = (batch[name][:, : self.prompt_length] for name in ("input_ids", "attention_mask"))
+        return completion_focus(states, self.trainer._visual_mask(ids, real), mask)
 
 
-class Loss:
-    """Stands in for the model of an update: makes the weighted loss, and answers with its log-probabilities.
+class LossProxy:
+    """In place of the model of an update: computes the weighted loss, and returns its log-probabilities.
 
     Args:
         trainer: the VGPOTrainer.

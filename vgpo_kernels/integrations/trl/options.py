@@ -1,4 +1,4 @@
-"""What of TRL's GRPO trainer `VGPOTrainer` takes over, what it refuses, and why."""
+"""The options and arguments of TRL's GRPO trainer that `VGPOTrainer` refuses, with the reason, and its loss."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from vgpo_kernels.policy_loss.config import LOSS_TYPES, PolicyLossConfig
 
 
 class _Option(NamedTuple):
-    """A field of GRPOConfig that must keep the value under which the loss is the one that is made here."""
+    """A field of GRPOConfig and the values under which its loss is a `policy_loss`."""
 
     name: str
     accepts: Callable[[Any], bool]
@@ -20,7 +20,7 @@ _OPTIONS = (
         "loss_type",
         lambda value: value in LOSS_TYPES,
         f"one of {', '.join(map(repr, LOSS_TYPES))}",
-        "policy_loss has no other, and weights would enter it in no way that is defined",
+        "policy_loss has no other, and none defines how weights enter it",
     ),
     _Option(
         "use_liger_kernel",
@@ -39,37 +39,37 @@ _OPTIONS = (
         "top_entropy_quantile",
         lambda value: value == 1.0,
         "1.0",
-        "it drops tokens, whatever their weight, by an entropy that is known only once the loss is made",
+        "it drops tokens, whatever their weight, by an entropy that is known only once the loss is computed",
     ),
     _Option(
         "entropy_coef",
         lambda value: value == 0.0,
         "0.0",
-        "an entropy bonus is not weighted, and its gradient is not made",
+        "an entropy bonus is not weighted, and its gradient is not computed",
     ),
     _Option(
         "use_adaptive_entropy",
         lambda value: not value,
         "False",
-        "an entropy bonus is not weighted, and its gradient is not made",
+        "an entropy bonus is not weighted, and its gradient is not computed",
     ),
     _Option(
         "off_policy_mask_threshold",
         lambda value: value is None,
         "None",
-        "it drops rows, whatever their weight, by log-probabilities that are known only once the loss is made",
+        "it drops rows, whatever their weight, by log-probabilities that are known only once the loss is computed",
     ),
 )
 
 _ARGUMENTS = {
     "tools": "a conversation of several turns has tokens and images in its completion that the policy did not generate",
     "environment_factory": "an environment answers with tokens and images that the policy did not generate",
-    "rollout_func": "a rollout of one's own may mask tokens and bring pictures that are not those of the prompt",
+    "rollout_func": "a custom rollout may mask tokens and bring pictures that are not those of the prompt",
 }
 
 
 def check_options(args: Any) -> None:
-    """Raises ValueError, with the reason, where a GRPOConfig asks for a loss that is not made here.
+    """Raises ValueError, with the reason, if a GRPOConfig asks for a loss that is not computed here.
 
     Args:
         args: the GRPOConfig.
@@ -81,7 +81,7 @@ def check_options(args: Any) -> None:
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError, with the reason, where an argument of the trainer goes beyond single-turn completions.
+    """Raises ValueError, with the reason, if an argument of the trainer goes beyond single-turn completions.
 
     Args:
         arguments: of GRPOTrainer, by name.

@@ -13,9 +13,9 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.models.utils import disable_gradient_checkpointing
 
 from vgpo_kernels._validate import check_choice
-from vgpo_kernels.integrations.transformers import fused_logprobs, record_visual_attention
+from vgpo_kernels.integrations.transformers import fused_logprobs, record_visual_attention, visual_token_mask
 from vgpo_kernels.integrations.transformers.model_parts import find_parts
-from vgpo_kernels.integrations.trl.model_proxies import Loss, Scoring
+from vgpo_kernels.integrations.trl.model_proxies import LossProxy, ScoringProxy
 from vgpo_kernels.integrations.trl.options import check_arguments, check_options, loss_config
 from vgpo_kernels.integrations.trl.vllm import (
     UnexpandedEngine,
@@ -48,20 +48,20 @@ _MODEL_INPUTS = (
 
 
 class VGPOTrainer(GRPOTrainer):
-    """TRL's GRPO trainer with advantages weighted by how much tokens and trajectories look at the image.
+    """TRL's GRPO trainer with advantages weighted by the focus of tokens and trajectories on the images.
 
-    One forward without gradient scores each generated batch: from its last hidden states (or its attention) comes
-    the focus of every completion token, and from the focus of whole groups, gathered over all processes, the
-    weights. Where TRL wants log-probabilities of the sampling policy, they come from that same forward. Losses and
-    their gradients are those of `linear_policy_loss`: neither scoring nor updates make logits. With weights of 1 the
-    loss is TRL's own. TRL's metrics keep their names; "vgpo/..." are added.
+    One forward without gradient scores each generated batch: its last hidden states (or its attention) give the focus
+    of every completion token, and the focus of whole groups, gathered over all processes, gives the weights. If TRL
+    needs log-probabilities of the sampling policy, they come from the same forward. Losses and their gradients are
+    those of `linear_policy_loss`: neither scoring nor updates make logits. With weights of 1 the loss is TRL's own.
+    TRL's metrics keep their names; "vgpo/..." are added.
 
     Args:
-        *arguments, **options: of GRPOTrainer, but for what is refused.
+        *arguments, **options: of GRPOTrainer, except what `Raises` names.
         vgpo_config: the recipe; None: `VGPOConfig.balanced()`. Its warm-up counts optimizer steps. With neither
             `intra` nor `inter` nothing is scored, and the loss is unweighted.
         focus_source: "similarity" of hidden states, or "attention", for models set to "vgpo".
-        focus_layers: whose attention, as `record_visual_attention` takes it.
+        focus_layers: layers of the attention, as `record_visual_attention` takes them.
 
     Raises:
         ValueError: an option of TRL under which weights would be dropped or the loss would be another; a model whose
@@ -75,7 +75,7 @@ class VGPOTrainer(GRPOTrainer):
     Source: VGPO (arXiv 2604.09349); everything else as in TRL 1.16.
     """
 
-    # Loosely typed where TRL's annotations leave room for None.
+    # Typed loosely: TRL's annotations allow None.
     model: Any
     args: Any
     chat_template_kwargs: Any
@@ -119,25 +119,24 @@ class VGPOTrainer(GRPOTrainer):
         super().__init__(*arguments, **options)
         self.focus_source = focus_source
         self.focus_layers = focus_layers
-        check_options(self.args)  # once more, where TRL has filled in what was not given
+        check_options(self.args)  # once more, now that TRL has filled in what was not given
         self._loss_config = loss_config(self.args)
         self._check_model()
-        self._focus: Tensor | None = None  # (rows, T) fp32, of the policy's first scoring since it was asked for
+        self._focus: Tensor | None = None  # (rows, T) fp32, of the policy's first scoring of a batch
         self._wants_focus = False
         self._warned = False
         self._unexpanded: list[list[int]] | None = None  # the prompts of the batch that vLLM is to complete
         if self.use_vllm and samples_placeholders():
             engine, vocabulary = self.vllm_generation, self.model.config.get_text_config().vocab_size
-            banned = [token for token in self._visual_tokens.tolist() if token < vocabulary]
+            banned = sorted(token for token in self._visual_ids if token < vocabulary)
             engine.generation_kwargs = without_placeholders(engine.generation_kwargs, banned)
 
     def _check_model(self) -> None:
-        parts = find_parts(self.model)
-        self._visual_tokens = torch.tensor(sorted(parts.visual.all))
+        self._visual_ids = find_parts(self.model).visual.all
         if self.aux_loss_enabled:
             raise ValueError(
                 f"router_aux_loss_coef: expected 0.0, got {self.router_aux_loss_coef} (the model's own where it is not "
-                "set): the load-balancing loss of a mixture of experts is not made here"
+                "set): the load-balancing loss of a mixture of experts is not computed here"
             )
         attention = self.model.config.get_text_config()._attn_implementation
         if self.focus_source == "attention" and attention != "vgpo":
@@ -145,10 +144,10 @@ class VGPOTrainer(GRPOTrainer):
                 "focus_source: expected 'similarity' for this model, got 'attention': it records a text half set to "
                 f"'vgpo', not to {attention!r}; load it with attn_implementation={{'text_config': 'vgpo'}}"
             )
-        if self.focus_source == "attention":  # says now, not after the first rollout, what cannot be recorded
+        if self.focus_source == "attention":  # what cannot be recorded raises now, not after the first rollout
             with record_visual_attention(self.model, layers=self.focus_layers):
                 pass
-        with fused_logprobs(self.model):  # says now, not after the first rollout, that a head is unknown
+        with fused_logprobs(self.model):  # and so does an unknown head
             pass
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], list[Any] | None, dict[str, Any]]:
@@ -182,7 +181,7 @@ class VGPOTrainer(GRPOTrainer):
             batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
             if not self._wants_focus:
                 return batch
-            # TRL scores the policy only where the update is off-policy, and then before anything else.
+            # TRL scores the policy only if the update is off-policy, and then before the reference model.
             if "old_per_token_logps" not in batch:
                 self._focus = None
                 self._score(batch)
@@ -215,14 +214,14 @@ class VGPOTrainer(GRPOTrainer):
         *arguments: Any,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Lets TRL cut the batch up, and a stand-in for the model answer with log-probabilities."""
-        if isinstance(model, Loss):
+        """Runs TRL's loop over the batch with a proxy of the model, whose output has log-probabilities."""
+        if isinstance(model, LossProxy):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, *arguments, **options
             )
         source = self.focus_source if self._wants_focus and self._focus is None and model is self.model else None
         with fused_logprobs(model) as fused:
-            scoring = Scoring(
+            scoring = ScoringProxy(
                 self, model, fused, input_ids.shape[1] - logits_to_keep, source, options.get("compute_entropy", False)
             )
             results = super()._get_per_token_logps_and_entropies(
@@ -233,7 +232,7 @@ class VGPOTrainer(GRPOTrainer):
         return results
 
     def _weigh(self, batch: dict[str, Any], focus: Tensor) -> dict[str, Tensor]:
-        """Returns this process's weights, made over the groups of all processes."""
+        """Returns this process's weights, computed over the groups of all processes."""
         mask, advantages = batch["completion_mask"], batch["advantages"]
         rows, length = mask.shape
         all_focus, all_masks = (
@@ -275,24 +274,23 @@ class VGPOTrainer(GRPOTrainer):
     def _log_weights(self, focus: Tensor, mask: Tensor, has_visual: Tensor, weights: VGPOWeights) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         weighted = mask & has_visual[:, None]
-        looks, by_token = focus[weighted], weights.token_weights[weighted]
+        values, by_token = focus[weighted], weights.token_weights[weighted]
         by_row = weights.trajectory_weights[weighted.any(1)]
-        metrics["vgpo/focus_mean"].append(looks.mean().item())
-        metrics["vgpo/focus_std"].append(_spread(looks))
+        metrics["vgpo/focus_mean"].append(values.mean().item())
+        metrics["vgpo/focus_std"].append(_spread(values))
         metrics["vgpo/token_weight_mean"].append(by_token.mean().item())
         metrics["vgpo/token_weight_std"].append(_spread(by_token))
         metrics["vgpo/trajectory_weight_std"].append(_spread(by_row))
         metrics["vgpo/visual_rows"].append(has_visual.float().mean().item())
 
     def _visual_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        visual = torch.isin(input_ids, self._visual_tokens.to(input_ids.device))
-        return visual & (attention_mask != 0)
+        return visual_token_mask(self.model.config, input_ids) & (attention_mask != 0)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         with fused_logprobs(model) as fused:
-            stand_in = Loss(self, fused, inputs)
-            super()._compute_loss(stand_in, inputs)  # for TRL's metrics: its own code on our log-probabilities
-        return stand_in.output.loss * self._loss_scale()
+            proxy = LossProxy(self, fused, inputs)
+            super()._compute_loss(proxy, inputs)  # for TRL's metrics: its own code on our log-probabilities
+        return proxy.output.loss * self._loss_scale()
 
     def _loss_scale(self) -> float:
         """Returns what TRL multiplies a micro-batch's loss by, beyond its own average over rows or tokens."""

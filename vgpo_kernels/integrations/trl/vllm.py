@@ -1,4 +1,4 @@
-"""What of TRL's generation by vLLM is mended for prompts with pictures, as long as the installed TRL has the defect.
+"""Corrections of TRL's generation by vLLM for prompts with pictures, applied if the installed TRL has the defects.
 
 TRL 1.16 gives a vLLM inside the trainer's process ("colocate") the raw pictures beside ids that the processor has
 expanded already, to N placeholders a picture. vLLM takes the first placeholder for the mark of the picture and expands
@@ -32,7 +32,7 @@ def without_placeholders(generation_kwargs: Mapping[str, Any] | None, placeholde
     A sampled one would be a picture without pixels in the forward of an update.
 
     Args:
-        generation_kwargs: as given by the caller; another `logit_bias` of theirs is kept.
+        generation_kwargs: as given by the caller; its `logit_bias` of other tokens is kept.
         placeholders: ids of the tokens that stand for pictures and videos.
     """
     given = dict(generation_kwargs or {})
@@ -48,8 +48,8 @@ def unexpanded_prompts(
 ) -> list[list[int]]:
     """Returns the ids of each prompt with one mark a picture, as its chat template writes it and vLLM expects it.
 
-    Runs of placeholders are not collapsed but never made: this holds for pictures side by side (LLaVA), for
-    rows with a break at the end (Pixtral) and for marks that are not the placeholder (Gemma 3) alike.
+    The text is tokenized without expanding the marks, which is right for pictures side by side (LLaVA), rows with a
+    break at the end (Pixtral) and marks that are not the placeholder (Gemma 3), unlike collapsing runs of placeholders.
 
     Args:
         processor: with a chat template and a tokenizer.
@@ -72,10 +72,10 @@ def unexpanded_prompts(
 
 
 class UnexpandedEngine:
-    """A VLLMGeneration that is given unexpanded prompts, and is held to complete the expanded ones.
+    """A VLLMGeneration that is sent unexpanded prompts, and must complete the expanded ones.
 
     Args:
-        engine: the VLLMGeneration; everything but `generate` is its own.
+        engine: the VLLMGeneration; everything except `generate` is its own.
         unexpanded: the ids to send in place of the prompts; None: the prompts themselves.
     """
 
