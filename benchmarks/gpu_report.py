@@ -22,7 +22,7 @@ from report_text import ABSENT, failures, percent_text, rate_text, seconds_text,
 from result_file import Entry, Results, read_results
 
 UNJUDGED = "not judged"
-STEP = re.compile(r"(?P<name>\w+/\S.*?) +\d+ +\d+  (?P<result>.*)")  # as `gpu_bench` writes it into a summary
+STEP = re.compile(r"(?P<name>\w+/[^:]+?) +\d+ +\d+  (?P<result>\S.*)")  # as `gpu_bench` writes it into a summary
 SUMMARY_HEAD = ["step", "seconds", "limit", "result"]
 
 
