@@ -29,7 +29,7 @@ from benchmarks.report import (
 )
 
 UNJUDGED = "not judged"
-STEP = re.compile(r"(?P<name>\w+/\S.*?) +\d+ +\d+  (?P<result>.*)")  # as `gpu_bench` writes it into a summary
+STEP = re.compile(r"(?P<name>\w+/[^:]+?) +\d+ +\d+  (?P<result>\S.*)")  # as `gpu_bench` writes it into a summary
 SUMMARY_HEAD = ["step", "seconds", "limit", "result"]
 
 

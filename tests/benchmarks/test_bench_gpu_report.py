@@ -25,6 +25,8 @@ step                          seconds    limit  result
 small/mass                         30       40  well
 small/forward                      52       45  out of time: tests/one.py::test_one
 of 2 steps 1 failed, 0 did not begin
+
+small/forward: out of time:        128          8           3        184  -  139264
 a card
 step                          seconds    limit  result
 tiles/attention forward            12       80  failed (1): why

@@ -208,17 +208,21 @@ def on(device: str, inputs: Inputs) -> Inputs:
     return moved.replace(completion_mask=inputs.completion_mask.to(device))
 
 
+def gpu_ulps(config: PolicyLossConfig) -> float:
+    """The ulp of the largest loss of a token that a GPU's exponentials add.
+
+    ratio * advantage has one, beta * exp(d) of the KL another, weighting the KL by the ratio a third. They are terms of
+    a sum and no larger than the largest loss. Rounding x log2(e) before adds |x| / 2 ulp, for the log-ratios drawn here
+    no more than the rounding of a sum that the 2 ulp of every budget are for.
+    """
+    return allowance(1 + (config.beta != 0.0) + config.kl_importance_weighted)
+
+
 def assert_matches_reference(
     inputs: Inputs, config: PolicyLossConfig, device: str, *, impl: str = "triton", **options
 ) -> None:
-    """Loss, per-token loss, gradient and metrics within the error budget.
-
-    A GPU adds to 2 ulp those of its exponentials: ratio * advantage has one, beta * exp(d) of the KL another, weighting
-    the KL by the ratio a third. They are terms of a sum and no larger than the largest loss. Rounding x log2(e) before
-    adds |x| / 2 ulp, for the log-ratios drawn here no more than the rounding of a sum that the 2 ulp are for.
-    """
-    exponentials = 1 + (config.beta != 0.0) + config.kl_importance_weighted
-    ulps = 2.0 + (allowance(exponentials) if impl == "triton" else 0.0)
+    """Loss, per-token loss, gradient and metrics within the error budget, and what a GPU adds to it."""
+    ulps = 2.0 + (gpu_ulps(config) if impl == "triton" else 0.0)
     exact, exact_gradient = loss_and_gradient(inputs.map(lambda x: x.double()), config, impl="reference", **options)
     torch_output, torch_gradient = loss_and_gradient(inputs, config, impl="reference", **options)
     output, gradient = loss_and_gradient(on(device, inputs), config, impl=impl, **options)

@@ -130,7 +130,8 @@ def logits_kl_kernel(
     dot = tl.sum(b_p_decay * (b_dot + b_p_sum * b_moved), axis=0)
     p_sum = tl.sum(b_p_decay * b_p_sum, axis=0)
     q_sum = tl.sum(tl.exp2((b_q_max - q_base) * scale2) * b_q_sum, axis=0)
-    kl = dot / p_sum * 0.6931471805599453 + tl.log(q_sum / p_sum)
+    # Exact divisions: a GPU's own makes of equal sums a quotient beside 1, and of equal rows a divergence.
+    kl = tl.div_rn(dot, p_sum) * 0.6931471805599453 + tl.log(tl.div_rn(q_sum, p_sum))
     # Infinite where q forbids what p may say. NaN, of a row of nothing, stays.
     kl = tl.where(tl.max(b_without, axis=0) > 0, kl + float("inf"), kl)
     # Only rounding brings it below 0: where the rows are nearly equal, both terms are small and cancel.
