@@ -137,9 +137,15 @@ def _triton_version() -> str:
 
 
 def all_cases() -> list["CompileCase"]:
-    """Returns the compile cases of every room."""
-    rooms = [importlib.import_module(f"vgpo_kernels.{room}.kernels") for room in _dispatch.ROOMS]
-    return [case for room in rooms for case in room.compile_cases()]
+    """Returns the compile cases of every family."""
+    from vgpo_kernels.attention import kernels as attention
+    from vgpo_kernels.focus import kernels as focus
+    from vgpo_kernels.policy_loss import triton as policy_loss
+    from vgpo_kernels.vocabulary import triton as vocabulary
+    from vgpo_kernels.weights import kernels as weights
+
+    families = (attention, focus, weights, policy_loss, vocabulary)
+    return [case for family in families for case in family.compile_cases()]
 
 
 @functools.cache

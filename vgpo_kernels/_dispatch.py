@@ -1,23 +1,21 @@
 """Which implementation of an operation runs, and why.
 
-Each room holds its implementations as modules with the same function names and signatures:
-`kernels` (Triton), `native` (the compiled CPU kernels of csrc/) and `reference` (plain torch).
-An operator asks `implementation` for the module; nothing else in the package decides.
+Each family of operations holds its implementations as modules with the same functions: Triton kernels, `native` (the
+compiled CPU kernels of csrc/) and `reference` (plain torch). `choose` names the one that runs; `backend` of the family
+imports it then, so that Triton is loaded only if it is used.
 """
 
 import functools
 import importlib
 import importlib.util
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from vgpo_kernels import _native
 
 IMPLEMENTATIONS = ("triton", "native", "reference")
-ROOMS = ("attention", "focus", "weights", "policy_loss")
-MODULES = {"triton": "kernels", "native": "native", "reference": "reference"}
 _TRITON_MISSING = "Triton is not installed: pip install 'vgpo-kernels[triton]', or pass impl='reference'"
 
 
@@ -88,10 +86,9 @@ def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def implementation(room: str, impl: str | None, tensor: torch.Tensor) -> ModuleType:
-    """Returns the module of `room` that runs an operation whose main input is `tensor`."""
-    name, _ = choose(impl, tensor.device, tensor.dtype)
-    return importlib.import_module(f"vgpo_kernels.{room}.{MODULES[name]}")
+def implementation(family: str, impl: str | None, tensor: torch.Tensor) -> Any:
+    """Returns `backend` of a family, by name."""
+    return importlib.import_module(f"vgpo_kernels.{family}.backend").backend(impl, tensor.device, tensor.dtype)
 
 
 def checks_values(impl: str | None, tensor: torch.Tensor) -> bool:
