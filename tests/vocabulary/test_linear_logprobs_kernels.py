@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels.testing import assert_error_budget
+from vgpo_kernels.vocabulary.backend import Head
 
 pytest.importorskip("triton")
 
@@ -68,7 +69,8 @@ def dense(given: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run(given: Case, *, entropy: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
-    return logprobs.linear_logprobs(*given, entropy)
+    head = Head(given.weight, given.bias, given.temperature, given.softcap)
+    return logprobs.linear_logprobs(given.hidden, given.index, head, given.targets, entropy)
 
 
 def check(given: Case) -> None:

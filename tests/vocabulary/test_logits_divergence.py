@@ -31,7 +31,7 @@ def assert_kl(p: Tensor, q: Tensor, scaling: Scaling = PLAIN) -> None:
 @pytest.mark.parametrize(("dtype", "scaling"), MIXES, ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 5, 1003, 50257])
 def test_divergence(vocabulary, dtype, scaling, device):
-    p, q = ((4 * torch.randn(3, vocabulary)).to(device, dtype) for _ in "pq")
+    p, q = ((4 * torch.randn(3, vocabulary)).to(device, dtype) for _ in range(2))
     assert_kl(p, q, scaling)
 
 
@@ -50,7 +50,7 @@ def test_divergence_of_nearly_the_same_rows(distance, device):
 
 
 def test_divergence_from_forbidden_tokens(device):
-    p, q = (torch.randn(6, 5000, device=device) for _ in "pq")
+    p, q = (torch.randn(6, 5000, device=device) for _ in range(2))
     p[0, :4500] = q[0, :4500] = -math.inf  # neither may
     p[1, ::2] = -math.inf  # p may not
     q[2, 17] = -math.inf  # q may not: infinitely surprised
@@ -65,7 +65,7 @@ def test_divergence_from_forbidden_tokens(device):
 
 
 def test_divergence_of_huge_logits(device):
-    p, q = (torch.randn(3, 300, device=device) for _ in "pq")
+    p, q = (torch.randn(3, 300, device=device) for _ in range(2))
     p[0, 5] = q[0, 5] = 1e30
     p[1, 5] = 1e30
     q[2, 5] = -1e30

@@ -1,5 +1,6 @@
 """What an implementation of the vocabulary pass has, and which one runs."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -8,6 +9,9 @@ from torch import Tensor
 from vgpo_kernels._dispatch import choose
 from vgpo_kernels.policy_loss import backend as policy_loss_backend
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
+
+Index = tuple[Tensor, ...]  # of tokens: (m,) int64 for each leading dimension
+Logprobs = tuple[Tensor, Tensor, Tensor | None]  # logps, LSE, and entropy if it is needed
 
 
 class Head(NamedTuple):
@@ -19,29 +23,13 @@ class Head(NamedTuple):
     softcap: float | None
 
 
-class FusedLogprobs(Protocol):
-    """Log-probabilities of tokens from hidden states without logits in memory."""
-
-    def __call__(
-        self,
-        hidden: Tensor,
-        index: tuple[Tensor, ...],
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        temperature: float,
-        softcap: float | None,
-        entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns logps, LSE and entropy (None unless asked for), (m,) each, of hidden (..., D) at `index`."""
-
-
 class Backend(policy_loss_backend.Backend, Protocol):
     """The functions of an implementation; logits are (B, T, V), what belongs to a token (B, T)."""
 
     @property
-    def fused_logprobs(self) -> FusedLogprobs | None:
-        """The kernel from hidden states to log-probabilities; None: they are made from chunks of logits."""
+    def fused_logprobs(self) -> Callable[[Tensor, Index, Head, Tensor, bool], Logprobs] | None:
+        """A kernel without logits from hidden (..., D), the index of m tokens, head, targets (m,) and whether the
+        entropy is needed, to (m,) results; None: they are made from chunks of logits."""
 
     def logits_of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
         """Returns hidden (n, D) @ weight (V, D)^T + bias (V,), written to `out` (n, V)."""
@@ -54,7 +42,7 @@ class Backend(policy_loss_backend.Backend, Protocol):
         temperature: float,
         softcap: float | None,
         entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Logprobs:
         """Returns logps, LSE and entropy (None unless asked for), 0 in rows that are not valid."""
 
     def logits_gradient(

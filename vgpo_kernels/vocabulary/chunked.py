@@ -15,10 +15,8 @@ from vgpo_kernels.policy_loss import terms
 from vgpo_kernels.policy_loss.backend import LossInputs, LossResults
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 from vgpo_kernels.vocabulary import matmul
-from vgpo_kernels.vocabulary.backend import Backend, Head
+from vgpo_kernels.vocabulary.backend import Backend, Head, Index, Logprobs
 from vgpo_kernels.vocabulary.reference import BLOCK
-
-Index = tuple[Tensor, ...]
 
 # Bytes of temporaries, by the type of the device; with what a product takes inside torch, a CPU stays below 128 MB.
 MEMORY_BUDGETS = {"cuda": 512 * 10**6, "cpu": 108 * 10**6}
@@ -30,6 +28,9 @@ class GradientsNeeded(NamedTuple):
     hidden: bool = False
     weight: bool = False
     bias: bool = False
+
+
+NO_GRADIENTS = GradientsNeeded()
 
 
 class Gradients(NamedTuple):
@@ -63,7 +64,7 @@ class Chunks:
         head: Head,
         index: Index,
         budget: int | None = None,
-        needed: GradientsNeeded = GradientsNeeded(),  # noqa: B008
+        needed: GradientsNeeded = NO_GRADIENTS,
         buffers: int = 1,
     ) -> None:
         self.backend, self.hidden, self.head, self.index = backend, hidden, head, index
@@ -115,14 +116,13 @@ def logprobs(
     index: Index,
     entropy: bool,
     memory_budget: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Logprobs:
     """Returns logps, LSE and entropy (None unless asked for), (m,) each, of the targets (m,) of the tokens at `index`.
 
-    In one kernel where the backend has one, else from chunks of logits.
+    Fused if the backend has such a kernel, else chunked.
     """
     if backend.fused_logprobs is not None:
-        weight, bias, temperature, softcap = head
-        return backend.fused_logprobs(hidden, index, weight, bias, targets, temperature, softcap, entropy)
+        return backend.fused_logprobs(hidden, index, head, targets, entropy)
     chunks = Chunks(backend, hidden, head, index, memory_budget)
     logps, lse, entropies = (hidden.new_empty(targets.shape, dtype=compute_dtype(hidden.dtype)) for _ in range(3))
     start = 0

@@ -15,7 +15,7 @@ from vgpo_kernels.policy_loss.backend import INPUTS_SCHEMA, LossInputs
 from vgpo_kernels.policy_loss.config import SETTINGS_SCHEMA, PolicyLossConfig
 from vgpo_kernels.policy_loss.terms import METRICS
 from vgpo_kernels.vocabulary import chunked
-from vgpo_kernels.vocabulary.backend import Head, backend
+from vgpo_kernels.vocabulary.backend import Head, Index, backend
 from vgpo_kernels.vocabulary.checks import valid_tokens
 from vgpo_kernels.vocabulary.chunked import GradientsNeeded
 
@@ -263,11 +263,11 @@ def _(
     return hidden.new_empty(targets.shape, dtype=compute_dtype(hidden.dtype))
 
 
-def _index(valid: Tensor | None, targets: Tensor) -> chunked.Index:
+def _index(valid: Tensor | None, targets: Tensor) -> Index:
     """Returns the places of the valid tokens; None: of all."""
     return (torch.ones_like(targets, dtype=torch.bool) if valid is None else valid).nonzero(as_tuple=True)
 
 
-def _filled(values: Tensor, index: chunked.Index, targets: Tensor) -> Tensor:
+def _filled(values: Tensor, index: Index, targets: Tensor) -> Tensor:
     """Returns the values at `index` of a tensor shaped as `targets`, 0 elsewhere."""
     return values.new_zeros(targets.shape).index_put_(index, values)

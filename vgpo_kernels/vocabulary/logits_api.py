@@ -107,7 +107,7 @@ def logits_policy_loss(
 
     Raises:
         TypeError: an argument is no tensor, or has a dtype it must not have.
-        ValueError: as in `policy_loss`; a target is no token of the vocabulary; `inplace` of a leaf that wants a
+        ValueError: as in `policy_loss`; a target is no token of the vocabulary; `inplace` of a leaf that requires a
             gradient.
         RuntimeError: `impl` cannot run here; a second backward.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tanh, target_of, tl, triton, with_unit_columns
 from vgpo_kernels._tuning import Tiles, listed, tunable
+from vgpo_kernels.vocabulary.backend import Head, Index, Logprobs
 
 LOG2E = math.log2(math.e)
 MERGE_BLOCK = 128
@@ -240,28 +241,17 @@ def merge_kernel(
         tl.store(entropy_ptr + o_m, b_log_total - b_weighted / b_total * 0.6931471805599453, mask=m_m)
 
 
-def linear_logprobs(
-    hidden: Tensor,
-    index: tuple[Tensor, ...],
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: float,
-    softcap: float | None,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Returns logps, LSE and entropy (None unless asked for), (m,) each, as the reference does.
+def linear_logprobs(hidden: Tensor, index: Index, head: Head, targets: Tensor, entropy: bool) -> Logprobs:
+    """Returns logps, LSE and entropy (None unless asked for), (m,) each.
 
     Args:
         hidden: (..., D), fp16, bf16 or fp32; read where it lies.
-        index: (m,) int64 for each leading dimension of `hidden`: the tokens.
-        weight: (V, D), of that dtype.
-        bias: (V,), of that dtype, or None.
+        index: the tokens.
+        head: of that dtype.
         targets: (m,) int64; one outside [0, V) reads nothing, its log-probability is NaN.
-        temperature: divides the logits.
-        softcap: bounds the logits before that, or None.
         entropy: compute the entropy, too.
     """
+    weight, bias, temperature, softcap = head
     tokens, (vocabulary, width) = targets.shape[0], weight.shape
     logps = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
     lse = torch.empty_like(logps)
@@ -334,7 +324,7 @@ def _unit(hidden: Tensor, weight: Tensor) -> int:
     return vector if whole else 1
 
 
-def _offsets(hidden: Tensor, index: tuple[Tensor, ...], unit: int) -> Tensor:
+def _offsets(hidden: Tensor, index: Index, unit: int) -> Tensor:
     """Returns where the tokens at `index` begin, (m,) int64, in units."""
     offsets = torch.zeros_like(index[0])
     for axis, stride in zip(index, hidden.stride(), strict=False):
