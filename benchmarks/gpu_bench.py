@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MOST_FILES = 8  # that OUT holds; those beyond `FILES` go into rest.tar
 FILES = ("summary.txt", "clocks.csv", "tests.json", "small.json", "peers.json", "paper.json", "tiles.json")
 # Folders of tests of what a GPU runs, the shortest first; files of these kinds say nothing about a GPU.
-TEST_FOLDERS = ("weights", "focus", "attention", "policy_loss")
+TEST_FOLDERS = ("weights", "focus", "attention", "policy_loss", "vocabulary")
 NOT_OF_GPUS = ("native", "reference", "errors", "arguments", "memory", "targets", "trl")
 # The benchmarks by task, the most valuable first, and seconds for ours and all that is not compiled.
 TASKS = {

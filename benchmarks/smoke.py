@@ -27,8 +27,8 @@ from benchmarks.harness.cases import Task as Room
 from benchmarks.tune_timing import ROOMS, checked_case, promoted, results_of, room_named
 from tests.tools.cuda_faults import LOST, context_is_lost
 from vgpo_kernels import attention_with_lse, visual_attention
-from vgpo_kernels.policy_loss import products
 from vgpo_kernels.testing import assert_error_budget
+from vgpo_kernels.vocabulary import matmul
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -76,11 +76,11 @@ def float32_products(dtype: torch.dtype) -> Compared:
         raise LeftOut("for GPUs alone")
     hidden, gradient = (torch.randn(77, size, device=DEVICE, dtype=dtype) for size in (520, 131))
     weight = torch.randn(131, 520, device=DEVICE, dtype=dtype)
-    logits = products.logits_of(hidden, weight, None, torch.full((77, 131), torch.nan, device=DEVICE))
+    logits = matmul.logits_of(hidden, weight, None, torch.full((77, 131), torch.nan, device=DEVICE))
     yield "mm.dtype_out", logits, hidden.float() @ weight.float().T, hidden.double() @ weight.double().T
     total = torch.randn(131, 520, device=DEVICE)
     expected = [total.to(one) + gradient.to(one).T @ hidden.to(one) for one in (torch.float32, torch.float64)]
-    products.add_weight_gradient(total, gradient, hidden)
+    matmul.add_weight_gradient(total, gradient, hidden)
     yield "addmm.dtype_out, out is self", total, *expected
 
 

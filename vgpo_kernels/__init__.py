@@ -10,15 +10,13 @@ from vgpo_kernels.attention import (
     visual_attention_decode,
 )
 from vgpo_kernels.focus import visual_focus_score
-from vgpo_kernels.policy_loss import (
+from vgpo_kernels.policy_loss import PolicyLossConfig, PolicyLossOutput, policy_loss
+from vgpo_kernels.vocabulary import (
     LinearLogprobs,
-    PolicyLossConfig,
-    PolicyLossOutput,
     linear_logprobs,
     linear_policy_loss,
     linear_visual_dependency,
     logits_policy_loss,
-    policy_loss,
     selective_logprobs,
 )
 from vgpo_kernels.weights import VGPOConfig, VGPOWeights, vgpo_weights

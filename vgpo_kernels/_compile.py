@@ -137,8 +137,15 @@ def _triton_version() -> str:
 
 
 def all_cases() -> list["CompileCase"]:
-    """Returns the compile cases of every room."""
-    return [case for room in _dispatch.ROOMS for case in _dispatch.module(room, "triton").compile_cases()]
+    """Returns the compile cases of every family."""
+    from vgpo_kernels.attention import triton as attention
+    from vgpo_kernels.focus import triton as focus
+    from vgpo_kernels.policy_loss import triton as policy_loss
+    from vgpo_kernels.vocabulary import triton as vocabulary
+    from vgpo_kernels.weights import triton as weights
+
+    families = (attention, focus, weights, policy_loss, vocabulary)
+    return [case for family in families for case in family.compile_cases()]
 
 
 @functools.cache

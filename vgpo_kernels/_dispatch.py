@@ -1,22 +1,19 @@
 """Which implementation of an operation runs, and why.
 
-Each room holds its implementations as modules with the same function names and signatures:
-`kernels` or `triton`, `native` (the compiled CPU kernels of csrc/) and `reference` (plain torch).
-An operator asks `implementation` for the module; nothing else in the package decides.
+Each family of operations holds its implementations as modules with the same functions: Triton kernels, `native` (the
+compiled CPU kernels of csrc/) and `reference` (plain torch). `choose` names the one that runs; `backend` of the family
+imports it then, so that Triton is loaded only if it is used.
 """
 
 import functools
-import importlib
 import importlib.util
 import os
-from types import ModuleType
 
 import torch
 
 from vgpo_kernels import _native
 
 IMPLEMENTATIONS = ("triton", "native", "reference")
-ROOMS = ("attention", "focus", "weights", "policy_loss")
 _TRITON_MISSING = "Triton is not installed: pip install 'vgpo-kernels[triton]', or pass impl='reference'"
 
 
@@ -85,19 +82,6 @@ def _no_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float64:
         return "the Triton kernels take no float64: pass impl='reference'"
     return None
-
-
-def implementation(room: str, impl: str | None, tensor: torch.Tensor) -> ModuleType:
-    """Returns the module of `room` that runs an operation whose main input is `tensor`."""
-    name, _ = choose(impl, tensor.device, tensor.dtype)
-    return module(room, name)
-
-
-def module(room: str, name: str) -> ModuleType:
-    """Returns the module that implements the operators of `room`."""
-    if name == "triton" and room == "policy_loss":
-        name = "kernels"
-    return importlib.import_module(f"vgpo_kernels.{room}.{name}")
 
 
 def checks_values(impl: str | None, tensor: torch.Tensor) -> bool:

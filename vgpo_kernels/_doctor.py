@@ -4,26 +4,31 @@ import argparse
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vgpo_kernels import _compile, _dispatch, _native
+from vgpo_kernels.attention.backend import backend as attention
+from vgpo_kernels.focus.backend import backend as focus
+from vgpo_kernels.policy_loss.backend import backend as policy_loss
+from vgpo_kernels.vocabulary.backend import backend as vocabulary
+from vgpo_kernels.weights.backend import backend as weights
 
 OPERATIONS = {
-    "attention_mass": "attention",
-    "attention_column_sum": "attention",
-    "visual_attention": "attention",
-    "visual_focus_score": "focus",
-    "vgpo_weights": "weights",
-    "policy_loss": "policy_loss",
-    "linear_logprobs": "policy_loss",
-    "linear_policy_loss": "policy_loss",
-    "linear_visual_dependency": "policy_loss",
-    "logits_policy_loss": "policy_loss",
-    "selective_logprobs": "policy_loss",
+    "attention_mass": attention,
+    "attention_column_sum": attention,
+    "visual_attention": attention,
+    "visual_focus_score": focus,
+    "vgpo_weights": weights,
+    "policy_loss": policy_loss,
+    "linear_logprobs": vocabulary,
+    "linear_policy_loss": vocabulary,
+    "linear_visual_dependency": vocabulary,
+    "logits_policy_loss": vocabulary,
+    "selective_logprobs": vocabulary,
 }
 WITHOUT_KERNELS = [("vgpo_weights, recipe official", "reference on every device")]
 # What each is called where it is installed; Triton comes under another name with PyTorch for ROCm.
@@ -128,13 +133,15 @@ def cpu_kernels() -> list[tuple[str, str]]:
 
 def operation_rows(devices: Sequence[torch.device]) -> list[tuple[tuple[str, ...], bool]]:
     """Returns, for each operation and device, a row of the report and whether the operation can run there."""
-    return [_operation_row(operation, room, device) for operation, room in OPERATIONS.items() for device in devices]
+    return [_operation_row(name, backend, device) for name, backend in OPERATIONS.items() for device in devices]
 
 
-def _operation_row(operation: str, room: str, device: torch.device) -> tuple[tuple[str, ...], bool]:
+def _operation_row(
+    operation: str, backend: Callable[[str, torch.device], Any], device: torch.device
+) -> tuple[tuple[str, ...], bool]:
     try:
         name, why = _dispatch.choose(None, device)
-        _dispatch.module(room, name)
+        backend(name, device)
     except (ImportError, RuntimeError, ValueError) as error:
         return (operation, str(device), "cannot run", str(error)), False
     return (operation, str(device), name, why), True

@@ -6,11 +6,10 @@ and launch options, with their candidates beside them.
 
 import contextlib
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ParamSpec
-
-from vgpo_kernels import _dispatch
 
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
@@ -80,9 +79,8 @@ def listed(names: str, *rows: tuple[int | None, ...]) -> tuple[Tiles, ...]:
 
 
 def configs() -> dict[str, Config]:
-    """Returns the configs of every room's kernels by name; imports Triton."""
-    for room in _dispatch.ROOMS:
-        _dispatch.module(room, "triton")
+    """Returns the configs of every family's kernels by name; imports Triton."""
+    importlib.import_module("vgpo_kernels._compile").all_cases()
     return dict(_configs)
 
 

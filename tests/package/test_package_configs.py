@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 from vgpo_kernels import _compile
 from vgpo_kernels._triton import target_of
 from vgpo_kernels.attention.triton.dkdv import PADDED_TILE
-from vgpo_kernels.policy_loss import kernels as vocabulary_kernels
+from vgpo_kernels.vocabulary import triton as vocabulary_kernels
 
 CONFIGS = _tuning.configs()
 CASES = {case.name: case for case in _compile.all_cases()}

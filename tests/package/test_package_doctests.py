@@ -16,8 +16,8 @@ MODULES = (
     "vgpo_kernels.weights.config",
     "vgpo_kernels.policy_loss.api",
     "vgpo_kernels.policy_loss.config",
-    "vgpo_kernels.policy_loss.linear_api",
-    "vgpo_kernels.policy_loss.logits_api",
+    "vgpo_kernels.vocabulary.hidden_api",
+    "vgpo_kernels.vocabulary.logits_api",
 )
 
 

@@ -17,7 +17,7 @@ from vgpo_kernels import _native
 from vgpo_kernels.policy_loss import PolicyLossConfig
 
 ON_GPU = torch.cuda.is_available()
-# Terms up to here leave room for a row's sum in float32.
+# Terms up to here do not overflow a row's sum in float32.
 OVERFLOWS = 1e36
 
 

@@ -16,7 +16,7 @@ from policy_loss_cases import (
 )
 
 from vgpo_kernels.policy_loss import PolicyLossConfig
-from vgpo_kernels.policy_loss.kernels import loss as kernels
+from vgpo_kernels.policy_loss.triton import loss as kernels
 from vgpo_kernels.testing import assert_error_budget
 
 ON_GPU = torch.cuda.is_available()

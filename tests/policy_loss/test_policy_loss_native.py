@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from vgpo_kernels import _native
 from vgpo_kernels.policy_loss import PolicyLossConfig, native, reference
+from vgpo_kernels.policy_loss.backend import LossInputs
 from vgpo_kernels.policy_loss.ops import policy_loss as operator
 from vgpo_kernels.policy_loss.terms import ROW_COLUMNS
 
@@ -200,16 +201,15 @@ def test_same_bits_on_any_number_of_threads(config):
 
 def test_outputs_are_those_of_the_reference():
     inputs = random_inputs([5, 2], 5, dtype=torch.bfloat16)
-    values = [x for name, x in inputs.__dict__.items()]
-    arguments = (*values, None, SOME_CONFIGS[0])
+    logps, *constants = inputs.__dict__.values()
+    arguments = (logps, LossInputs(*constants), SOME_CONFIGS[0])
     for found, expected in zip(native.policy_loss(*arguments), reference.policy_loss(*arguments), strict=True):
         assert (found.shape, found.dtype, found.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
 def test_opcheck():
     inputs = random_inputs([5, 3], 5)
-    settings = SOME_CONFIGS[0].values()
-    torch.library.opcheck(operator, (inputs.logps, *list(inputs.__dict__.values())[1:], None, *settings, "native"))
+    torch.library.opcheck(operator, (*inputs.__dict__.values(), None), {"impl": "native", **SOME_CONFIGS[0].settings()})
 
 
 def test_compiles_whole():

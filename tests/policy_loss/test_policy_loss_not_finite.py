@@ -125,7 +125,9 @@ def test_logits_with_log_ratios_of_any_size(function, config, impl, device):
     """Log-probabilities down to -200, one of a logit of -inf, log-ratios of a standard deviation of 100."""
     logits = 60.0 * torch.randn(3, 5, 7)
     targets = torch.randint(7, (3, 5))
-    old, ref = (logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0] + 100.0 * torch.randn(3, 5) for _ in "or")
+    old, ref = (
+        logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0] + 100.0 * torch.randn(3, 5) for _ in range(2)
+    )
     if function is logits_policy_loss:
         logits[0, 1, targets[0, 1]] = -INF
     mask = torch.ones(3, 5, dtype=torch.bool)

@@ -14,6 +14,7 @@ from policy_loss_cases import (
 )
 
 from vgpo_kernels.policy_loss import PolicyLossConfig, ops, policy_loss, terms
+from vgpo_kernels.policy_loss.backend import LossInputs
 from vgpo_kernels.testing import ragged_mask
 
 # One full row, one single token, one row of padding, one in between.
@@ -275,9 +276,9 @@ def test_opcheck(impl, full, device):
         inputs.completion_mask.to(device),
         *optional,
         torch.tensor(9.0, device=device) if full else None,
-        *("dapo", "token", 0.2, 0.28, None, 3.0, 0.1 if full else 0.0, None, 20.0, 10.0, full, impl),
     )
-    torch.library.opcheck(ops.policy_loss, arguments)
+    config = PolicyLossConfig.official(loss_type="dapo", beta=0.1 if full else 0.0, kl_importance_weighted=full)
+    torch.library.opcheck(ops.policy_loss, arguments, {"impl": impl, **config.settings()})
 
 
 def test_the_gradient_by_torch_func(device):
@@ -318,9 +319,8 @@ def test_terms_work_on_a_flat_chunk_of_tokens(left_padded):
     keep = ragged_mask([6, 3], 6, left_padded=left_padded)
     config = PolicyLossConfig("bnpo", beta=0.1, clip_ratio_dual=1.4)
     whole, gradient = loss_and_gradient(inputs.replace(completion_mask=keep), config)
-    weighted = terms.effective_advantages(
-        inputs.advantages, keep, inputs.token_weights, inputs.trajectory_weights, torch.float64
-    )
+    constants = {name: x for name, x in inputs.__dict__.items() if name != "logps"}
+    weighted = terms.effective_advantages(LossInputs(**constants), keep, torch.float64)
     chunk = terms.loss_with_gradient(
         inputs.logps[keep],
         inputs.old_logps[keep],

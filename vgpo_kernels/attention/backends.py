@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import _native
-from vgpo_kernels._dispatch import implementation
 from vgpo_kernels.attention import reference
+from vgpo_kernels.attention.backend import backend as own_backend
 
 HALF = (torch.float16, torch.bfloat16)
 RESULT_BYTES = 1 << 25  # of a call on a CPU, before it is put in its place
@@ -308,8 +308,9 @@ def _causality(mask: Mask, row: int) -> bool | None:
 def _run_ours(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    run_ours = implementation("attention", None, q).visual_attention
-    out, _, lse = run_ours(q, k, v, mask.key_kinds, mask.key_start, mask.key_end, scale, softcap)
+    out, _, lse = own_backend(None, q.device, q.dtype).visual_attention(
+        q, k, v, mask.key_kinds, mask.key_start, mask.key_end, scale, softcap
+    )
     return out, lse
 
 

@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._dispatch import checks_values
 from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import forbid
 from vgpo_kernels.attention import backends, intervals
+from vgpo_kernels.attention.backend import backend
 
-ROOM = "attention"
 LARGEST_MASS = 1.1  # of a query; above 1 by what an LSE made in half precision may be off
 
 
@@ -51,8 +51,9 @@ def attention_mass(
         wrong = (segment_ids < -1) | (segment_ids >= num_segments)
         forbid(wrong, "segment_ids", f"-1 or less than num_segments = {num_segments}", segment_ids)
     key_start, key_end = _inside(key_start, key_end, q, k, impl)
-    run = implementation(ROOM, impl, q).attention_mass
-    mass: Tensor = run(q, k, lse, segment_ids.int(), key_start, key_end, num_segments, scale, softcap)
+    mass = backend(impl, q.device, q.dtype).attention_mass(
+        q, k, lse, segment_ids.int(), key_start, key_end, num_segments, scale, softcap
+    )
     if checks_values(impl, q) and (largest := mass.sum(-1).nan_to_num(0.0).max()) > LARGEST_MASS:
         raise ValueError(
             f"lse: expected that of the same q, k, scale and masks, got one under which a query's masses sum to "
@@ -103,13 +104,14 @@ def attention_column_sum(
     lengths = (q.shape[2], k.shape[2])
     rule = intervals.MaskRule(lengths, first_query, causal, window, key_mask, cu_seqlens, None, key_start, key_end)
     if not checks_values(impl, q):
-        received: Tensor = implementation(ROOM, impl, q).columns(q, k, lse, keys, rule, reduction, scale, softcap)
-        return received
+        from vgpo_kernels.attention.triton import columns  # only Triton's kernels do not check values
+
+        return columns(q, k, lse, keys, rule, reduction, scale, softcap)
     Lk = lengths[1]
     positions = intervals.positions(keys, key_mask, Lk)
     forbid((positions < -1) | (positions >= Lk), "keys", f"positions from 0 to {Lk - 1}, or -1", positions)
     bounds = _inside(*intervals.build(rule, q.shape[0], q.device), q, k, impl)
-    run = implementation(ROOM, impl, q).attention_column_sum
+    run = backend(impl, q.device, q.dtype).attention_column_sum
     received = run(q, k, lse, positions.int(), *bounds, reduction, scale, softcap)
     if keys.dtype != torch.bool:
         return received
@@ -144,9 +146,8 @@ def visual_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attends, and sums the probabilities of visual keys: out, mass, lse; arguments as in the reference."""
     key_start, key_end = _inside(key_start, key_end, q, k, impl)
-    run = implementation(ROOM, impl, q).visual_attention
-    out, mass, lse = run(q, k, v, key_kinds, key_start, key_end, scale, softcap)
-    return out, mass, lse
+    run = backend(impl, q.device, q.dtype).visual_attention
+    return run(q, k, v, key_kinds, key_start, key_end, scale, softcap)
 
 
 @visual_attention.register_fake
@@ -186,11 +187,8 @@ def visual_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v; arguments as in the reference."""
     key_start, key_end = _cut(key_start, q, k, impl), _cut(key_end, q, k, impl)
-    run = implementation(ROOM, impl, q).visual_attention_backward
-    grads: tuple[Tensor, Tensor, Tensor] = run(
-        grad_out, grad_mass, grad_lse, q, k, v, key_kinds, key_start, key_end, out, mass, lse, scale, softcap
-    )
-    return grads
+    run = backend(impl, q.device, q.dtype).visual_attention_backward
+    return run(grad_out, grad_mass, grad_lse, q, k, v, key_kinds, key_start, key_end, out, mass, lse, scale, softcap)
 
 
 @visual_attention_backward.register_fake

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels._dispatch import debugging, implementation
+from vgpo_kernels._dispatch import debugging
 from vgpo_kernels._operator import operator_body
 from vgpo_kernels.attention import intervals
 from vgpo_kernels.attention.intervals import MaskRule
@@ -75,8 +75,9 @@ def _run(
     """Returns keys, key_start and key_end, int32 within [0, Lk]; kinds are int8."""
     lengths = (Lq, keys.shape[1])
     rule = MaskRule(lengths, first_query, causal, window, key_mask, cu_seqlens, cache_lengths, key_start, key_end)
-    made: tuple[Tensor, Tensor, Tensor] = implementation("attention", "triton", keys).make_mask(rule, keys, segments)
-    return made
+    from vgpo_kernels.attention.triton import make_mask
+
+    return make_mask(rule, keys, segments)
 
 
 def _fake(keys: Tensor, segments: bool, *options: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._dispatch import checks_values
 from vgpo_kernels._operator import operator_body
+from vgpo_kernels.focus.backend import backend
 from vgpo_kernels.focus.checks import check_values
 
 
@@ -19,13 +20,10 @@ def visual_focus_score(
     impl: str | None,
 ) -> Tensor:
     """Scores each completion token against the visual prototypes; arguments as in the public function."""
-    module = implementation("focus", impl, hidden_states)
+    module = backend(impl, hidden_states.device, hidden_states.dtype)
     if checks_values(impl, hidden_states):
         check_values(visual_mask, completion_mask, image_ids, seq_ids)
-    focus: Tensor = module.visual_focus_score(
-        hidden_states, visual_mask.bool(), completion_mask.bool(), image_ids, seq_ids
-    )
-    return focus
+    return module.visual_focus_score(hidden_states, visual_mask.bool(), completion_mask.bool(), image_ids, seq_ids)
 
 
 @visual_focus_score.register_fake

@@ -1,14 +1,14 @@
-"""The public function of the room."""
+"""The public function: arguments checked, then the operator."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
-from vgpo_kernels._validate import FLOATING, check_not_empty, check_tensor
-from vgpo_kernels.policy_loss import ops, terms
-from vgpo_kernels.policy_loss.arguments import check_by_token, check_config, constants, num_items_tensor
+from vgpo_kernels.policy_loss import ops
+from vgpo_kernels.policy_loss.backend import LossInputs
+from vgpo_kernels.policy_loss.checks import check_policy_loss
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
-from vgpo_kernels.policy_loss.logprob import compute_dtype
+from vgpo_kernels.policy_loss.terms import METRICS
 
 
 class PolicyLossOutput(NamedTuple):
@@ -98,17 +98,12 @@ def policy_loss(
 
     Source: VGPO, arXiv 2604.09349; terms and averages as in TRL 1.16, `GRPOTrainer._compute_loss`.
     """
-    config = check_config(config)
-    check_tensor("logps", logps, shape=("B", "T"), dtypes=FLOATING)
-    check_not_empty("logps", logps)
-    by_token = (old_logps, advantages, completion_mask, ref_logps, token_weights, trajectory_weights)
-    check_by_token(logps.shape, logps.device, *by_token, config)
-    num_items = num_items_tensor(num_items_in_batch, config, logps.device, compute_dtype(logps))
-    constant = (*constants(*by_token, num_items), *config.values(), impl)
-    loss, per_token, metrics, _, _ = ops.PolicyLoss.apply(logps, *constant)
+    inputs = LossInputs(old_logps, advantages, completion_mask, ref_logps, token_weights, trajectory_weights)
+    inputs, config = check_policy_loss(logps, inputs, num_items_in_batch, config)
+    loss, per_token, metrics, _, _ = ops.PolicyLoss.apply(logps, inputs, config, impl)
     return PolicyLossOutput(loss, per_token.detach(), named_metrics(metrics))
 
 
 def named_metrics(metrics: Tensor) -> dict[str, Tensor]:
     """Returns the metrics of an operator, (len(METRICS),), under their names."""
-    return dict(zip(terms.METRICS, metrics.detach().unbind(), strict=True))
+    return dict(zip(METRICS, metrics.detach().unbind(), strict=True))

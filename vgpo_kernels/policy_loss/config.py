@@ -9,8 +9,8 @@ from vgpo_kernels._validate import check_choice, check_fields, check_number
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
-# The fields in their order, as arguments of an operator.
-SCHEMA = (
+# The fields in an operator's schema.
+SETTINGS_SCHEMA = (
     "str loss_type, str importance_sampling_level, float epsilon_low, float epsilon_high, float? delta, "
     "float? clip_ratio_dual, float beta, int? max_completion_length, float? kl_log_ratio_limit, float? kl_limit, "
     "bool kl_importance_weighted"
@@ -110,21 +110,9 @@ class PolicyLossConfig:
         check_fields(fields, [field.name for field in dataclasses.fields(self)])
         return dataclasses.replace(self, **fields)
 
-    def values(self) -> tuple[str | int | float | None, ...]:
-        """Returns the fields in their order, as arguments of an operator."""
-        return (
-            self.loss_type,
-            self.importance_sampling_level,
-            self.epsilon_low,
-            self.epsilon_high,
-            self.delta,
-            self.clip_ratio_dual,
-            self.beta,
-            self.max_completion_length,
-            self.kl_log_ratio_limit,
-            self.kl_limit,
-            self.kl_importance_weighted,
-        )
+    def settings(self) -> dict[str, Any]:
+        """Returns the fields by name, as arguments of an operator."""
+        return dict(vars(self))
 
     def log_bounds(self) -> tuple[float, float, float]:
         """Returns the log-ratios between which the surrogate follows the ratio.

@@ -5,80 +5,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels._dispatch import checks_values, implementation
+from vgpo_kernels._dispatch import checks_values
+from vgpo_kernels._dtypes import compute_dtype
 from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import check_mask_values
-from vgpo_kernels.policy_loss import terms
-from vgpo_kernels.policy_loss.config import SCHEMA, PolicyLossConfig
-from vgpo_kernels.policy_loss.logprob import compute_dtype
-
-_TENSORS = (
-    "Tensor logps, Tensor? old_logps, Tensor advantages, Tensor completion_mask, Tensor? ref_logps, "
-    "Tensor? token_weights, Tensor? trajectory_weights, Tensor? num_items"
-)
-_RESULTS = "Tensor loss, Tensor per_token, Tensor metrics, Tensor gradient, Tensor scale"
+from vgpo_kernels.policy_loss.backend import INPUTS_SCHEMA, LossInputs, LossResults, backend
+from vgpo_kernels.policy_loss.config import SETTINGS_SCHEMA, PolicyLossConfig
+from vgpo_kernels.policy_loss.terms import METRICS
 
 
 @torch.library.custom_op(
-    "vgpo::policy_loss", mutates_args=(), schema=f"({_TENSORS}, {SCHEMA}, str? impl) -> ({_RESULTS})"
+    "vgpo::policy_loss",
+    mutates_args=(),
+    schema=f"(Tensor logps, {INPUTS_SCHEMA}, *, {SETTINGS_SCHEMA}, str? impl) -> "
+    "(Tensor loss, Tensor per_token, Tensor metrics, Tensor gradient, Tensor normalizer)",
 )
 @operator_body
-def policy_loss(
-    logps: Tensor,
-    old_logps: Tensor | None,
-    advantages: Tensor,
-    completion_mask: Tensor,
-    ref_logps: Tensor | None,
-    token_weights: Tensor | None,
-    trajectory_weights: Tensor | None,
-    num_items: Tensor | None,
-    *settings_and_impl: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns loss (), per-token loss (B, T), metrics, unnormalised gradient (B, T) and its normaliser ()."""
-    *settings, impl = settings_and_impl
+def policy_loss(logps: Tensor, *loss_inputs: Tensor | None, impl: str | None, **settings: Any) -> LossResults:
+    """Returns the loss, its per-token values, metrics, gradient before normalisation, and normaliser."""
+    inputs = LossInputs._make(loss_inputs)
     if checks_values(impl, logps):
-        check_mask_values("completion_mask", completion_mask)
-    config = PolicyLossConfig(*settings)
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = implementation("policy_loss", impl, logps).policy_loss(
-        logps.detach(),
-        old_logps,
-        advantages,
-        completion_mask,
-        ref_logps,
-        token_weights,
-        trajectory_weights,
-        num_items,
-        config,
-    )
-    return results
+        check_mask_values("completion_mask", inputs.completion_mask)
+    return backend(impl, logps.device, logps.dtype).policy_loss(logps.detach(), inputs, PolicyLossConfig(**settings))
 
 
 @policy_loss.register_fake
-def _(logps: Tensor, *_args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = compute_dtype(logps)
-    return (
-        logps.new_empty((), dtype=dtype),
-        logps.new_empty(logps.shape, dtype=dtype),
-        logps.new_empty((len(terms.METRICS),), dtype=dtype),
-        logps.new_empty(logps.shape, dtype=dtype),
-        logps.new_empty((), dtype=dtype),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    # Only the loss has a gradient; without zeros made up for the other outputs.
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[3], output[4])
-    ctx.dtype = inputs[0].dtype
-    ctx.constants = len(inputs) - 1
-
-
-def _backward(ctx: Any, grad_loss: Tensor | None, *_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad_loss is None:
-        return (None,) * (1 + ctx.constants)
-    gradient, scale = ctx.saved_tensors
-    return (gradient * (grad_loss * scale)).to(ctx.dtype), *[None] * ctx.constants
+def _(logps: Tensor, *_: Tensor | None, **__: Any) -> tuple[Tensor, ...]:
+    shapes = ((), logps.shape, (len(METRICS),), logps.shape, ())
+    return tuple(logps.new_empty(shape, dtype=compute_dtype(logps.dtype)) for shape in shapes)
 
 
 class PolicyLoss(torch.autograd.Function):
@@ -88,9 +42,23 @@ class PolicyLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+    def forward(logps: Tensor, inputs: LossInputs, config: PolicyLossConfig, impl: str | None) -> tuple[Tensor, ...]:
         """Returns what the operator does."""
-        return policy_loss(*arguments)
+        return policy_loss(logps, *inputs, impl=impl, **config.settings())
 
-    setup_context = staticmethod(_setup_context)
-    backward = staticmethod(_backward)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keeps gradient and normaliser. Only the loss has a gradient; without zeros made up for the other outputs."""
+        _, _, _, gradient, normalizer = output
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(gradient, normalizer)
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        """Returns the gradient of the log-probabilities, normalised."""
+        if grad_loss is None:
+            return None, None, None, None
+        gradient, normalizer = ctx.saved_tensors
+        return (gradient * (grad_loss * normalizer)).to(ctx.dtype), None, None, None

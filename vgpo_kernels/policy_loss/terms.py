@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vgpo_kernels.policy_loss.backend import LossInputs
 from vgpo_kernels.policy_loss.config import PolicyLossConfig
 
 # What `reduce_rows` returns, in this order: means over the valid tokens, then one maximum.
@@ -50,21 +51,15 @@ def clean(values: Tensor, valid: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(valid, values.to(dtype), 0.0)
 
 
-def effective_advantages(
-    advantages: Tensor,
-    valid: Tensor,
-    token_weights: Tensor | None,
-    trajectory_weights: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Returns advantage x token weight x trajectory weight, (B, T); `advantages` is (B,) or (B, T)."""
-    weighted = advantages.to(dtype)
+def effective_advantages(inputs: LossInputs, valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns advantage x token weight x trajectory weight, (B, T)."""
+    weighted = inputs.advantages.to(dtype)
     if weighted.dim() == 1:
         weighted = weighted[:, None]
-    if token_weights is not None:
-        weighted = weighted * token_weights.to(dtype)
-    if trajectory_weights is not None:
-        weighted = weighted * trajectory_weights.to(dtype)[:, None]
+    if inputs.token_weights is not None:
+        weighted = weighted * inputs.token_weights.to(dtype)
+    if inputs.trajectory_weights is not None:
+        weighted = weighted * inputs.trajectory_weights.to(dtype)[:, None]
     return clean(weighted, valid, dtype)
 
 
@@ -170,7 +165,7 @@ def row_weights(valid: Tensor, config: PolicyLossConfig, dtype: torch.dtype) -> 
     return inverse_lengths(valid, dtype).expand(valid.shape) if config.loss_type == "grpo" else None
 
 
-def row_scale(valid: Tensor, config: PolicyLossConfig, dtype: torch.dtype) -> Tensor:
+def row_multiplier(valid: Tensor, config: PolicyLossConfig, dtype: torch.dtype) -> Tensor:
     """Returns the factor () that makes no row weight smaller than 1: half precision would lose small gradients."""
     if config.loss_type != "grpo":
         return torch.ones((), dtype=dtype, device=valid.device)
@@ -221,9 +216,9 @@ def reduce_rows(rows: Tensor, config: PolicyLossConfig, num_items: Tensor | None
     """
     totals = rows.sum(0)
     tokens = totals[1].clamp(min=1.0)
-    scale = normalizer(tokens, rows.shape[0], config, num_items)
+    factor = normalizer(tokens, rows.shape[0], config, num_items)
     metrics = torch.cat([totals[2:-1] / tokens, rows[:, -1:].amax(0)])
-    return totals[0] * scale, metrics, scale
+    return totals[0] * factor, metrics, factor
 
 
 def normalizer(tokens: Tensor, rows: int, config: PolicyLossConfig, num_items: Tensor | None) -> Tensor:

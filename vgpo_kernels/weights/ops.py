@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels._dispatch import checks_values, choose, implementation
+from vgpo_kernels._dispatch import checks_values, choose
 from vgpo_kernels._operator import operator_body
 from vgpo_kernels._validate import check_mask_values, forbid
+from vgpo_kernels.weights.backend import backend
 from vgpo_kernels.weights.checks import check_finite, impl_for
 from vgpo_kernels.weights.config import VGPOConfig
 
@@ -53,8 +54,7 @@ def _weights(
         if advantages is not None:
             forbid(advantages.isnan(), "advantages", "no NaN", advantages)
     warmup = 1.0 if step is None else min(1.0, step / config.warmup_steps)
-    module = implementation("weights", impl, focus)
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = module.weights(
+    results = backend(impl, focus.device, focus.dtype).weights(
         focus, completion_mask, group_ids, has_visual, advantages, config=config, source=source, warmup=warmup
     )
     # The CPU kernels read every score: if one is not finite, the result of its row is not.

@@ -10,7 +10,7 @@ from train_tools import dense_logps, logprobs, no_head
 
 from vgpo_kernels import PolicyLossConfig
 from vgpo_kernels.integrations.transformers import fused_logprobs
-from vgpo_kernels.policy_loss import products
+from vgpo_kernels.vocabulary import native
 from vgpo_train.data import PromptBatch
 from vgpo_train.rl.scoring import model_inputs
 from vgpo_train.rl.types import Completions
@@ -74,7 +74,7 @@ def gathers(engine: Any, prompts: PromptBatch, completions: Completions) -> dict
         for _ in range(2):  # the first one may come upon a trace of another order of modules
             with (
                 counted(coordinator, gather, holds_head) as gathered,
-                counted(products, "logits_of", lambda *_: 1) as made,
+                counted(native, "logits_of", lambda *_: 1) as made,
             ):
                 engine.set_gradient_accumulation_boundary(False)
                 engine.backward(0.0 * loss())
