@@ -131,7 +131,7 @@ def tests(call: Call) -> list[Step]:
         options += ["--timeout", "600" if call.trial else "60"]
     threads = {"OMP_NUM_THREADS": str(max(1, cores // max(1, workers)))}
     steps = []
-    for folder, seconds in zip(TEST_FOLDERS, (60, 60, 210, 210), strict=True):
+    for folder, seconds in zip(TEST_FOLDERS, (60, 60, 210, 60, 150), strict=True):
         part = call.parts / f"tests-{folder}.json"
         command = pytest(*gpu_test_files(folder), *options, "--record", str(part))
         steps.append(Step(f"tests/{folder}", command, seconds, threads, part))

@@ -165,7 +165,7 @@ def usable_cores() -> int:
 
 def compiled_rows(cases: Sequence["CompileCase"], targets: Sequence[str], jobs: int) -> Iterator[Row]:
     """Yields the row of each kernel on each target, in order; several jobs need the package's own cases."""
-    pairs = [(case, target) for case in cases for target in targets]
+    pairs = [(case, target) for case in cases for target in targets if case.targets is None or target in case.targets]
     if jobs == 1:
         yield from (_row(case, target) for case, target in pairs)
         return
@@ -244,7 +244,10 @@ def _compiled_row(case: "CompileCase", name: str) -> Row:
         (index,): [["tt.divisibility", 16]] for index, kind in enumerate(signature.values()) if kind.startswith("*")
     }
     constexprs, launch = case.on(name)
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned_pointers)
+    make_source = triton.compiler.ASTSource
+    if kernel.is_gluon():
+        make_source = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    source = make_source(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned_pointers)
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
         triton.knobs.nvidia.dump_ptxas_log = True

@@ -25,6 +25,7 @@ class CompileCase:
         options: `num_warps`, `num_stages`.
         tiles: where the launcher chooses tiles by the GPU: the function that does, from the name of a target ("sm_90")
             to compile-time arguments and options, which come on top of those above.
+        targets: names of the targets that the kernel is for; None: all of them.
     """
 
     name: str
@@ -33,6 +34,7 @@ class CompileCase:
     constexprs: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
     tiles: Callable[[str], dict[str, int]] | None = None
+    targets: tuple[str, ...] | None = None
 
     def chosen(self, target: str) -> dict[str, int]:
         """Returns what the launcher chooses on the target of that name."""

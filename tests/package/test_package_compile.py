@@ -5,7 +5,9 @@ import json
 import pytest
 from package_launch import HERE, python
 
-pytest.importorskip("triton")
+from vgpo_kernels import _compile
+
+_triton = pytest.importorskip("vgpo_kernels._triton", reason="needs Triton")
 
 FAILING = HERE / "failing_kernels.py"
 
@@ -117,6 +119,11 @@ def test_tiles_follow_the_target(tmp_path):
     rows = table(done.stdout)
     assert int(rows["fitting", "sm_120"][3]) >= 128 * 128 * 4
     assert 64 * 64 * 4 <= int(rows["fitting", "gfx942"][3]) < 64 * 1024
+
+
+def test_a_kernel_of_one_target_has_no_row_for_another():
+    case = _triton.CompileCase("name", None, {}, {}, targets=("sm_90",))
+    assert not list(_compile.compiled_rows([case], ["sm_80"], 1))
 
 
 def test_the_interpreter_compiles_nothing():

@@ -7,6 +7,7 @@ from vgpo_kernels.attention.triton import (
     column,
     decode,
     forward,
+    hopper_forward,
     key_blocks,
     key_mask,
     mass,
@@ -31,5 +32,5 @@ __all__ = [
 
 def compile_cases() -> list[CompileCase]:
     """Returns the compile cases of every kernel of the room."""
-    modules = (key_mask, block_lists, mass, query_blocks, column, key_blocks, forward, decode, backward)
+    modules = (key_mask, block_lists, mass, query_blocks, column, key_blocks, forward, hopper_forward, decode, backward)
     return [case for module in modules for case in module.compile_cases()]

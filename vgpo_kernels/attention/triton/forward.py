@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
-from vgpo_kernels.attention.triton import decode
+from vgpo_kernels.attention.triton import decode, hopper_forward
 from vgpo_kernels.attention.triton.configs import forward_tiles
 from vgpo_kernels.attention.triton.key_blocks import (
     MIXED_BLOCK,
@@ -256,6 +256,8 @@ def visual_attention(
         q, k, v = with_loadable_rows(q), with_loadable_rows(k), with_loadable_rows(v)
         return decode.split_attention(q, k, v, key_kinds, key_start, key_end, scale, softcap, with_mass)
     q, k, v = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v)
+    if hopper_forward.takes(q, k, v, scale, softcap):
+        return hopper_forward.visual_attention(q, k, v, key_kinds, key_start, key_end, scale, with_mass)
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
     mass = torch.empty_like(lse) if with_mass else None
