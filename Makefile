@@ -72,10 +72,11 @@ bench: $(NATIVE) ## Run the benchmarks: RESULTS=FILE, CASES=small|paper|all.
 	@mkdir -p $(dir $(RESULTS))
 	python -m pytest benchmarks --benchmark-only --cases $(CASES) --benchmark-json $(RESULTS)
 
-lint: $(READY) ## Check style and types.
+lint: $(READY) ## Check style, types and words.
 	ruff check .
 	ruff format --check .
 	mypy
+	scripts/check_words.sh
 
 clean: ## Remove the quickstart's results.
 	rm -rf $(RUN) $(DATA)

@@ -182,13 +182,13 @@ def prediction_rows(found: Found) -> list[list[str]]:
             for results in found.results
             if prediction.by_call
             for entry in results.cases.itertuples()
-            if (entry.task, entry.provider) == (prediction.room, prediction.provider)
+            if (entry.task, entry.provider) == (prediction.task, prediction.provider)
         ]
         rows += [_prediction_row(prediction, *one, found.clocks) for one in measured]
         if not measured:
             why = "not measured" if prediction.by_call else "a profiler shows it"
             row = dict.fromkeys(range(len(PREDICTION_HEAD)), ABSENT)
-            row |= {0: prediction.room, 6: _range(prediction, 1), 9: why, 12: prediction.note}
+            row |= {0: prediction.task, 6: _range(prediction, 1), 9: why, 12: prediction.note}
             rows.append(list(row.values()))
     return rows
 

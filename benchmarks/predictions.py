@@ -22,7 +22,7 @@ class Prediction:
     """One prediction.
 
     Args:
-        room: the task of the benchmarks whose call launches the kernel.
+        task: the task of the benchmarks whose call launches the kernel.
         bound: what is counted, "flops" or "bytes".
         low, high: the share of the peak that is expected.
         note: what it holds for.
@@ -30,7 +30,7 @@ class Prediction:
         provider: whose entry it is.
     """
 
-    room: str
+    task: str
     bound: str
     low: float
     high: float

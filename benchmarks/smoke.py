@@ -21,10 +21,9 @@ if not torch.cuda.is_available():
 
 from torch import Tensor
 
-from benchmarks.harness import cases as rooms
-from benchmarks.harness.cases import OURS, PLAIN, Case
-from benchmarks.harness.cases import Task as Room
-from benchmarks.tune_timing import ROOMS, checked_case, promoted, results_of, room_named
+from benchmarks.harness import cases as harness
+from benchmarks.harness.cases import OURS, PLAIN, Case, Task
+from benchmarks.tune_timing import TASK_OF, checked_case, promoted, results_of, task_named
 from tests.tools.cuda_faults import LOST, context_is_lost
 from vgpo_kernels import attention_with_lse, visual_attention
 from vgpo_kernels.testing import assert_error_budget
@@ -38,7 +37,7 @@ if not ON_GPU:  # Triton's interpreter gives wrong products of bf16
 # Several tiles with ragged ends on every side, which float64 and compute-sanitizer take moments for.
 SIZES = {"P": 150, "V": 131, "R": 333, "heads": 4, "kv_heads": 2, "D": 128, "hidden": 520, "vocabulary": 5003}
 # What no tile is tuned for.
-MORE_ROOMS = ("policy loss of log-probs", "selective log-probs of logits", "policy loss of hidden states")
+MORE_TASKS = ("policy loss of log-probs", "selective log-probs of logits", "policy loss of hidden states")
 BACKENDS = ("torch_cudnn", "torch_flash", "torch_efficient")
 LENGTHS = ((77, 77, True), (63, 129, False), (1, 77, False), (1, 1, False))
 
@@ -50,21 +49,21 @@ class LeftOut(Exception):
     """Raised by a check that cannot run here."""
 
 
-def of_room(room: Room, dtype: torch.dtype) -> Compared:
+def of_task(task: Task, dtype: torch.dtype) -> Compared:
     """Compares the call that a task of the benchmarks times."""
-    rooms.STATES[DEVICE.type], rooms.IMPL = dtype, "triton"
-    inputs = room.inputs(sized(room), DEVICE)
-    found, plain = (results_of(room.providers[name].run, inputs) for name in (OURS, PLAIN))
-    exact = results_of(room.providers[PLAIN].run, promoted(inputs))
+    harness.STATES[DEVICE.type], harness.IMPL = dtype, "triton"
+    inputs = task.inputs(sized(task), DEVICE)
+    found, plain = (results_of(task.providers[name].run, inputs) for name in (OURS, PLAIN))
+    exact = results_of(task.providers[PLAIN].run, promoted(inputs))
     for number, results in enumerate(zip(found, plain, exact, strict=True)):
         yield f"result {number}", *results
 
 
-def sized(room: Room) -> Case:
+def sized(task: Task) -> Case:
     """Returns a case that floats of 64 bits take moments for."""
-    case = checked_case(room)
+    case = checked_case(task)
     sizes = {name: SIZES.get(name, size) for name, size in case.sizes.items()} | {"B": min(case["B"], 16)}
-    return replace(case, sizes=sizes) if ON_GPU else room.tiny
+    return replace(case, sizes=sizes) if ON_GPU else task.tiny
 
 
 def float32_products(dtype: torch.dtype) -> Compared:
@@ -108,8 +107,8 @@ def stock(backend: str, dtype: torch.dtype) -> Compared:
 
 def checks() -> dict[str, Callable[[torch.dtype], Compared]]:
     """Returns every check by name."""
-    names = dict.fromkeys([*ROOMS.values(), *MORE_ROOMS])
-    found: dict[str, Any] = {name: lambda dtype, name=name: of_room(room_named(name), dtype) for name in names}
+    names = dict.fromkeys([*TASK_OF.values(), *MORE_TASKS])
+    found: dict[str, Any] = {name: lambda dtype, name=name: of_task(task_named(name), dtype) for name in names}
     found["float32 products"] = float32_products
     return found | {name: lambda dtype, name=name: stock(name, dtype) for name in BACKENDS}
 

@@ -126,18 +126,18 @@ def time_them(results: Sequence[Result], timing: Timing) -> None:
     if results[0].error is not None:
         return
     kernel = results[0].attempt.config.kernel
-    room = tune_timing.room_named(tune_timing.ROOMS[kernel])
+    task = tune_timing.task_named(tune_timing.TASK_OF[kernel])
     running = {str(index): result for index, result in enumerate(results) if result.error is None}
     tiles = {name: result.attempt.tiles for name, result in running.items()}
-    wrong = tune_timing.objections(kernel, room, tune_timing.checked_case(room), tiles, timing.device)
+    wrong = tune_timing.objections(kernel, task, tune_timing.checked_case(task), tiles, timing.device)
     for name, why in wrong.items():
         running[name].error = f"{WRONG}{why}"
         del tiles[name]
     if results[0].error is not None:
         return
-    for case in tune_timing.timed_cases(room):
+    for case in tune_timing.timed_cases(task):
         try:
-            samples = tune_timing.seconds_of(kernel, room, case, tiles, timing)
+            samples = tune_timing.seconds_of(kernel, task, case, tiles, timing)
         except torch.OutOfMemoryError:
             print(f"{kernel}: out of memory at case {case.name}")
             continue

@@ -9,17 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.harness import cases as rooms
+from benchmarks.harness import cases as harness
 from benchmarks.harness import memory
-from benchmarks.harness.cases import OURS, PLAIN, Case
-from benchmarks.harness.cases import Task as Room
+from benchmarks.harness.cases import OURS, PLAIN, Case, Task
 from benchmarks.harness.measure import cold_copies
 from benchmarks.harness.timing import interleaved
 from vgpo_kernels._tuning import Tiles, chosen_tiles
 from vgpo_kernels.testing import assert_error_budget
 
-# The room whose call launches a kernel.
-ROOMS = {
+# The task whose call launches a kernel.
+TASK_OF = {
     "attention mass": "attention mass, given the LSE",
     "attention column": "attention column sum, given the LSE",
     "attention forward": "attention with LSE and mass",
@@ -46,45 +45,45 @@ class Timing(NamedTuple):
     seconds: float
 
 
-def room_named(name: str) -> Room:
-    """Returns a room of these benchmarks.
+def task_named(name: str) -> Task:
+    """Returns a task of these benchmarks.
 
     Raises:
         KeyError: none of the modules of `tasks` defines it.
     """
     for path in sorted(Path(__file__).parent.glob("tasks/test_*.py")):
-        if name not in rooms.TASKS:
+        if name not in harness.TASKS:
             importlib.import_module(f"benchmarks.tasks.{path.stem}")
-    return rooms.TASKS[name]
+    return harness.TASKS[name]
 
 
-def timed_cases(room: Room) -> list[Case]:
+def timed_cases(task: Task) -> list[Case]:
     """Returns the paper's cases that tiles are timed at."""
-    return [case for case in room.cases if case.kind == "cuda" and case.name.startswith(CASES)]
+    return [case for case in task.cases if case.kind == "cuda" and case.name.startswith(CASES)]
 
 
-def checked_case(room: Room) -> Case:
+def checked_case(task: Task) -> Case:
     """Returns the case that float64 takes a moment for."""
-    return next(case for case in room.cases if "small" in case.levels and case.kind == "cpu" and case.axis is None)
+    return next(case for case in task.cases if "small" in case.levels and case.kind == "cpu" and case.axis is None)
 
 
-def objections(kernel: str, room: Room, case: Case, tiles: Mapping[str, Tiles], device: torch.device) -> dict[str, str]:
+def objections(kernel: str, task: Task, case: Case, tiles: Mapping[str, Tiles], device: torch.device) -> dict[str, str]:
     """Returns, of the tiles that are wrong, by name, how: their error is above the budget that the first's error sets.
 
     Args:
         kernel: as `configs` calls it.
-        room: whose call launches it.
+        task: whose call launches it.
         case: sizes to check at.
         tiles: by name, the kernel's choice first.
         device: where.
     """
-    inputs = room.inputs(case, device)
-    exact = results_of(room.providers[PLAIN].run, promoted(inputs))
+    inputs = task.inputs(case, device)
+    exact = results_of(task.providers[PLAIN].run, promoted(inputs))
     present: list[Tensor] = []
     wrong = {}
     for name, values in tiles.items():
         try:
-            found = results_of(_with_tiles(kernel, values, room.providers[OURS].run), inputs)
+            found = results_of(_with_tiles(kernel, values, task.providers[OURS].run), inputs)
             present = present or found
             for number, results in enumerate(zip(found, present, exact, strict=True)):
                 assert_error_budget(f"result {number}", results[0], results[1], results[2].double())
@@ -96,22 +95,22 @@ def objections(kernel: str, room: Room, case: Case, tiles: Mapping[str, Tiles], 
 
 
 def seconds_of(
-    kernel: str, room: Room, case: Case, tiles: Mapping[str, Tiles], timing: Timing
+    kernel: str, task: Task, case: Case, tiles: Mapping[str, Tiles], timing: Timing
 ) -> dict[str, list[float]]:
-    """Returns the times of the room's call with each of the tiles, in turns, by name; inputs come from a cold cache.
+    """Returns the times of the task's call with each of the tiles, in turns, by name; inputs come from a cold cache.
 
     Raises:
         torch.OutOfMemoryError: the case does not fit the GPU.
     """
-    copies = itertools.cycle(cold_copies(room.inputs(case, timing.device), timing.device))
-    calls = {name: _with_tiles(kernel, values, _next_of(room, copies)) for name, values in tiles.items()}
+    copies = itertools.cycle(cold_copies(task.inputs(case, timing.device), timing.device))
+    calls = {name: _with_tiles(kernel, values, _next_of(task, copies)) for name, values in tiles.items()}
     for call in calls.values():  # compiles, which must not count as what a call takes
         call()
     return interleaved(calls, timing.device, timing.seconds)
 
 
-def _next_of(room: Room, copies: itertools.cycle) -> Callable[[], Any]:
-    return lambda: room.providers[OURS].run(next(copies))
+def _next_of(task: Task, copies: itertools.cycle) -> Callable[[], Any]:
+    return lambda: task.providers[OURS].run(next(copies))
 
 
 def _with_tiles(kernel: str, tiles: Tiles, run: Callable[..., Any]) -> Callable[..., Any]:

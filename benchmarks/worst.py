@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints what is worst and what its kernels take; returns 1 where a part of that fails, 2 without results."""
     parser = argparse.ArgumentParser(prog="worst.py", description=__doc__)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
-    parser.add_argument("--call", nargs=2, metavar=("ROOM", "CASE"), help="only make that call, for a profiler")
+    parser.add_argument("--call", nargs=2, metavar=("TASK", "CASE"), help="only make that call, for a profiler")
     options = parser.parse_args(arguments)
     if options.call:
         call(*options.call)
@@ -62,15 +62,15 @@ def worst(found: Iterable[Any]) -> Any | None:
     return min(ours, key=lambda entry: entry.roofline / entry.median, default=None)
 
 
-def call(room_name: str, case_name: str) -> None:
-    """Makes a room's call twice, the second time for a profiler that waits for the start of its range."""
+def call(task_name: str, case_name: str) -> None:
+    """Makes a task's call twice, the second time for a profiler that waits for the start of its range."""
     device = torch.device("cuda", 0)
-    room = tune_timing.room_named(room_name)
-    inputs = room.inputs(room.case(case_name, device.type), device)
-    room.providers[OUR_PROVIDER].run(inputs)
+    task = tune_timing.task_named(task_name)
+    inputs = task.inputs(task.case(case_name, device.type), device)
+    task.providers[OUR_PROVIDER].run(inputs)
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    room.providers[OUR_PROVIDER].run(inputs)
+    task.providers[OUR_PROVIDER].run(inputs)
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 
@@ -89,13 +89,13 @@ def profile(entry: Any, report: Path) -> int:
     return status or subprocess.run([ncu, "--import", str(report), "--page", "details"]).returncode
 
 
-def resources(room_name: str) -> int:
-    """Prints what the room's tunable kernels compile to for the GPU here, or all kernels where it has none."""
+def resources(task_name: str) -> int:
+    """Prints what the task's tunable kernels compile to for the GPU here, or all kernels where it has none."""
     from vgpo_kernels._triton import target_of
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     configs = _tuning.configs()
-    names = {configs[kernel].case for kernel, room in tune_timing.ROOMS.items() if room == room_name}
+    names = {configs[kernel].case for kernel, task in tune_timing.TASK_OF.items() if task == task_name}
     cases = _compile.all_cases()
     kernels = [case.kernel for case in cases if case.name in names]
     wanted = [case for case in cases if case.kernel in kernels] or cases

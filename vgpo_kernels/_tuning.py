@@ -1,6 +1,6 @@
 """The tiles of the kernels: one choice each, what is worth timing against it, and a way to run with other tiles.
 
-Each room's `configs` holds its choices: functions from a target and the traits of a launch to compile-time arguments
+Each family's `configs` holds its choices: functions from a target and the traits of a launch to compile-time arguments
 and launch options, with their candidates beside them.
 """
 

@@ -16,7 +16,7 @@ def kinds(name: str, batch: int, Lk: int) -> Tensor:
 
     Args:
         name: "image" (with keys before and after), "none" visual, "all" visual, "scattered", or "holes": an image and
-            keys in the middle of the first row that are hidden from everybody.
+            keys in the middle of the first row that are hidden from all queries.
     """
     kind = torch.ones(batch, Lk, dtype=torch.int8)
     if name == "all":

@@ -31,7 +31,7 @@ def dense_attention(
     Args:
         q, k, v: (B, Hq, Lq, D), (B, Hkv, Lk, D), (B, Hkv, Lk, D) or None; promote to float64 for the exact one.
         key_start, key_end: (B, Lq) intervals; what no interval covers may be NaN.
-        key_kinds: (B, Lk), 0 hides a key from everybody.
+        key_kinds: (B, Lk), 0 hides a key from all queries.
         lse: the LSE to subtract in place of the one of these scores.
     """
     visible = visible_keys(key_start, key_end, k.shape[2], key_kinds)[:, None]  # [B, 1, Lq, Lk]

@@ -45,7 +45,7 @@ MASKS = {
     "left padding": {"key_mask": padding(left=[3, 19], right=[0, 0])},
     "right padding": {"key_mask": padding(left=[0, 0], right=[2, 25]), "causal": False},
     "holes": {"key_mask": padding(left=[1, 0], right=[0, 4], holes=(9, 10, 21))},
-    "nobody": {"key_mask": padding(left=[40, 0], right=[0, 40])},
+    "nothing seen": {"key_mask": padding(left=[40, 0], right=[0, 40])},
     "window and padding": {"window": 5, "key_mask": padding(left=[3, 19], right=[0, 1])},
 }
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 CASES = [
     *(f"attention forward bf16 D {D}" for D in (64, 128, 256)),
-    *(f"attention backward {name}" for name in ("keys bf16 D 64", "keys bf16 D 128", "dk bf16 D 256", "dv bf16 D 256")),
+    *(f"attention {name}" for name in ("dkdv bf16 D 64", "dkdv bf16 D 128", "dk bf16 D 256", "dv bf16 D 256")),
     *(f"attention dq bf16 D {D}" for D in (64, 128, 256)),
 ]
 

@@ -161,10 +161,10 @@ def test_what_a_block_of_keys_holds(device):
     keys = find_keys(key_kinds, start, end, 16)
     weight = torch.zeros(48)
     weight[4:16] = 1
-    weight[[18, *range(30, 40), 45, 46, 47]] = -1  # hidden, seen by nobody, beyond the last
+    weight[[18, *range(30, 40), 45, 46, 47]] = -1  # hidden, seen by no query, beyond the last
     assert torch.equal(keys.weight[0].cpu(), weight)
     assert keys.kind.tolist() == [[2, 3, 0]]  # visual keys and others, a hole, ordinary keys
-    # Who sees a key of the block: queries 0 to 5, 1 to 5, 3 alone; who sees it whole: 1 to 2, nobody, nobody.
+    # Queries that see a key of the block: 0 to 5, 1 to 5, 3 alone; tiles that see all of it: 1 to 2, none, none.
     assert keys.queries[0, :, :2].tolist() == [[0, 6], [1, 6], [3, 4]]
     assert keys.queries[0, 0, 2:].tolist() == [1, 3]
     assert all(first >= last for first, last in keys.queries[0, 1:, 2:].tolist())

@@ -28,7 +28,7 @@ def shown(*, left: tuple[int, int], right: tuple[int, int], holes: tuple[int, ..
 
 
 PADDED = shown(left=(9, 0), right=(0, 4), holes=(12, 13, 30))
-NOBODY = shown(left=(50, 0), right=(0, 50))
+NOTHING_SEEN = shown(left=(50, 0), right=(0, 50))
 START, END = (torch.randint(-9, 70, (B, Lq + 9), generator=torch.Generator().manual_seed(seed)) for seed in (3, 4))
 CACHES = torch.tensor([37, 49])
 RULES = {
@@ -40,7 +40,7 @@ RULES = {
     "left padding": {"causal": True, "key_mask": shown(left=(3, 19), right=(0, 0))},
     "right padding": {"key_mask": shown(left=(0, 0), right=(2, 25)).long()},
     "holes": {"causal": True, "window": 20, "key_mask": PADDED},
-    "nobody": {"causal": True, "key_mask": NOBODY},
+    "nothing seen": {"causal": True, "key_mask": NOTHING_SEEN},
     "packed": {"causal": True, "cu_seqlens": torch.tensor([0, 7, 7, 20, 37]), "first_query": 0},
     "packed, with a start and an end": {"cu_seqlens": torch.tensor([3, 7, 30]).int(), "first_query": 0, "window": 4},
     "cache": {"causal": True, "cache_lengths": CACHES, "key_mask": PADDED, "window": 6},

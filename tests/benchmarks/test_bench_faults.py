@@ -154,9 +154,9 @@ def test_the_script_asks_for_checks_that_there_are(monkeypatch: pytest.MonkeyPat
 
 
 def test_every_task_of_the_benchmarks_has_a_smoke_check() -> None:
-    from benchmarks.harness import cases as room
+    from benchmarks.harness import cases as harness
 
-    smoke.room_named("weights")
-    for name in smoke.ROOMS.values():
-        smoke.room_named(name)
-    assert set(room.TASKS) - {"training step"} <= set(smoke.checks())
+    smoke.task_named("weights")
+    for name in smoke.TASK_OF.values():
+        smoke.task_named(name)
+    assert set(harness.TASKS) - {"training step"} <= set(smoke.checks())

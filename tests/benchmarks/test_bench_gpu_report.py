@@ -117,8 +117,8 @@ def test_on_another_card_nothing_is_held_to_predictions(folder: Path) -> None:
 def test_predictions_name_tasks_that_are_measured() -> None:
     from benchmarks import tune_timing
 
-    for room in {prediction.room for prediction in PREDICTIONS}:
-        assert tune_timing.room_named(room).name == room
+    for task in {prediction.task for prediction in PREDICTIONS}:
+        assert tune_timing.task_named(task).name == task
     assert all(0 < prediction.low < prediction.high < 1 for prediction in PREDICTIONS)
 
 

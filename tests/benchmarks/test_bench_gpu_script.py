@@ -33,7 +33,7 @@ KILLS_ITSELF = "import os, signal\n\n\ndef test_kills():\n    os.kill(os.getpid(
 
 
 def script(root: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the script with no GPU in sight."""
+    """Runs the script without a GPU."""
     return subprocess.run(
         [root / "scripts" / "gpu_bench.sh", *map(str, arguments)],
         env=os.environ | {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""} | environment,
@@ -232,7 +232,7 @@ def test_stages_hold_every_task_and_every_kernel_with_tiles() -> None:
         f"{name}::{one}" for name, code in text.items() for one in re.findall(r"^def (test_\w+)\(entry\)", code, re.M)
     }
     assert entries == {node for node, _ in gpu_bench.TASKS.values()}
-    assert set(gpu_bench.TILES) == set(tune_timing.ROOMS)
+    assert set(gpu_bench.TILES) == set(tune_timing.TASK_OF)
     files = [path for folder in gpu_bench.TEST_FOLDERS for path in gpu_bench.gpu_test_files(folder)]
     assert {"tests/attention/test_attention_mass_kernels.py", "tests/weights/test_weights_kernels.py"} < set(files)
     assert not [path for path in files if "native" in path or "reference" in path or "errors" in path]
@@ -326,7 +326,7 @@ def test_what_kernels_take_is_printed_though_ncu_fails(
     monkeypatch.setattr(worst, "entries", lambda _: [entry("focus", 0.3)])
     monkeypatch.setattr(worst.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(worst, "profile", lambda *_: 9)
-    monkeypatch.setattr(worst, "resources", lambda room: printed.append(room) or 0)
+    monkeypatch.setattr(worst, "resources", lambda task: printed.append(task) or 0)
     assert worst.main([str(tmp_path)]) == 1
     assert printed == ["focus"]
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 pytest.importorskip("psutil")
 
 from benchmarks import tune, tune_timing
-from benchmarks.harness import cases as rooms
+from benchmarks.harness import cases as harness
 from vgpo_kernels import _compile, _tuning
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the script as a user does, with Triton compiling, not interpreting, and no GPU in sight."""
+    """Runs the script as a user does, with Triton compiling, not interpreting, without a GPU."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "tune.py", *map(str, arguments)],
@@ -66,13 +66,13 @@ def test_an_unknown_kernel_is_refused() -> None:
     assert "attention mass" in done.stderr
 
 
-def test_every_kernel_has_a_room_with_the_papers_cases() -> None:
-    assert set(tune_timing.ROOMS) == set(_tuning.configs())
-    for name in set(tune_timing.ROOMS.values()):
-        room = tune_timing.room_named(name)
-        assert [case.name[0] for case in tune_timing.timed_cases(room)] == ["1", "4"]
-        assert {rooms.OURS, rooms.PLAIN} <= set(room.providers)
-        assert tune_timing.checked_case(room).kind == "cpu"
+def test_every_kernel_has_a_task_with_the_papers_cases() -> None:
+    assert set(tune_timing.TASK_OF) == set(_tuning.configs())
+    for name in set(tune_timing.TASK_OF.values()):
+        task = tune_timing.task_named(name)
+        assert [case.name[0] for case in tune_timing.timed_cases(task)] == ["1", "4"]
+        assert {harness.OURS, harness.PLAIN} <= set(task.providers)
+        assert tune_timing.checked_case(task).kind == "cpu"
 
 
 class Inputs(NamedTuple):
@@ -82,11 +82,11 @@ class Inputs(NamedTuple):
 
 
 @pytest.fixture
-def marble(monkeypatch: pytest.MonkeyPatch) -> rooms.Task:
+def marble(monkeypatch: pytest.MonkeyPatch) -> harness.Task:
     """A kernel that doubles: right with blocks of 16, 32 and 64, wrong in one element with 8, broken with 4."""
     monkeypatch.setattr(_tuning, "_configs", dict(_tuning.configs()))
-    monkeypatch.setattr(rooms, "TASKS", {})
-    monkeypatch.setitem(tune_timing.ROOMS, "marble", "cut marble")
+    monkeypatch.setattr(harness, "TASKS", {})
+    monkeypatch.setitem(tune_timing.TASK_OF, "marble", "cut marble")
 
     @_tuning.tunable("marble", case="none", candidates={})
     def marble_tiles() -> dict[str, int]:
@@ -101,18 +101,18 @@ def marble(monkeypatch: pytest.MonkeyPatch) -> rooms.Task:
         return doubled
 
     sizes = {"n": 1000}
-    return rooms.Task(
+    return harness.Task(
         "cut marble",
         cases=[
-            rooms.Case("a slab", ("small",), sizes, kind="cpu"),
-            *(rooms.Case(name, ("paper",), sizes, kind="cuda") for name in ("1: a block", "2: two", "4: a quarry")),
+            harness.Case("a slab", ("small",), sizes, kind="cpu"),
+            *(harness.Case(name, ("paper",), sizes, kind="cuda") for name in ("1: a block", "2: two", "4: a quarry")),
         ],
         inputs=lambda case, device: Inputs(torch.linspace(0, 1, case["n"], device=device)),
         providers={
-            rooms.OURS: rooms.Provider(double, "ours"),
-            rooms.PLAIN: rooms.Provider(lambda given: given.x + given.x, "ours, plain"),
+            harness.OURS: harness.Provider(double, "ours"),
+            harness.PLAIN: harness.Provider(lambda given: given.x + given.x, "ours, plain"),
         },
-        work=lambda case: rooms.Work(0.0, 8.0 * case["n"]),
+        work=lambda case: harness.Work(0.0, 8.0 * case["n"]),
     )
 
 
@@ -166,10 +166,10 @@ def test_a_case_that_does_not_fit_is_said_and_left_out(
 ) -> None:
     timed = tune_timing.seconds_of
 
-    def short_of_memory(kernel: str, room: Any, case: rooms.Case, *rest: Any) -> dict[str, list[float]]:
+    def short_of_memory(kernel: str, task: Any, case: harness.Case, *rest: Any) -> dict[str, list[float]]:
         if case.name.startswith("4"):
             raise torch.OutOfMemoryError
-        return timed(kernel, room, case, *rest)
+        return timed(kernel, task, case, *rest)
 
     monkeypatch.setattr(tune_timing, "seconds_of", short_of_memory)
     results = results_of(64, 16)

@@ -69,7 +69,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "cohere": make_text(CohereForCausalLM, CohereConfig, logit_scale=0.3, tie_word_embeddings=True),
 }
 SMALL = "internvl"
-# Another scale than their configuration says at first sight: the model is run once more.
+# Another scale than their configuration says: the model is run once more.
 READ_AGAIN = ("multiplying", "ignoring")
 
 

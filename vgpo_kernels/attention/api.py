@@ -1,4 +1,4 @@
-"""The public functions of the room: arguments checked, masks made intervals, then the operator.
+"""The public functions of attention: arguments checked, masks made intervals, then the operator.
 
 Masks, the same in every function: `causal` (a query sees the keys up to its own position, the last query standing at
 the last key), `window` (a query sees itself and the window - 1 keys before it, and as many after it when not causal),
@@ -78,7 +78,7 @@ def attention_mass(
         causal: a query sees the keys up to its own position; query Lq - 1 stands at key Lk - 1.
         scale: of the scores; None is D ** -0.5.
         query_range: (start, stop), the only queries asked for.
-        key_mask: (B, Lk) bool, or integers 0 and 1; False for keys nobody sees: padding on either side, or holes.
+        key_mask: (B, Lk) bool, or integers 0 and 1; False for keys that no query sees: padding, or holes.
         cu_seqlens: (n + 1,) integers, where each sequence of a packed row starts, then its end; B is 1, Lq = Lk.
         window: keys a query sees, itself and those before it (and as many after it when not causal).
         softcap: c of score <- c * tanh(score / c).

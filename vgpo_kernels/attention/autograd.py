@@ -1,4 +1,4 @@
-"""The gradients of the room's operators, under plain autograd, torch.compile and `torch.func`.
+"""The gradients of the operators, under plain autograd, torch.compile and `torch.func`.
 
 torch.library's autograd does not compose with the transforms of `torch.func` (grad, vjp, vmap), an
 `autograd.Function` does: it stands in while one of them is active.

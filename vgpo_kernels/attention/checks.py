@@ -1,4 +1,4 @@
-"""Checks of the room's arguments, and what they become: scales, and the rule of a mask."""
+"""Checks of arguments, and what they become: scales, and the rule of a mask."""
 
 from typing import Any
 

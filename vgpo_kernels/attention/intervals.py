@@ -1,4 +1,4 @@
-"""The one mask of the room: each query sees the keys of one interval.
+"""The one mask: each query sees the keys of one interval.
 
 `key_start` (inclusive) and `key_end` (exclusive) are (B, Lq), int32 in kernels; a query with start >= end sees nothing.
 Causal, padded, packed, windowed and bidirectional-block masks are all intervals; keys hidden in the middle of a row

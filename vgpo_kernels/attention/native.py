@@ -1,4 +1,4 @@
-"""The room on CPUs: csrc/attention/."""
+"""Attention on CPUs: csrc/attention/."""
 
 import torch
 from torch import Tensor

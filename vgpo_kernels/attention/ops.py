@@ -1,4 +1,4 @@
-"""The operators of the room: their schemas, and the shapes of what they return."""
+"""The operators: their schemas, and the shapes of what they return."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The room in plain torch: the specification, in blocks of scores that never grow to an attention map.
+"""Attention in plain torch: the specification, in blocks of scores that never grow to an attention map.
 
 Arguments of every function: q (B, Hq, Lq, D); k, v (B, Hkv, Lk, D); lse (B, Hq, Lq); key_start, key_end (B, Lq)
 int32; score = scale * q.k, then softcap * tanh(score / softcap). Sums are made in fp32, in float64 for float64.

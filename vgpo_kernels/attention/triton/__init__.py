@@ -1,4 +1,4 @@
-"""The room's Triton kernels, behind the function names that `reference` has."""
+"""Triton kernels, behind the function names that `reference` has."""
 
 from vgpo_kernels._triton import CompileCase
 from vgpo_kernels.attention.triton import (
@@ -31,6 +31,6 @@ __all__ = [
 
 
 def compile_cases() -> list[CompileCase]:
-    """Returns the compile cases of every kernel of the room."""
+    """Returns the compile cases of every kernel."""
     modules = (key_mask, block_lists, mass, query_blocks, column, key_blocks, forward, hopper_forward, decode, backward)
     return [case for module in modules for case in module.compile_cases()]

@@ -1,4 +1,4 @@
-"""The room's tiles: one choice a kernel and target, its reason, and the candidates worth timing against it.
+"""Tiles: one choice a kernel and target, its reason, and the candidates worth timing against it.
 
 Choices were made by registers and shared memory; none has been timed yet. Candidates are for half precision, heads of
 128 and no soft-cap, and compile without a spill; `benchmarks/tune.py` times them.

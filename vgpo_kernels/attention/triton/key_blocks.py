@@ -8,7 +8,7 @@ from torch import Tensor
 from vgpo_kernels._triton import CompileCase, tl, triton
 from vgpo_kernels.attention.intervals import HIDDEN, VISUAL
 
-# What a block of keys holds: ordinary keys only, visual keys only, both, or a hole in somebody's interval.
+# What a block of keys holds: ordinary keys only, visual keys only, both, or a hole in the interval of a query.
 ORDINARY_BLOCK, VISUAL_BLOCK, MIXED_BLOCK, HOLE_BLOCK = (tl.constexpr(value) for value in range(4))
 _HIDDEN, _VISUAL = tl.constexpr(HIDDEN), tl.constexpr(VISUAL)
 
@@ -47,7 +47,7 @@ def keys_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program owns a block of keys of one row: what it holds, and who sees it."""
+    """A program owns a block of keys of one row: what it holds, and which queries see it."""
     n_blocks = tl.cdiv(Lk, BLOCK_N)
     row = (tl.program_id(0) // n_blocks).to(tl.int64)
     first = (tl.program_id(0) % n_blocks) * BLOCK_N

@@ -1,4 +1,4 @@
-"""What the room's kernels share: scores in powers of two, strides in whole vectors."""
+"""What kernels share: scores in powers of two, strides in whole vectors."""
 
 import math
 
