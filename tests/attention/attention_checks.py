@@ -4,6 +4,7 @@ import torch
 from dense_attention import dense_attention, inputs, intervals, visible_keys
 from torch import Tensor
 
+from vgpo_kernels.attention.intervals import KeyMask
 from vgpo_kernels.testing import assert_error_budget
 
 DTYPES = (torch.float32, torch.float16, *((torch.bfloat16,) if torch.cuda.is_available() else ()))
@@ -44,6 +45,12 @@ def case(mask: str, kind: str, heads: tuple[int, int], lengths: tuple[int, int],
     unseen = ~visible.any(1)[:, None, :, None]
     k, v = k.masked_fill(unseen, float("nan")), v.masked_fill(unseen, float("nan"))
     return {"q": q, "k": k, "v": v, "key_kinds": key_kinds, "key_start": key_start, "key_end": key_end}
+
+
+def bundled(tensors: dict[str, Tensor]) -> dict[str, Tensor | KeyMask]:
+    """Returns the arguments of an implementation: those of a case with its mask as one."""
+    rest = {name: x for name, x in tensors.items() if not name.startswith("key_")}
+    return rest | {"mask": KeyMask(tensors["key_start"], tensors["key_end"], tensors["key_kinds"])}
 
 
 def without_finite_scores(seen: int, dtype: torch.dtype) -> tuple[dict, Tensor]:

@@ -1,4 +1,4 @@
-"""The operators under torch.compile, opcheck, checkpointing and torch.func."""
+"""The operators under torch.compile, opcheck and checkpointing, and without torch.func."""
 
 import pytest
 import torch
@@ -133,52 +133,15 @@ def test_outputs_that_nothing_uses_cost_no_gradient(impl: str) -> None:
         assert not v.grad.any()
 
 
-def test_functional_gradients_are_those_of_autograd(impl: str) -> None:
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_functional_transforms_are_refused(transform) -> None:
     q, k, v = leaves(5, 7)
-    visual = torch.arange(7, device=DEVICE).expand(2, -1) % 2 == 0
 
-    def mass(q: Tensor) -> Tensor:
-        return vgpo.visual_attention(q, k, v, visual, impl=impl).visual_mass.sum()
+    def calls(x: Tensor) -> Tensor:
+        return vgpo.attention_with_lse(x, k, v)[1].sum()
 
-    (expected,) = torch.autograd.grad(mass(q), q)
-    torch.testing.assert_close(torch.func.grad(mass)(q), expected)
-
-    def lse(q: Tensor) -> Tensor:
-        return vgpo.attention_with_lse(q, k, v)[1]
-
-    value, pull = torch.func.vjp(lse, q)
-    (expected,) = torch.autograd.grad(lse(q).square().sum() / 2, q)
-    torch.testing.assert_close(pull(value)[0], expected)
-
-
-def test_vmap_is_a_loop(impl: str) -> None:
-    q, k, v = (x.detach() for x in leaves(5, 7))
-    visual = torch.arange(7, device=DEVICE).expand(2, -1) % 2 == 0
-    many = torch.stack([q, q * 2, -q])
-
-    def run(q: Tensor) -> tuple[Tensor, ...]:
-        o = vgpo.visual_attention(q, k, v, visual, impl=impl)
-        lse = vgpo.attention_with_lse(q, k, v)[1]
-        mass = vgpo.attention_mass(q, k, lse, visual.int(), 2, impl=impl)
-        return *o, lse, mass, vgpo.attention_column_sum(q, k, lse, visual.int(), impl=impl)
-
-    mapped = torch.func.vmap(run)(many)
-    looped = [torch.stack(results) for results in zip(*map(run, many), strict=True)]
-    for one, other in zip(mapped, looped, strict=True):
-        torch.testing.assert_close(one, other)
-
-    def gradient(q: Tensor) -> Tensor:
-        return torch.func.grad(lambda x: vgpo.visual_attention(x, k, v, visual, impl=impl).visual_mass.sum())(q)
-
-    torch.testing.assert_close(torch.func.vmap(gradient)(many), torch.stack([gradient(x) for x in many]))
-
-
-def test_vmap_over_packed_rows_is_refused() -> None:
-    q, k, v = (x.detach() for x in leaves(7, 7, 1))
-    with pytest.raises(RuntimeError, match="have no batch for"):
-        torch.func.vmap(
-            lambda q: vgpo.attention_with_lse(q, k, v, cu_seqlens=torch.tensor([0, 3, 7], device=DEVICE))[0]
-        )(q[None])
+    with pytest.raises(RuntimeError, match=r"attention has no torch.func transforms \(grad, vjp, vmap\): use torch"):
+        transform(calls)(q if transform is torch.func.grad else q[None])
 
 
 def test_a_second_derivative_is_refused() -> None:

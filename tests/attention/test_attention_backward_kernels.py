@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_checks import DTYPES, MASKS, case, dense, on, without_finite_scores
+from attention_checks import DTYPES, MASKS, bundled, case, dense, on, without_finite_scores
 
 from vgpo_kernels.attention import reference
 from vgpo_kernels.attention.triton import visual_attention, visual_attention_backward
@@ -26,8 +26,10 @@ def gradients_given(tensors, through):
 def kernel_gradients(device, tensors, given, scale, softcap=None):
     tensors = on(device, tensors)
     grads = [None if grad is None else grad.to(device) for grad in given]
-    known = dict(zip(("out", "mass", "lse"), visual_attention(**tensors, scale=scale, softcap=softcap), strict=True))
-    return visual_attention_backward(*grads, **tensors, **known, scale=scale, softcap=softcap)
+    known = dict(
+        zip(("out", "mass", "lse"), visual_attention(**bundled(tensors), scale=scale, softcap=softcap), strict=True)
+    )
+    return visual_attention_backward(*grads, **bundled(tensors), **known, scale=scale, softcap=softcap)
 
 
 def autograd_gradients(tensors, given, dtype, scale, softcap=None):
@@ -155,9 +157,13 @@ def test_scores_of_minus_infinity(device, seen):
     given = gradients_given(tensors, ("out", "mass", "lse"))
     actual = kernel_gradients(device, tensors, given, 0.25)
     known = dict(
-        zip(("out", "mass", "lse"), reference.visual_attention(**tensors, scale=0.25, softcap=None), strict=True)
+        zip(
+            ("out", "mass", "lse"),
+            reference.visual_attention(**bundled(tensors), scale=0.25, softcap=None),
+            strict=True,
+        )
     )
-    expected = reference.visual_attention_backward(*given, **tensors, **known, scale=0.25, softcap=None)
+    expected = reference.visual_attention_backward(*given, **bundled(tensors), **known, scale=0.25, softcap=None)
     assert (actual[0][:, :, rows] == 0).all()
     for gradient, known_gradient in zip(actual, expected, strict=True):
         numbers = ~known_gradient.isnan()

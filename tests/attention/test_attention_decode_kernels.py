@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_checks import DTYPES, MASKS, case, check_forward, on
+from attention_checks import DTYPES, MASKS, bundled, case, check_forward, on
 
 from vgpo_kernels.attention.triton import decode, forward, visual_attention
 
@@ -11,7 +11,7 @@ def attend(device, tensors, scale=None, softcap=None):
     q, k = tensors["q"], tensors["k"]
     assert decode.takes(q.shape[2], q.shape[1] // k.shape[1], q.shape[3])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return visual_attention(**on(device, tensors), scale=scale, softcap=softcap)
+    return visual_attention(**bundled(on(device, tensors)), scale=scale, softcap=softcap)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -62,7 +62,7 @@ def test_wide_heads_take_half_as_many_rows(device, queries, split):
     # Eight heads a group: 32 rows are the most for heads above 256; 40 go to the other kernel.
     assert decode.takes(queries, 8, 320) is split
     tensors = case("window", "holes", (8, 1), (queries, 90), 320, torch.float16)
-    results = visual_attention(**on(device, tensors), scale=0.2, softcap=3.0)
+    results = visual_attention(**bundled(on(device, tensors)), scale=0.2, softcap=3.0)
     check_forward(results, tensors, scale=0.2, softcap=3.0)
 
 
@@ -127,7 +127,7 @@ def test_both_kernels_agree(device, monkeypatch):
     tensors = case("causal", "holes", (2, 1), (8, 200), 16, torch.float32)
     split = attend(device, tensors)
     monkeypatch.setattr(decode, "takes", lambda *_: False)
-    whole = forward.visual_attention(**on(device, tensors), scale=0.25, softcap=None)
+    whole = forward.visual_attention(**bundled(on(device, tensors)), scale=0.25, softcap=None)
     for a, b in zip(split, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from attention_checks import DTYPES, MASKS, case, check_forward, on, without_finite_scores
+from attention_checks import DTYPES, MASKS, bundled, case, check_forward, on, without_finite_scores
 
 from vgpo_kernels.attention import reference
+from vgpo_kernels.attention.intervals import KeyMask
 from vgpo_kernels.attention.triton import forward
 from vgpo_kernels.attention.triton.key_blocks import find_keys
 
@@ -14,7 +15,7 @@ LENGTHS = (70, 140)
 
 def attend(device, tensors, scale=None, softcap=None, **options):
     scale = tensors["q"].shape[-1] ** -0.5 if scale is None else scale
-    return forward.visual_attention(**on(device, tensors), scale=scale, softcap=softcap, **options)
+    return forward.visual_attention(**bundled(on(device, tensors)), scale=scale, softcap=softcap, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,7 +136,7 @@ def test_scores_of_minus_infinity(device, seen, dtype):
     # In whole tiles, alone and after cut ones.
     tensors, rows = without_finite_scores(seen, dtype)
     results = attend(device, tensors)
-    expected = reference.visual_attention(**tensors, scale=0.25, softcap=None)
+    expected = reference.visual_attention(**bundled(tensors), scale=0.25, softcap=None)
     for actual, known, nothing in zip(results, expected, (0.0, 0.0, -torch.inf), strict=True):
         torch.testing.assert_close(actual.cpu(), known, rtol=2e-3, atol=2e-3)
         assert (actual[:, :, rows] == nothing).all()
@@ -146,7 +147,7 @@ def test_a_tile_of_minus_infinity_before_others(device):
     tensors["q"][..., 0] = -1.0
     tensors["k"][:, :, :128, 0] = torch.inf
     results = attend(device, tensors)
-    expected = reference.visual_attention(**tensors, scale=0.25, softcap=None)
+    expected = reference.visual_attention(**bundled(tensors), scale=0.25, softcap=None)
     for actual, known in zip(results, expected, strict=True):
         torch.testing.assert_close(actual.cpu(), known, rtol=2e-3, atol=2e-3)
 
@@ -158,7 +159,7 @@ def test_what_a_block_of_keys_holds(device):
     key_kinds[0, 4:16] = 2
     key_kinds[0, 18] = 0
     end.clamp_(max=45)
-    keys = find_keys(key_kinds, start, end, 16)
+    keys = find_keys(KeyMask(start, end, key_kinds), 16)
     weight = torch.zeros(48)
     weight[4:16] = 1
     weight[[18, *range(30, 40), 45, 46, 47]] = -1  # hidden, seen by no query, beyond the last

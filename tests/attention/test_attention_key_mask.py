@@ -7,7 +7,6 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import vgpo_kernels as vgpo
-from vgpo_kernels.attention import checks
 from vgpo_kernels.attention import intervals as masks
 from vgpo_kernels.attention.intervals import MaskRule
 
@@ -134,24 +133,6 @@ def test_one_graph_serves_every_length_and_the_kernel_is_in_it(device: str) -> N
         torch.testing.assert_close(compiled(*arguments), calls(*arguments))
     assert counter.frame_count == 1
     assert sum(str(node.target).startswith("vgpo.attention_prologue") for node in counter.graphs[0].graph.nodes) == 3
-
-
-def test_rows_that_vmap_joins_are_packed_alike(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "_reads", lambda _: False)  # as on a GPU
-    q, k, _ = (x.to(device) for x in inputs(1, (2, 1), (37, 37), 16))
-    bounds, ids = torch.tensor([0, 9, 37], device=device), torch.arange(37, device=device)[None] % 2
-    many = torch.stack([ids, 1 - ids])
-    lse = torch.zeros(1, 2, 37, device=device)
-
-    def masses(ids: Tensor, cu_seqlens: Tensor = bounds) -> tuple[Tensor, Tensor]:
-        mass = vgpo.attention_mass(q, k, lse, ids, 2, cu_seqlens=cu_seqlens, impl="triton")
-        return mass, vgpo.attention_column_sum(q, k, lse, ids, cu_seqlens=cu_seqlens, impl="triton")
-
-    mapped = torch.func.vmap(masses)(many)
-    looped = [torch.stack(results) for results in zip(*map(masses, many), strict=True)]
-    torch.testing.assert_close(list(mapped), looped)
-    with pytest.raises(RuntimeError, match="have no batch"):
-        torch.func.vmap(masses)(many, torch.stack([bounds, bounds]))
 
 
 def test_values_are_checked_when_debugging(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_checks import MASKS, case
+from attention_checks import MASKS, bundled, case
 from dense_attention import visible_keys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,15 +19,15 @@ pytestmark = pytest.mark.usefixtures("capability")
 
 def attend(tensors, scale=None, softcap=None):
     scale = tensors["q"].shape[-1] ** -0.5 if scale is None else scale
-    return native.visual_attention(**tensors, scale=scale, softcap=softcap)
+    return native.visual_attention(**bundled(tensors), scale=scale, softcap=softcap)
 
 
 def check(results, tensors, scale=None, softcap=None):
     """Compares with the reference in the same dtype and in float64."""
     scale = tensors["q"].shape[-1] ** -0.5 if scale is None else scale
     exact = {name: x.double() if name in "qkv" else x for name, x in tensors.items()}
-    same = reference.visual_attention(**tensors, scale=scale, softcap=softcap)
-    truth = reference.visual_attention(**exact, scale=scale, softcap=softcap)
+    same = reference.visual_attention(**bundled(tensors), scale=scale, softcap=softcap)
+    truth = reference.visual_attention(**bundled(exact), scale=scale, softcap=softcap)
     assert results[0].dtype == tensors["q"].dtype
     assert results[1].dtype == results[2].dtype == torch.float32
     for name, actual, expected, value in zip(("out", "mass", "lse"), results, same, truth, strict=True):
@@ -135,7 +135,7 @@ def test_what_is_not_finite_and_seen_comes_out(Lq, name, bad):
         tensors[name][0, 1, -1, 3] = bad
         results = attend(tensors)
         scale = 16**-0.5
-        expected = reference.visual_attention(**tensors, scale=scale, softcap=None)
+        expected = reference.visual_attention(**bundled(tensors), scale=scale, softcap=None)
         for a, b in zip(results, expected, strict=True):
             assert torch.equal(a.isnan(), b.isnan())
             assert torch.equal(a[b.isinf()], b[b.isinf()])
@@ -174,7 +174,7 @@ def test_nothing_to_attend_with(shape):
     kinds, start = torch.ones(B, Lk, dtype=torch.int8), torch.zeros(B, Lq, dtype=torch.int32)
     tensors = {"q": q, "k": k, "v": k, "key_kinds": kinds, "key_start": start, "key_end": start + Lk}
     results = attend(tensors, scale=1.0)
-    expected = reference.visual_attention(**tensors, scale=1.0, softcap=None)
+    expected = reference.visual_attention(**bundled(tensors), scale=1.0, softcap=None)
     for a, b in zip(results, expected, strict=True):
         torch.testing.assert_close(a, b)
 

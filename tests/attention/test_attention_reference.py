@@ -9,6 +9,7 @@ from dense_attention import column_sums, dense_attention, inputs, intervals, seg
 from torch import Tensor
 
 from vgpo_kernels.attention import reference
+from vgpo_kernels.attention.intervals import KeyMask
 from vgpo_kernels.testing import assert_error_budget
 
 MASKS = ("full", "causal", "left", "right", "packed", "window", "blocks", "empty", "blind", "arbitrary")
@@ -42,10 +43,10 @@ def test_it_is_dense_attention(mask: str, softcap: float | None) -> None:
     torch.autograd.backward((dense.out, mass, finite_lse), grads)
 
     bad = poisoned(q, k, v, *bounds, kinds)
-    results = reference.visual_attention(*bad, kinds, *bounds, 0.3, softcap)
+    results = reference.visual_attention(*bad, KeyMask(*bounds, kinds), 0.3, softcap)
     for result, expected in zip(results, (dense.out, mass, dense.lse), strict=True):
         torch.testing.assert_close(result, expected.detach(), rtol=1e-10, atol=1e-12)
-    gradients = reference.visual_attention_backward(*grads, *bad, kinds, *bounds, *results, 0.3, softcap)
+    gradients = reference.visual_attention_backward(*grads, *bad, KeyMask(*bounds, kinds), *results, 0.3, softcap)
     for gradient, leaf in zip(gradients, leaves, strict=True):
         # The dense softmax of a row without keys has NaN gradients; nothing depends on such a row.
         torch.testing.assert_close(gradient, leaf.grad.nan_to_num(), rtol=1e-10, atol=1e-12)
@@ -86,9 +87,9 @@ def test_lower_precision_is_within_the_budget(dtype: torch.dtype, D: int) -> Non
         mass = (dense.probabilities * (kinds == 2)[:, None, None]).sum(-1)
         (dense.out.sum() + mass.sum() + dense.lse.sum()).backward()
         outs.append([dense.out.detach(), mass.detach(), dense.lse.detach(), *(leaf.grad for leaf in leaves)])
-    results = reference.visual_attention(q, k, v, kinds, *bounds, D**-0.5, None)
+    results = reference.visual_attention(q, k, v, KeyMask(*bounds, kinds), D**-0.5, None)
     ones = [torch.ones_like(x) for x in results]
-    gradients = reference.visual_attention_backward(*ones, q, k, v, kinds, *bounds, *results, D**-0.5, None)
+    gradients = reference.visual_attention_backward(*ones, q, k, v, KeyMask(*bounds, kinds), *results, D**-0.5, None)
     names = ("out", "mass", "lse", "grad q", "grad k", "grad v")
     for name, actual, same, exact in zip(names, (*results, *gradients), *outs, strict=True):
         assert_error_budget(name, actual, same, exact)
@@ -101,8 +102,10 @@ def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     ids, count = segments("scattered", B, LENGTHS[1])
 
     def everything() -> list[Tensor]:
-        results = reference.visual_attention(q, k, v, kinds, *bounds, 0.25, None)
-        gradients = reference.visual_attention_backward(*results, q, k, v, kinds, *bounds, *results, 0.25, None)
+        results = reference.visual_attention(q, k, v, KeyMask(*bounds, kinds), 0.25, None)
+        gradients = reference.visual_attention_backward(
+            *results, q, k, v, KeyMask(*bounds, kinds), *results, 0.25, None
+        )
         mass = reference.attention_mass(q, k, results[2], ids, *bounds, count, 0.25, None)
         received = [
             reference.attention_column_sum(q, k, results[2], ids, *bounds, reduction, 0.25, None)

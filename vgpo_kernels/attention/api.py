@@ -11,20 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels._operator import as_autocast
 from vgpo_kernels._validate import BOOL, INTEGER, check_choice, check_tensor
-from vgpo_kernels.attention import autograd, ops, prologue
-from vgpo_kernels.attention.checks import (
-    check_cache_lengths,
-    check_count,
-    check_key_mask,
-    check_max_seqlen,
-    check_qk,
-    check_values,
-    check_visual_mask,
-    mask_rule,
-    within,
-)
+from vgpo_kernels.attention import ops
+from vgpo_kernels.attention.checks import check_count, checked, within
 
 REDUCTIONS = ("sum", "mean", "max")
 
@@ -108,15 +97,17 @@ def attention_mass(
 
     Source: the attention that VGPO (arXiv 2604.09349) finds fading; exp(score - LSE) is the softmax itself.
     """
-    q, k = as_autocast(q, k)
-    scale = check_qk(q, k, scale, softcap)
-    check_key_mask(key_mask, q, k)
+    q, k, _, scale, rule = checked(
+        q, k, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens, window=window, softcap=softcap,
+        intervals=intervals,
+    )  # fmt: skip
     check_tensor("segment_ids", segment_ids, shape=(q.shape[0], k.shape[2]), dtypes=INTEGER, device=q.device)
     check_count("num_segments", num_segments)
-    rule = mask_rule(q, k, causal, key_mask, cu_seqlens, window, intervals)
     q, lse, rule = within(q, lse, rule, query_range)
-    mask = prologue.of_segments(rule, segment_ids, q, impl)
-    mass: Tensor = ops.attention_mass(q.detach(), k.detach(), lse.detach(), *mask, num_segments, scale, softcap, impl)
+    start, end, segments = ops.key_mask(rule, segment_ids, True, q, impl)
+    mass: Tensor = ops.attention_mass(
+        q.detach(), k.detach(), lse.detach(), segments, start, end, num_segments, scale, softcap, impl
+    )
     return mass.mean(1) if reduce_heads else mass
 
 
@@ -166,15 +157,15 @@ def attention_column_sum(
         >>> attention_column_sum(q, k, lse, torch.tensor([[0, 3, -1]]), causal=False)
         tensor([[[1., 1., 0.]]])
     """
-    q, k = as_autocast(q, k)
-    scale = check_qk(q, k, scale, softcap)
-    check_key_mask(key_mask, q, k)
+    q, k, _, scale, rule = checked(
+        q, k, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens, window=window, softcap=softcap,
+        intervals=intervals,
+    )  # fmt: skip
     check_choice("reduction", reduction, REDUCTIONS)
     if not isinstance(keys, Tensor):
         raise TypeError(f"keys: expected a tensor, got {type(keys).__name__}")
     n = k.shape[2] if keys.dtype == torch.bool else "n"
     check_tensor("keys", keys, shape=(q.shape[0], n), dtypes=BOOL + INTEGER, device=q.device)
-    rule = mask_rule(q, k, causal, key_mask, cu_seqlens, window, intervals)
     q, lse, rule = within(q, lse, rule, query_range)
     received: Tensor = ops.attention_column_sum(
         q.detach(), k.detach(), lse.detach(), keys, rule.key_start, rule.key_end, reduction, scale, softcap, impl,
@@ -225,15 +216,12 @@ def visual_attention(
 
     Source: FlashAttention-2 (arXiv 2307.08691) with one more accumulator; backward as in `docs/attention.md`.
     """
-    q, k, v = as_autocast(q, k, v)
-    scale = check_qk(q, k, scale, softcap)
-    check_key_mask(key_mask, q, k)
-    check_values(q, k, v)
-    check_max_seqlen(max_seqlen, cu_seqlens)
-    check_visual_mask(visual_mask, q, k)
-    rule = mask_rule(q, k, causal, key_mask, cu_seqlens, window, intervals)
-    mask = prologue.of_visual_keys(rule, visual_mask, q, impl)
-    return VisualAttention(*autograd.visual_attention(q, k, v, *mask, scale, softcap, impl))
+    q, k, v, scale, rule = checked(
+        q, k, v, visual_mask, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen, window=window, softcap=softcap, intervals=intervals,
+    )  # fmt: skip
+    start, end, kinds = ops.key_mask(rule, visual_mask, False, q, impl)
+    return VisualAttention(*ops.visual_attention(q, k, v, kinds, start, end, scale, softcap, impl))
 
 
 def visual_attention_decode(
@@ -274,12 +262,9 @@ def visual_attention_decode(
         >>> visual_attention_decode(q, cache, cache, visual, torch.tensor([5])).visual_mass
         tensor([[[0.4000]]])
     """
-    q, k_cache, v_cache = as_autocast(q, k_cache, v_cache)
-    scale = check_qk(q, k_cache, scale, softcap, k_name="k_cache")
-    check_key_mask(key_mask, q, k_cache)
-    check_values(q, k_cache, v_cache, name="v_cache")
-    check_cache_lengths(cache_lengths, q, k_cache)
-    check_visual_mask(visual_mask, q, k_cache)
-    rule = mask_rule(q, k_cache, True, key_mask, None, window, intervals, cache_lengths)
-    mask = prologue.of_visual_keys(rule, visual_mask, q, impl)
-    return VisualAttention(*autograd.visual_attention(q, k_cache, v_cache, *mask, scale, softcap, impl))
+    q, k, v, scale, rule = checked(
+        q, k_cache, v_cache, visual_mask, causal=True, scale=scale, key_mask=key_mask, window=window, softcap=softcap,
+        intervals=intervals, cache_lengths=cache_lengths,
+    )  # fmt: skip
+    start, end, kinds = ops.key_mask(rule, visual_mask, False, q, impl)
+    return VisualAttention(*ops.visual_attention(q, k, v, kinds, start, end, scale, softcap, impl))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._dispatch import choose
+from vgpo_kernels.attention.intervals import KeyMask
 
 
 class Backend(Protocol):
@@ -44,9 +45,7 @@ class Backend(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        key_kinds: Tensor,
-        key_start: Tensor,
-        key_end: Tensor,
+        mask: KeyMask,
         scale: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,9 +59,7 @@ class Backend(Protocol):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        key_kinds: Tensor,
-        key_start: Tensor,
-        key_end: Tensor,
+        mask: KeyMask,
         out: Tensor,
         mass: Tensor | None,
         lse: Tensor,

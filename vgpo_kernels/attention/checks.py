@@ -1,11 +1,12 @@
-"""Checks of arguments, and what they become: scales, and the rule of a mask."""
+"""Checks of the arguments of attention, and what they become: tensors in autocast's dtype, a scale, a mask's rule."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vgpo_kernels._dispatch import checks_values
+from vgpo_kernels._operator import as_autocast
 from vgpo_kernels._validate import (
     BOOL,
     FLOATING,
@@ -23,11 +24,64 @@ LSE = (torch.float32, torch.float64)
 HEAD_DIM = 512  # the largest
 
 
-def check_qk(q: Tensor, k: Tensor, scale: float | None, softcap: float | None, *, k_name: str = "k") -> float:
-    """Returns the scale."""
+class Inputs(NamedTuple):
+    """What checked arguments come to; `v` is None if none was given."""
+
+    q: Tensor
+    k: Tensor
+    v: Any
+    scale: float
+    rule: MaskRule
+
+
+def checked(
+    q: Tensor,
+    k: Tensor,
+    v: Any = None,
+    visual_mask: Tensor | None = None,
+    *,
+    causal: bool,
+    scale: float | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None,
+    softcap: float | None,
+    intervals: tuple[Tensor, Tensor] | None,
+    cache_lengths: Tensor | None = None,
+) -> Inputs:
+    """Returns the arguments that public functions share, checked; the cache's names with `cache_lengths`."""
+    q, k, v = as_autocast(q, k, v)
+    suffix = "" if cache_lengths is None else "_cache"
+    check_qk(q, k, softcap, k_name=f"k{suffix}")
+    if scale is None:
+        scale = float(q.shape[3]) ** -0.5
+    check_number("scale", scale)
+    B, Lk = q.shape[0], k.shape[2]
+    if v is not None:
+        _refuse_transforms(v)
+        check_tensor(f"v{suffix}", v, shape=k.shape, dtypes=(q.dtype,), device=q.device)
+    if visual_mask is not None:
+        check_tensor("visual_mask", visual_mask, shape=(B, Lk), dtypes=MASK, device=q.device)
+    if key_mask is not None:
+        check_tensor("key_mask", key_mask, shape=(B, Lk), dtypes=BOOL + INTEGER, device=q.device)
+        if _reads(key_mask):
+            check_mask_values("key_mask", key_mask)
+    if max_seqlen is not None:
+        _check_max_seqlen(max_seqlen, cu_seqlens)
+    if cache_lengths is not None:
+        _check_cache_lengths(cache_lengths, q, k)
+    rule = _mask_rule(q, k, causal, key_mask, cu_seqlens, window, intervals)
+    return Inputs(q, k, v, float(scale), rule._replace(cache_lengths=cache_lengths, max_seqlen=max_seqlen))
+
+
+def check_qk(q: Tensor, k: Tensor, softcap: float | None, *, k_name: str = "k") -> None:
+    """Raises unless queries and keys fit together and the soft-cap is one."""
     check_tensor("q", q, shape=("B", "Hq", "Lq", "D"), dtypes=FLOATING)
+    _refuse_transforms(q)
     check_not_empty("q", q)
     check_tensor(k_name, k, shape=(q.shape[0], "Hkv", "Lk", q.shape[3]), dtypes=(q.dtype,), device=q.device)
+    _refuse_transforms(k)
     check_not_empty(k_name, k)
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{k_name}: expected a number of heads that divides q's {q.shape[1]}, got {k.shape[1]}")
@@ -35,14 +89,14 @@ def check_qk(q: Tensor, k: Tensor, scale: float | None, softcap: float | None, *
         raise ValueError(f"q: expected a head size of at most {HEAD_DIM}, got {q.shape[3]}")
     if softcap is not None:
         check_number("softcap", softcap, low=0.0, low_open=True)
-    if scale is None:
-        return float(q.shape[3]) ** -0.5
-    check_number("scale", scale)
-    return float(scale)
 
 
-def check_values(q: Tensor, k: Tensor, v: Tensor, name: str = "v") -> None:
-    check_tensor(name, v, shape=k.shape, dtypes=(q.dtype,), device=q.device)
+def _refuse_transforms(x: Tensor) -> None:
+    if not torch.compiler.is_compiling() and torch.func.debug_unwrap(x, recurse=False) is not x:
+        raise RuntimeError(
+            "attention has no torch.func transforms (grad, vjp, vmap): use torch.autograd.grad, and the batch "
+            "dimension in place of vmap"
+        )
 
 
 def check_count(name: str, value: Any) -> None:
@@ -52,9 +106,7 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
-    if max_seqlen is None:
-        return
+def _check_max_seqlen(max_seqlen: int, cu_seqlens: Tensor | None) -> None:
     check_count("max_seqlen", max_seqlen)
     if cu_seqlens is None:
         raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}")
@@ -62,7 +114,7 @@ def check_max_seqlen(max_seqlen: int | None, cu_seqlens: Tensor | None) -> None:
         raise ValueError(f"max_seqlen: expected at least {longest}, the longest sequence, got {max_seqlen}")
 
 
-def check_cache_lengths(cache_lengths: Tensor, q: Tensor, k: Tensor) -> None:
+def _check_cache_lengths(cache_lengths: Tensor, q: Tensor, k: Tensor) -> None:
     Lq, Lk = q.shape[2], k.shape[2]
     check_tensor("cache_lengths", cache_lengths, shape=q.shape[:1], dtypes=INTEGER, device=q.device)
     if _reads(cache_lengths):
@@ -83,19 +135,7 @@ def _reads(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and checks_values(None, x)
 
 
-def check_key_mask(key_mask: Tensor | None, q: Tensor, k: Tensor) -> None:
-    """Raises unless the mask is (B, Lk) bool or, as models hand it over, 0 and 1."""
-    if key_mask is not None:
-        check_tensor("key_mask", key_mask, shape=(q.shape[0], k.shape[2]), dtypes=BOOL + INTEGER, device=q.device)
-        if _reads(key_mask):
-            check_mask_values("key_mask", key_mask)
-
-
-def check_visual_mask(visual_mask: Tensor, q: Tensor, k: Tensor) -> None:
-    check_tensor("visual_mask", visual_mask, shape=(q.shape[0], k.shape[2]), dtypes=MASK, device=q.device)
-
-
-def mask_rule(
+def _mask_rule(
     q: Tensor,
     k: Tensor,
     causal: bool,
@@ -103,9 +143,7 @@ def mask_rule(
     cu_seqlens: Tensor | None,
     window: int | None,
     intervals: tuple[Tensor, Tensor] | None,
-    cache_lengths: Tensor | None = None,
 ) -> MaskRule:
-    """Returns the rule that the masks of a public function make; `key_mask` and `cache_lengths` are checked before."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected a bool, got {causal!r}")
     if window is not None:
@@ -119,7 +157,7 @@ def mask_rule(
                 f"bounds, q {tuple(q.shape)}, k {tuple(k.shape)}"
             )
         _check_bounds(cu_seqlens, Lk)
-    rule = MaskRule((Lq, Lk), Lk - Lq, causal, window, key_mask, cu_seqlens, cache_lengths)
+    rule = MaskRule((Lq, Lk), Lk - Lq, causal, window, key_mask, cu_seqlens)
     if intervals is None:
         return rule
     _check_intervals(intervals, (q.shape[0], Lq), q.device, cu_seqlens, window)

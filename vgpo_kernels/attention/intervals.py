@@ -1,8 +1,7 @@
-"""The one mask: each query sees the keys of one interval.
+"""The one mask of attention: each query sees the keys of one interval, but for hidden keys.
 
-`key_start` (inclusive) and `key_end` (exclusive) are (B, Lq), int32 in kernels; a query with start >= end sees nothing.
-Causal, padded, packed, windowed and bidirectional-block masks are all intervals; keys hidden in the middle of a row
-are told apart by `key_kinds`.
+A query with start >= end sees nothing. Causal, padded, packed, windowed and bidirectional-block masks are all
+intervals; keys hidden in the middle of a row are told apart by their kind.
 """
 
 from typing import NamedTuple
@@ -12,14 +11,20 @@ from torch import Tensor
 
 from vgpo_kernels._validate import forbid
 
-HIDDEN, ORDINARY, VISUAL = 0, 1, 2  # what `key_kinds` (B, Lk) int8 says of a key
+HIDDEN, ORDINARY, VISUAL, MIXED = range(4)  # the kind of a key; MIXED is that of a block of ordinary and visual keys
 
 
-class Intervals(NamedTuple):
-    """The keys each query sees: (B, Lq) integers, inclusive starts and exclusive ends."""
+class KeyMask(NamedTuple):
+    """A mask as implementations take it.
 
-    key_start: Tensor
-    key_end: Tensor
+    Args:
+        start, end: (B, Lq) int32, the keys each query sees: inclusive starts, exclusive ends.
+        kinds: (B, Lk) int8, HIDDEN, ORDINARY or VISUAL.
+    """
+
+    start: Tensor
+    end: Tensor
+    kinds: Tensor
 
 
 class MaskRule(NamedTuple):
@@ -34,6 +39,7 @@ class MaskRule(NamedTuple):
         cu_seqlens: (n + 1,) integers, where each packed sequence starts, then the end of the last; B is 1.
         cache_lengths: (B,) integers, the filled entries of each row's cache; the last query stands at the last one.
         key_start, key_end: (B, Lq) integers that take the place of `causal`, `window` and `cu_seqlens`.
+        max_seqlen: of the packed sequences, for kernels that are not ours.
     """
 
     lengths: tuple[int, int]
@@ -45,6 +51,7 @@ class MaskRule(NamedTuple):
     cache_lengths: Tensor | None = None
     key_start: Tensor | None = None
     key_end: Tensor | None = None
+    max_seqlen: int | None = None
 
     def of_queries(self, start: int, stop: int) -> "MaskRule":
         """Returns the rule of the queries from `start` to `stop`."""
@@ -55,8 +62,8 @@ class MaskRule(NamedTuple):
         )
 
 
-def build(rule: MaskRule, batch: int, device: torch.device) -> Intervals:
-    """Returns the intervals that a rule comes to, not yet cut to the keys there are."""
+def build(rule: MaskRule, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns the starts and ends (B, Lq) that a rule comes to, not yet cut to the keys there are."""
     if rule.key_start is None or rule.key_end is None:
         start, end = (x.expand(batch, -1) for x in _built(rule, device))
     else:
@@ -66,7 +73,7 @@ def build(rule: MaskRule, batch: int, device: torch.device) -> Intervals:
     if rule.key_mask is not None:
         first, last = _edges(rule.key_mask != 0)
         start, end = torch.maximum(start, first), torch.minimum(end, last)
-    return Intervals(start, end)
+    return start, end
 
 
 def key_kinds(visual_mask: Tensor, key_mask: Tensor | None) -> Tensor:

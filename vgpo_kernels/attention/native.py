@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels import _native
+from vgpo_kernels.attention.intervals import KeyMask
 from vgpo_kernels.attention.reference import visual_attention_backward
 
 __all__ = ["attention_column_sum", "attention_mass", "visual_attention", "visual_attention_backward"]
@@ -50,21 +51,15 @@ def attention_column_sum(
 
 
 def visual_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_kinds: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
-    scale: float,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: KeyMask, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns what the reference returns, from one pass over keys and values."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     mass = q.new_empty(q.shape[:3], dtype=torch.float32)
     lse = torch.empty_like(mass)
-    kinds = key_kinds.to(torch.int8).view(torch.uint8)
+    kinds = mask.kinds.to(torch.int8).view(torch.uint8)
     _native.call(
-        "visual_attention", out, mass, lse, q, k, v, kinds, key_start.int(), key_end.int(), float(scale), softcap or 0.0
-    )
+        "visual_attention", out, mass, lse, q, k, v, kinds, mask.start.int(), mask.end.int(), float(scale),
+        softcap or 0.0,
+    )  # fmt: skip
     return out, mass, lse

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vgpo_kernels.attention.intervals import HIDDEN, VISUAL
+from vgpo_kernels.attention.intervals import HIDDEN, VISUAL, KeyMask
 
 SCORES = 1 << 21  # in a block: 8 MB in fp32
 KEYS = 1024  # in a block, where keys are gathered
@@ -84,29 +84,23 @@ def visual_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_kinds: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
+    mask: KeyMask,
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the output (B, Hq, Lq, D), the attention on visual keys (B, Hq, Lq) and the LSE (B, Hq, Lq).
-
-    Args:
-        key_kinds: (B, Lk) int8: HIDDEN, ORDINARY or VISUAL.
-    """
+    """Returns the output (B, Hq, Lq, D), the attention on visual keys (B, Hq, Lq) and the LSE (B, Hq, Lq)."""
     wide = _wide(q)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     mass = q.new_zeros(q.shape[:3], dtype=wide)
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=wide)
-    for block in _blocks(q, k, key_kinds, key_start, key_end):
+    for block in _blocks(q, k, mask):
         row, queries, keys = block.row, block.queries, block.keys
         scores = _scores(block.take(q), block.pick(k), scale, softcap).masked_fill_(~block.visible, float("-inf"))
         block_lse = scores.logsumexp(-1)  # [Hq, m]
         scores -= block_lse.masked_fill(block_lse.isneginf(), 0.0)[..., None]
         probabilities = scores.exp_()  # [Hq, m, n]
         out[row, :, queries] = _grouped(probabilities, block.pick(v)).to(out.dtype)
-        mass[row, :, queries] = probabilities @ (key_kinds[row, keys] == VISUAL).to(wide)
+        mass[row, :, queries] = probabilities @ (mask.kinds[row, keys] == VISUAL).to(wide)
         lse[row, :, queries] = block_lse
     return out, mass, lse
 
@@ -118,9 +112,7 @@ def visual_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_kinds: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
+    mask: KeyMask,
     out: Tensor,
     mass: Tensor | None,
     lse: Tensor,
@@ -134,7 +126,7 @@ def visual_attention_backward(
     """
     wide = _wide(q)
     grad_q, grad_k, grad_v = (x.new_zeros(x.shape, dtype=wide) for x in (q, k, v))
-    for block in _blocks(q, k, key_kinds, key_start, key_end):
+    for block in _blocks(q, k, mask):
         row, queries, keys = block.row, block.queries, block.keys
         b_q, b_k, b_v, b_grad = block.take(q), block.pick(k), block.pick(v), block.take(grad_out)
         scores = _scores(b_q, b_k, scale, softcap)
@@ -146,7 +138,7 @@ def visual_attention_backward(
             delta -= grad_lse[row, :, queries]
         grad_p = _scores(b_grad, b_v, 1.0, None)
         if grad_mass is not None:
-            grad_p += grad_mass[row, :, queries, None] * (key_kinds[row, keys] == VISUAL)
+            grad_p += grad_mass[row, :, queries, None] * (mask.kinds[row, keys] == VISUAL)
         grad_s = probabilities * (grad_p - delta[..., None])
         # A query that sees nothing may hold anything, a NaN in its gradient, too.
         grad_s.masked_fill_(~block.visible, 0.0)
@@ -178,18 +170,18 @@ class _Block(NamedTuple):
         return tile.masked_fill(~self.visible.any(0)[:, None], 0.0)
 
 
-def _blocks(q: Tensor, k: Tensor, key_kinds: Tensor, key_start: Tensor, key_end: Tensor) -> Iterator[_Block]:
+def _blocks(q: Tensor, k: Tensor, mask: KeyMask) -> Iterator[_Block]:
     """Yields blocks of at most SCORES scores; queries that see nothing are in none, or in one with others."""
     B, Hq, Lq, _ = q.shape
     size = max(1, SCORES // (Hq * max(1, k.shape[2])))
     for row in range(B):
         for first in range(0, Lq, size):
             queries = slice(first, min(first + size, Lq))
-            start, end = key_start[row, queries], key_end[row, queries]
+            start, end = mask.start[row, queries], mask.end[row, queries]
             keys = union(start, end)
             if keys is None:
                 continue
-            yield _Block(row, queries, keys, visible_keys(keys, start, end, key_kinds[row, keys]))
+            yield _Block(row, queries, keys, visible_keys(keys, start, end, mask.kinds[row, keys]))
 
 
 def visible_keys(keys: slice, start: Tensor, end: Tensor, kinds: Tensor) -> Tensor:

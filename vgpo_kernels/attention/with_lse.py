@@ -1,4 +1,4 @@
-"""Attention by the fastest kernel at hand, others' or ours, with its LSE, and which kernel that is.
+"""Attention with its LSE by the fastest kernel at hand, of another package or ours, and which kernel that is.
 
 Masks are as in `vgpo_kernels.attention.api`.
 """
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._operator import as_autocast
-from vgpo_kernels.attention import autograd, backends, prologue
-from vgpo_kernels.attention.checks import check_key_mask, check_max_seqlen, check_qk, check_values, mask_rule
+from vgpo_kernels.attention import ops, stock_kernels
+from vgpo_kernels.attention.checks import check_qk, checked
 
 
 def attention_with_lse(
@@ -53,19 +53,20 @@ def attention_with_lse(
         >>> lse.exp()
         tensor([[[1., 2., 3., 4.]]])
     """
-    q, k, v = as_autocast(q, k, v)
-    scale = check_qk(q, k, scale, softcap)
-    check_key_mask(key_mask, q, k)
-    check_values(q, k, v)
-    check_max_seqlen(max_seqlen, cu_seqlens)
+    q, k, v, scale, rule = checked(
+        q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        window=window, softcap=softcap, intervals=intervals,
+    )  # fmt: skip
     name, _ = attention_backend(
         q, k, causal=causal, key_mask=key_mask, cu_seqlens=cu_seqlens, window=window, softcap=softcap,
         intervals=intervals, backend=backend,
     )  # fmt: skip
     nothing = torch.zeros((q.shape[0], k.shape[2]), dtype=torch.bool, device=q.device)
-    rule = mask_rule(q, k, causal, key_mask, cu_seqlens, window, intervals)
-    mask = prologue.of_visual_keys(rule, nothing, q, None)
-    return autograd.attention_with_lse(q, k, v, *mask, cu_seqlens, max_seqlen, causal, window, scale, softcap, name)
+    start, end, kinds = ops.key_mask(rule, nothing, False, q, None)
+    out, lse = ops.attention_with_lse(
+        q, k, v, kinds, start, end, cu_seqlens, max_seqlen, causal, window, scale, softcap, name
+    )
+    return out, lse
 
 
 def attention_backend(
@@ -99,8 +100,8 @@ def attention_backend(
         ('cpu', 'the fastest')
     """
     q, k = as_autocast(q, k)
-    check_qk(q, k, None, softcap)
-    request = backends.Request(
+    check_qk(q, k, softcap)
+    request = stock_kernels.Request(
         device=q.device,
         dtype=q.dtype,
         lengths=(q.shape[2], k.shape[2]),
@@ -112,4 +113,4 @@ def attention_backend(
         window=window,
         softcap=softcap,
     )
-    return backends.choose(request, backend)
+    return stock_kernels.choose(request, backend)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
+from vgpo_kernels.attention.intervals import KeyMask
 from vgpo_kernels.attention.triton import dkdv
 from vgpo_kernels.attention.triton.configs import dkdv_tiles, dq_tiles, preprocess_tiles
 from vgpo_kernels.attention.triton.dq import compile_cases as compile_dq_cases
@@ -108,9 +109,7 @@ def visual_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_kinds: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
+    mask: KeyMask,
     out: Tensor,
     mass: Tensor | None,
     lse: Tensor,
@@ -122,11 +121,11 @@ def visual_attention_backward(
     Hkv, Lk = k.shape[1:3]
     target, head, itemsize = target_of(q), padded_head(D), q.element_size()
     q, k, v, grad_out = (with_whole_rows(x) for x in (q, k, v, grad_out.to(q.dtype)))
-    constants = _constants(grad_out, grad_mass, grad_lse, key_start, key_end, out, mass, lse)
+    constants = _constants(grad_out, grad_mass, grad_lse, mask, out, mass, lse)
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     key_tiles = dkdv_tiles(target, itemsize, head)
     query_tiles = dq_tiles(target, itemsize, head)
-    keys = find_keys(key_kinds, key_start, key_end, key_tiles["BLOCK_N"])
+    keys = find_keys(mask, key_tiles["BLOCK_N"])
     shared = {
         "q_ptr": q,
         "k_ptr": k,
@@ -161,8 +160,7 @@ def _constants(
     grad_out: Tensor,
     grad_mass: Tensor | None,
     grad_lse: Tensor | None,
-    key_start: Tensor,
-    key_end: Tensor,
+    mask: KeyMask,
     out: Tensor,
     mass: Tensor | None,
     lse: Tensor,
@@ -170,13 +168,13 @@ def _constants(
     B, H, L, D = out.shape
     L_padded = triton.cdiv(L, PADDED_TILE) * PADDED_TILE
     lse2 = lse.new_empty((B, H, L_padded))
-    start = key_start.new_empty((B, L_padded))
+    start = mask.start.new_empty((B, L_padded))
     padded = None if grad_mass is None else torch.empty_like(lse2)
     constants = Constants(start, torch.empty_like(start), lse2, torch.empty_like(lse2), padded)
     tiles = preprocess_tiles()
     preprocess_kernel[(B * H * (L_padded // tiles["BLOCK_M"]),)](
-        start_ptr=key_start.contiguous(),
-        end_ptr=key_end.contiguous(),
+        start_ptr=mask.start.contiguous(),
+        end_ptr=mask.end.contiguous(),
         out_ptr=out.contiguous(),
         grad_out_ptr=grad_out,
         mass_ptr=None if grad_mass is None or mass is None else mass.contiguous(),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
-from vgpo_kernels.attention.intervals import VISUAL
+from vgpo_kernels.attention.intervals import VISUAL, KeyMask
 from vgpo_kernels.attention.triton.configs import split_tiles
 from vgpo_kernels.attention.triton.key_blocks import load_tile, products
 from vgpo_kernels.attention.triton.primitives import (
@@ -204,9 +204,7 @@ def split_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_kinds: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
+    mask: KeyMask,
     scale: float,
     softcap: float | None,
     with_mass: bool,
@@ -228,9 +226,9 @@ def split_attention(
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
-        kinds_ptr=key_kinds.contiguous(),
-        start_ptr=key_start.contiguous(),
-        end_ptr=key_end.contiguous(),
+        kinds_ptr=mask.kinds.contiguous(),
+        start_ptr=mask.start.contiguous(),
+        end_ptr=mask.end.contiguous(),
         acc_ptr=acc,
         stats_ptr=stats,
         Hkv=Hkv,

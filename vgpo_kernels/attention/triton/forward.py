@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, target_of, tl, triton
+from vgpo_kernels.attention.intervals import KeyMask
 from vgpo_kernels.attention.triton import decode, hopper_forward
 from vgpo_kernels.attention.triton.configs import forward_tiles
 from vgpo_kernels.attention.triton.key_blocks import (
@@ -235,9 +236,7 @@ def visual_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_kinds: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
+    mask: KeyMask,
     scale: float,
     softcap: float | None,
     with_mass: bool = True,
@@ -254,24 +253,24 @@ def visual_attention(
         q, scale = -q, -scale
     if decode.takes(Lq, Hq // Hkv, D):
         q, k, v = with_loadable_rows(q), with_loadable_rows(k), with_loadable_rows(v)
-        return decode.split_attention(q, k, v, key_kinds, key_start, key_end, scale, softcap, with_mass)
+        return decode.split_attention(q, k, v, mask, scale, softcap, with_mass)
     q, k, v = with_whole_rows(q), with_whole_rows(k), with_whole_rows(v)
     if hopper_forward.takes(q, k, v, scale, softcap):
-        return hopper_forward.visual_attention(q, k, v, key_kinds, key_start, key_end, scale, with_mass)
+        return hopper_forward.visual_attention(q, k, v, mask, scale, with_mass)
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
     mass = torch.empty_like(lse) if with_mass else None
     head = padded_head(D)
     tiles = forward_tiles(target_of(q), q.element_size(), head)
-    keys = find_keys(key_kinds, key_start, key_end, tiles["BLOCK_N"])
+    keys = find_keys(mask, tiles["BLOCK_N"])
     forward_kernel[(B * Hq * triton.cdiv(Lq, tiles["BLOCK_M"]),)](
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,
         weight_ptr=keys.weight,
         kind_ptr=keys.kind,
-        start_ptr=key_start.contiguous(),
-        end_ptr=key_end.contiguous(),
+        start_ptr=mask.start.contiguous(),
+        end_ptr=mask.end.contiguous(),
         out_ptr=out,
         mass_ptr=mass,
         lse_ptr=lse,

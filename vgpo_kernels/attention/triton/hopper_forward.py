@@ -13,6 +13,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from vgpo_kernels._triton import CompileCase, target_of
+from vgpo_kernels.attention.intervals import KeyMask
 from vgpo_kernels.attention.triton.hopper_kernel import NUMBERS, ROWS, hopper_forward_kernel
 from vgpo_kernels.attention.triton.key_blocks import find_keys
 from vgpo_kernels.attention.triton.primitives import VECTOR, score_scales
@@ -42,9 +43,7 @@ def visual_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_kinds: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
+    mask: KeyMask,
     scale: float,
     with_mass: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -54,13 +53,13 @@ def visual_attention(
     lse = q.new_empty((B, Hq, Lq), dtype=torch.float32)
     mass = torch.empty_like(lse) if with_mass else None
     tiles = _tiles(D)
-    keys = find_keys(key_kinds, key_start, key_end, tiles["BLOCK_N"])
+    keys = find_keys(mask, tiles["BLOCK_N"])
     hopper_forward_kernel[(B * Hq * triton.cdiv(Lq, 2 * ROWS.value),)](
         v_ptr=v,
         weight_ptr=keys.weight,
         kind_ptr=keys.kind,
-        start_ptr=key_start.contiguous(),
-        end_ptr=key_end.contiguous(),
+        start_ptr=mask.start.contiguous(),
+        end_ptr=mask.end.contiguous(),
         out_ptr=out,
         mass_ptr=mass,
         lse_ptr=lse,

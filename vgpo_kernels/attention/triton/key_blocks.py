@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vgpo_kernels._triton import CompileCase, tl, triton
-from vgpo_kernels.attention.intervals import HIDDEN, VISUAL
+from vgpo_kernels.attention.intervals import HIDDEN, VISUAL, KeyMask
 
 # What a block of keys holds: ordinary keys only, visual keys only, both, or a hole in the interval of a query.
 ORDINARY_BLOCK, VISUAL_BLOCK, MIXED_BLOCK, HOLE_BLOCK = (tl.constexpr(value) for value in range(4))
@@ -111,24 +111,24 @@ def keys_kernel(
     tl.store(p_queries + 3, whole_last)
 
 
-def find_keys(key_kinds: Tensor, key_start: Tensor, key_end: Tensor, block: int) -> Keys:
+def find_keys(mask: KeyMask, block: int) -> Keys:
     """Returns what the blocks of `block` keys hold; waits for nothing."""
-    B, Lk = key_kinds.shape
+    B, Lk = mask.kinds.shape
     blocks = triton.cdiv(Lk, block)
     keys = Keys(
-        weight=key_kinds.new_empty((B, blocks * block), dtype=torch.float32),
-        kind=key_kinds.new_empty((B, blocks)),
-        queries=key_kinds.new_empty((B, blocks, 4), dtype=torch.int32),
+        weight=mask.kinds.new_empty((B, blocks * block), dtype=torch.float32),
+        kind=mask.kinds.new_empty((B, blocks)),
+        queries=mask.kinds.new_empty((B, blocks, 4), dtype=torch.int32),
         block=block,
     )
     keys_kernel[(B * blocks,)](
-        kinds_ptr=key_kinds.contiguous(),
-        start_ptr=key_start.contiguous(),
-        end_ptr=key_end.contiguous(),
+        kinds_ptr=mask.kinds.contiguous(),
+        start_ptr=mask.start.contiguous(),
+        end_ptr=mask.end.contiguous(),
         weight_ptr=keys.weight,
         kind_ptr=keys.kind,
         queries_ptr=keys.queries,
-        Lq=key_start.shape[1],
+        Lq=mask.start.shape[1],
         Lk=Lk,
         BLOCK_N=block,
         **SEARCH,

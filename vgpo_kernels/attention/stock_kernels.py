@@ -1,4 +1,4 @@
-"""Attention kernels of others that give their LSE, and which of them runs.
+"""Attention kernels of other packages that give their LSE, and which of them runs.
 
 Each backend says what it cannot do; the first that can is taken. Ours is the last: it takes every mask.
 """
@@ -8,40 +8,18 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vgpo_kernels import _native
-from vgpo_kernels.attention import reference
+from vgpo_kernels.attention import cpu_flash
 from vgpo_kernels.attention.backend import backend as own_backend
+from vgpo_kernels.attention.intervals import KeyMask, MaskRule
 
 HALF = (torch.float16, torch.bfloat16)
-RESULT_BYTES = 1 << 25  # of a call on a CPU, before it is put in its place
-MASK_ELEMENTS = 1 << 21  # in the mask of a block of queries on a CPU: 8 MB in fp32
-
-
-class Mask(NamedTuple):
-    """A mask in the words of every backend; `causal` and `window` hold only where `plain` is True.
-
-    Args:
-        key_kinds: (B, Lk) int8.
-        key_start, key_end: (B, Lq) int32, the whole mask but for hidden keys.
-        cu_seqlens: (n + 1,) int or None.
-        max_seqlen: of the packed sequences, or None.
-        causal: as in the public function.
-        window: keys a query sees on each side, its own included, or None.
-    """
-
-    key_kinds: Tensor
-    key_start: Tensor
-    key_end: Tensor
-    cu_seqlens: Tensor | None
-    max_seqlen: int | None
-    causal: bool
-    window: int | None
 
 
 class Request(NamedTuple):
@@ -90,14 +68,6 @@ def choose(request: Request, backend: str | None = None) -> tuple[str, str]:
             return name, "; ".join(passed_over) or "the fastest"
         passed_over.append(f"{name}: {obstacle}")
     raise RuntimeError(f"no attention kernel for {request.device.type} tensors ({'; '.join(passed_over)})")
-
-
-def run(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Returns out (B, Hq, Lq, D) and the natural-log LSE (B, Hq, Lq), -inf where a query sees nothing."""
-    out, lse = BACKENDS[backend].run(q, k, v, mask, scale, softcap)
-    return out, lse
 
 
 @functools.cache
@@ -190,27 +160,27 @@ def _ours_obstacle(request: Request) -> str | None:
 
 
 def _run_flash_attn(
-    module: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
+    module: str, q: Tensor, k: Tensor, v: Tensor, mask: KeyMask, rule: MaskRule, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Runs flash-attn 2 or 3, whose tensors are (B, L, H, D), or (total, H, D) when packed."""
     library = importlib.import_module(module)
-    window = -1 if mask.window is None else mask.window - 1
+    window = -1 if rule.window is None else rule.window - 1
     options = {
         "softmax_scale": scale,
-        "causal": mask.causal,
-        "window_size": (window, 0 if mask.causal and mask.window is not None else window),
+        "causal": rule.causal,
+        "window_size": (window, 0 if rule.causal and rule.window is not None else window),
         "softcap": softcap or 0.0,
         "return_attn_probs": True,
     }
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if mask.cu_seqlens is None:
+    if rule.cu_seqlens is None:
         out, lse, *_ = library.flash_attn_func(q, k, v, **options)
         return out.transpose(1, 2), _minus_infinity_where_empty(lse)
-    bounds = mask.cu_seqlens.int()
-    longest = q.shape[1] if mask.max_seqlen is None else mask.max_seqlen
+    bounds = rule.cu_seqlens.int()
+    longest = q.shape[1] if rule.max_seqlen is None else rule.max_seqlen
     out, lse, *_ = library.flash_attn_varlen_func(q[0], k[0], v[0], bounds, bounds, longest, longest, **options)
     # What lies in no sequence is not written.
-    empty = (mask.key_start >= mask.key_end)[:, None]  # [1, 1, total]
+    empty = (mask.start >= mask.end)[:, None]  # [1, 1, total]
     out = out.transpose(0, 1)[None].masked_fill(empty[..., None], 0.0)
     return out, lse[None].masked_fill(empty, -math.inf)
 
@@ -221,110 +191,56 @@ def _minus_infinity_where_empty(lse: Tensor) -> Tensor:
 
 
 def _run_torch_flash(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float | None
+    q: Tensor, k: Tensor, v: Tensor, _: KeyMask, rule: MaskRule, scale: float, _softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    out, lse, *_rest = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, mask.causal, False, scale=scale)
+    out, lse, *_rest = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, rule.causal, False, scale=scale)
     return out, lse
 
 
 def _run_torch_cudnn(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float | None
+    q: Tensor, k: Tensor, v: Tensor, _: KeyMask, rule: MaskRule, scale: float, _softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     out, lse, *_rest = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, mask.causal, False, scale=scale
+        q, k, v, None, True, 0.0, rule.causal, False, scale=scale
     )
     return out, lse.view(q.shape[:3])
 
 
 def _run_torch_efficient(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float | None
+    q: Tensor, k: Tensor, v: Tensor, _: KeyMask, rule: MaskRule, scale: float, _softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     out, lse, *_rest = torch.ops.aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, True, 0.0, mask.causal, scale=scale
+        q, k, v, None, True, 0.0, rule.causal, scale=scale
     )
     return out, lse[..., : q.shape[2]]  # padded to whole tiles
 
 
-def _run_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, _: float | None) -> tuple[Tensor, Tensor]:
-    """Runs torch's flash attention for CPUs on blocks of queries and the keys they see.
-
-    A row that is causal, or in which every query sees every key, takes no mask, and a call for some of its heads. Other
-    blocks are long because each call lays K and V out anew; the mask of a block is all that is made of one.
-    """
-    Lq = q.shape[2]
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    size = max(1, MASK_ELEMENTS // k.shape[2])
-    for row in range(len(q)):
-        causal = _causality(mask, row)
-        if causal is not None:
-            for heads, kv_heads in _head_groups(q, k):
-                out[row, heads], lse[row, heads] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q[row, None, heads], k[row, None, kv_heads], v[row, None, kv_heads], 0.0, causal, scale=scale
-                )
-            continue
-        for first in range(0, Lq, size):
-            queries = slice(first, min(first + size, Lq))
-            start, end = mask.key_start[row, queries], mask.key_end[row, queries]
-            keys = reference.union(start, end)
-            if keys is None:
-                continue
-            visible = reference.visible_keys(keys, start, end, mask.key_kinds[row, keys])  # [m, n]
-            b_k, b_v, bias = k[row : row + 1, :, keys], v[row : row + 1, :, keys], None
-            if not visible.all():
-                unseen = ~visible.any(0)[:, None]
-                if unseen.any():
-                    b_k, b_v = b_k.masked_fill(unseen, 0.0), b_v.masked_fill(unseen, 0.0)
-                bias = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)[None, None]
-            b_out, b_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[row : row + 1, :, queries], b_k, b_v, 0.0, False, attn_mask=bias, scale=scale
-            )
-            empty = ~visible.any(1)
-            out[row, :, queries] = b_out[0].masked_fill(empty[:, None], 0.0)
-            lse[row, :, queries] = b_lse[0].masked_fill(empty, -math.inf)
-    return out, lse
-
-
-def _head_groups(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yields query heads with their key heads, as many as their output of one row takes little memory."""
-    count, group = k.shape[1], q.shape[1] // k.shape[1]
-    step = max(1, count * RESULT_BYTES // max(1, q[:1].nbytes))
-    for first in range(0, count, step):
-        last = min(first + step, count)
-        yield slice(first * group, last * group), slice(first, last)
-
-
-def _causality(mask: Mask, row: int) -> bool | None:
-    """Returns True where each query of a row sees the keys up to its own, False where it sees all, None otherwise."""
-    start, end, kinds = mask.key_start[row], mask.key_end[row], mask.key_kinds[row]
-    if not len(kinds) or start.any() or not kinds.all():
-        return None
-    if (end == len(kinds)).all():
-        return False
-    up_to_own = torch.arange(1, len(end) + 1, dtype=end.dtype, device=end.device)
-    return True if len(end) == len(kinds) and torch.equal(end, up_to_own) else None
-
-
 def _run_ours(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, mask: KeyMask, _: MaskRule, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    out, _, lse = own_backend(None, q.device, q.dtype).visual_attention(
-        q, k, v, mask.key_kinds, mask.key_start, mask.key_end, scale, softcap
-    )
+    out, _mass, lse = own_backend(None, q.device, q.dtype).visual_attention(q, k, v, mask, scale, softcap)
     return out, lse
 
 
 class Backend(NamedTuple):
-    """A kernel: what keeps it from a request (None: nothing), the call, and why it is passed over for a later one."""
+    """A kernel.
+
+    Args:
+        obstacle: returns what keeps it from a request, or None.
+        run: from q, k, v, mask, rule, scale and softcap, returns out (B, Hq, Lq, D) and the natural-log LSE
+            (B, Hq, Lq), -inf where a query sees nothing. `mask` is the whole mask; the rule's `causal`, `window` and
+            packed rows hold only if the request was plain.
+        slower: returns why it is passed over for a later one, or None.
+    """
 
     obstacle: Callable[[Request], str | None]
-    run: Callable[[Tensor, Tensor, Tensor, Mask, float, float | None], tuple[Tensor, Tensor]]
+    run: Callable[[Tensor, Tensor, Tensor, KeyMask, MaskRule, float, float | None], tuple[Tensor, Tensor]]
     slower: Callable[[Request], str | None] = lambda _: None
 
 
 # The fastest first, by the figures their authors give.
 BACKENDS = {
-    "cpu": Backend(_cpu_obstacle, _run_cpu, _slower_than_ours),
+    "cpu": Backend(_cpu_obstacle, cpu_flash.run, _slower_than_ours),
     "flash_attn_3": Backend(
         functools.partial(_flash_attn_obstacle, "flash_attn_interface"),
         functools.partial(_run_flash_attn, "flash_attn_interface"),

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import vgpo_kernels as vgpo
 from vgpo_kernels import _native
-from vgpo_kernels.attention import backends
+from vgpo_kernels.attention import cpu_flash, stock_kernels
+from vgpo_kernels.attention.intervals import KeyMask, MaskRule
 
 CUDA = torch.device("cuda", 0)
-PLAIN = backends.Request(
+PLAIN = stock_kernels.Request(
     device=CUDA,
     dtype=torch.bfloat16,
     lengths=(64, 64),
@@ -33,7 +34,7 @@ PLAIN = backends.Request(
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with an sm_90 GPU and both flash-attn packages, as far as the choice looks."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: (9, 0))
-    monkeypatch.setattr(backends, "_package_obstacle", lambda _module: None)
+    monkeypatch.setattr(stock_kernels, "_package_obstacle", lambda _module: None)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("hopper")
 def test_the_fastest_that_can_is_taken(change: dict, expected: str) -> None:
-    assert backends.choose(PLAIN._replace(**change))[0] == expected
+    assert stock_kernels.choose(PLAIN._replace(**change))[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -72,8 +73,8 @@ def test_the_fastest_that_can_is_taken(change: dict, expected: str) -> None:
 )
 @pytest.mark.usefixtures("hopper")
 def test_without_flash_attn_torchs_own_are_taken(change: dict, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_package_obstacle", lambda module: f"{module} is not installed")
-    name, why = backends.choose(PLAIN._replace(**change))
+    monkeypatch.setattr(stock_kernels, "_package_obstacle", lambda module: f"{module} is not installed")
+    name, why = stock_kernels.choose(PLAIN._replace(**change))
     assert name == expected
     assert "flash_attn_3: flash_attn_interface is not installed" in why
 
@@ -81,11 +82,11 @@ def test_without_flash_attn_torchs_own_are_taken(change: dict, expected: str, mo
 @pytest.mark.usefixtures("hopper")
 def test_a_backend_that_cannot_says_why() -> None:
     with pytest.raises(RuntimeError, match="backend 'torch_cudnn' cannot run this: a key mask or intervals"):
-        backends.choose(PLAIN._replace(plain=False), "torch_cudnn")
+        stock_kernels.choose(PLAIN._replace(plain=False), "torch_cudnn")
     with pytest.raises(ValueError, match=r"backend: expected one of 'cpu', .* got 'sdpa'"):
-        backends.choose(PLAIN, "sdpa")
+        stock_kernels.choose(PLAIN, "sdpa")
     with pytest.raises(RuntimeError, match="no attention kernel for mps tensors"):
-        backends.choose(PLAIN._replace(device=torch.device("mps")))
+        stock_kernels.choose(PLAIN._replace(device=torch.device("mps")))
 
 
 def test_the_public_function_takes_the_backend_by_name() -> None:
@@ -119,13 +120,12 @@ def test_on_a_cpu_with_wide_vectors_ours_comes_first(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("mask", ["full", "causal", "left", "packed", "window", "empty", "blind", "arbitrary"])
 def test_the_cpu_kernel_takes_every_mask(mask: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "MASK_ELEMENTS", 61 * 5)  # blocks of five queries
+    monkeypatch.setattr(cpu_flash, "MASK_ELEMENTS", 61 * 5)  # blocks of five queries
     q, k, v = inputs(2, (4, 2), (37, 61), 24, dtype)
     bounds, kinds = intervals(mask, 2, 37, 61), torch.ones(2, 61, dtype=torch.int8)
     kinds[1, 30] = 0
     k, v = (x.masked_fill((kinds == 0)[:, None, :, None], torch.nan) for x in (k, v))
-    request = backends.Mask(kinds, *bounds, None, None, True, None)
-    out, lse = backends.run("cpu", q, k, v, request, 0.2, None)
+    out, lse = cpu_flash.run(q, k, v, KeyMask(*bounds, kinds), MaskRule((37, 61), 24), 0.2, None)
     dense = dense_attention(q.double(), k.double(), v.double(), *bounds, key_kinds=kinds, scale=0.2)
     epsilon = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), dense.out, rtol=0, atol=8 * epsilon)
@@ -151,7 +151,7 @@ class FlashAttention(types.ModuleType):
 
     @staticmethod
     def _intervals(Lq: int, Lk: int) -> tuple[Tensor, Tensor]:
-        end = (torch.arange(Lq) + 1 + Lk - Lq)[None].int()
+        end = causal_end(Lq, Lk)
         return torch.zeros_like(end), end
 
 
@@ -162,16 +162,21 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> FlashAttention:
     return module
 
 
-def stock_mask(Lq: int, Lk: int, **options) -> backends.Mask:
-    end = (torch.arange(Lq) + 1 + Lk - Lq)[None].int()
-    fields = {"cu_seqlens": None, "max_seqlen": None, "causal": True, "window": None} | options
-    return backends.Mask(torch.ones(1, Lk, dtype=torch.int8), torch.zeros_like(end), end, **fields)
+def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, end: Tensor, softcap: float | None = None, **rule):
+    mask = KeyMask(torch.zeros_like(end), end, torch.ones(1, k.shape[2], dtype=torch.int8))
+    return stock_kernels.BACKENDS["flash_attn_2"].run(
+        q, k, v, mask, MaskRule((q.shape[2], k.shape[2]), 0, **rule), 0.3, softcap
+    )
+
+
+def causal_end(Lq: int, Lk: int) -> Tensor:
+    return (torch.arange(Lq) + 1 + Lk - Lq)[None].int()
 
 
 def test_flash_attn_is_asked_in_its_own_layout(flash_attn: FlashAttention) -> None:
     q, k, v = inputs(1, (4, 2), (9, 7), 16)  # the first two queries see nothing
-    out, lse = backends.run("flash_attn_2", q, k, v, stock_mask(9, 7), 0.3, None)
-    end = stock_mask(9, 7).key_end
+    end = causal_end(9, 7)
+    out, lse = flash_attn_2(q, k, v, end, causal=True)
     dense = dense_attention(q.double(), k.double(), v.double(), torch.zeros_like(end), end, scale=0.3)
     torch.testing.assert_close(out, dense.out)
     torch.testing.assert_close(lse, dense.lse)
@@ -189,7 +194,7 @@ def test_a_window_of_flash_attn_does_not_count_the_query(
     causal: bool, expected: tuple[int, int], flash_attn: FlashAttention
 ) -> None:
     q, k, v = inputs(1, (2, 2), (7, 7), 16)
-    backends.run("flash_attn_2", q, k, v, stock_mask(7, 7, causal=causal, window=5), 0.3, 20.0)
+    flash_attn_2(q, k, v, causal_end(7, 7), 20.0, causal=causal, window=5)
     assert flash_attn.options["window_size"] == expected
     assert flash_attn.options["softcap"] == 20.0
 
@@ -199,9 +204,8 @@ def test_packed_rows_go_to_flash_attn_without_a_batch(
     longest: int | None, expected: int, flash_attn: FlashAttention
 ) -> None:
     q, k, v = inputs(1, (4, 2), (9, 9), 16)
-    mask = stock_mask(9, 9, cu_seqlens=torch.tensor([0, 4, 7]), max_seqlen=longest)
-    mask = mask._replace(key_end=torch.where(torch.arange(9) < 7, mask.key_end, 0))
-    out, lse = backends.run("flash_attn_2", q, k, v, mask, 0.3, None)
+    end = torch.where(torch.arange(9) < 7, causal_end(9, 9), 0)
+    out, lse = flash_attn_2(q, k, v, end, causal=True, cu_seqlens=torch.tensor([0, 4, 7]), max_seqlen=longest)
     assert out[:, :, :7].eq(1).all()
     assert not out[:, :, 7:].any()
     assert lse[:, :, :7].eq(1).all()
@@ -217,7 +221,7 @@ def test_packed_rows_go_to_flash_attn_without_a_batch(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(("heads", "D", "Lq"), [((4, 4), 64, 70), ((4, 2), 128, 70), ((4, 2), 72, 33)])
-@pytest.mark.parametrize("backend", list(backends.BACKENDS))
+@pytest.mark.parametrize("backend", list(stock_kernels.BACKENDS))
 def test_every_backend_of_the_machine_is_dense_attention(
     backend: str, heads: tuple[int, int], D: int, Lq: int, causal: bool
 ) -> None:
@@ -238,8 +242,8 @@ def test_an_old_flash_attn_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     module.__spec__ = importlib.machinery.ModuleSpec("flash_attn", None)
     module.flash_attn_func = lambda q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1): None  # noqa: ARG005
     monkeypatch.setitem(sys.modules, "flash_attn", module)
-    backends._package_obstacle.cache_clear()
+    stock_kernels._package_obstacle.cache_clear()
     expected = "flash_attn is too old: its flash_attn_func has no softcap, return_attn_probs"
-    assert backends._package_obstacle("flash_attn") == expected
-    backends._package_obstacle.cache_clear()
-    assert backends._package_obstacle("flash_attn_of_nobody") == "flash_attn_of_nobody is not installed"
+    assert stock_kernels._package_obstacle("flash_attn") == expected
+    stock_kernels._package_obstacle.cache_clear()
+    assert stock_kernels._package_obstacle("flash_attn_missing") == "flash_attn_missing is not installed"
