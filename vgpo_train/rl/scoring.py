@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgpo_kernels import visual_focus_score
 from vgpo_kernels.integrations.transformers import (
     check_separable,
+    completion_focus,
     image_ids,
     model_logprobs,
     record_visual_attention,
@@ -95,7 +95,7 @@ class Scorer:
         focus = None
         if self.wants_focus:
             images = image_ids(config, prompts, batch.prompts.images_per_row) if self.per_image else None
-            focus = _focus(output.hidden_states, visual, mask, images)
+            focus = completion_focus(output.hidden_states, visual, mask, image_ids=images)
         return Scores(output.logps, output.entropy, ref_logps, focus, attention, visual.any(1))
 
 
@@ -183,11 +183,3 @@ def _recording(model: Any, layers: str | list[int], prompt_length: int | None) -
     return record_visual_attention(
         model, layers=layers, segments="/".join(SEGMENTS), prompt_length=prompt_length, queries="token"
     )
-
-
-def _focus(hidden_states: Tensor, prompt_visual: Tensor, mask: Tensor, images: Tensor | None) -> Tensor:
-    visual = torch.cat([prompt_visual, torch.zeros_like(mask)], dim=1)
-    completion = torch.cat([torch.zeros_like(prompt_visual), mask], dim=1)
-    if images is not None:
-        images = torch.cat([images, images.new_full(mask.shape, -1)], dim=1)
-    return visual_focus_score(hidden_states, visual, completion, image_ids=images)[:, prompt_visual.shape[1] :]
