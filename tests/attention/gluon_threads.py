@@ -5,6 +5,7 @@ A copy spoils its slot at once and fills it later; a product reads its operands 
 waited for, and they must be the same. Registers, layouts and the order within a warp are not looked at.
 """
 
+import random
 import threading
 import time
 import types
@@ -94,7 +95,7 @@ def copy_tile(desc: Any, place: list, barrier: Barrier, slot: Shared) -> None:
         slot.data.copy_(box)
         barrier.change(0, -slot.data.nbytes)
 
-    threading.Timer(0.0005, copy).start()
+    threading.Timer(random.uniform(0.0, 0.02), copy).start()  # in any order
 
 
 class Product:
