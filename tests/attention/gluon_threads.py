@@ -5,7 +5,9 @@ A copy spoils its slot at once and fills it later; a product reads its operands 
 waited for, and they must be the same. Registers, layouts and the order within a warp are not looked at.
 """
 
+import random
 import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +76,11 @@ class Barrier:
         assert done, "deadlock: a barrier's phase never ends"
 
 
+def arrive(barrier: Barrier, count: int) -> None:
+    barrier.change(count, 0)
+    time.sleep(0.002)  # so that what waited goes on first: a slot that is left too early is spoiled
+
+
 def copy_tile(desc: Any, place: list, barrier: Barrier, slot: Shared) -> None:
     slot.data.fill_(float("nan"))
     place = [int(x) for x in place]
@@ -88,7 +95,7 @@ def copy_tile(desc: Any, place: list, barrier: Barrier, slot: Shared) -> None:
         slot.data.copy_(box)
         barrier.change(0, -slot.data.nbytes)
 
-    threading.Timer(0.0005, copy).start()
+    threading.Timer(random.uniform(0.0, 0.02), copy).start()  # in any order
 
 
 class Product:
@@ -182,7 +189,7 @@ class Kernel:
         barriers = types.SimpleNamespace(
             MBarrierLayout=layout,
             init=lambda barrier, count: barrier.__init__(count),
-            arrive=lambda barrier, count: barrier.change(count, 0),
+            arrive=arrive,
             expect=lambda barrier, size: barrier.change(1, size),
             wait=lambda barrier, parity: barrier.wait(parity),
         )
