@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_checks import case, check_forward
+from attention_checks import bundled, case, check_forward
 from gluon_threads import Kernel
 
 from vgpo_kernels.attention.triton import forward, hopper_forward, hopper_kernel
@@ -18,7 +18,8 @@ def attend(monkeypatch, device):
     monkeypatch.setattr(hopper_forward, "hopper_forward_kernel", kernel)
 
     def attend(tensors, **options):
-        results = forward.visual_attention(**tensors, scale=tensors["q"].shape[-1] ** -0.5, softcap=None, **options)
+        scale = tensors["q"].shape[-1] ** -0.5
+        results = forward.visual_attention(**bundled(tensors), scale=scale, softcap=None, **options)
         assert launches
         return results
 
