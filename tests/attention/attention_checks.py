@@ -53,11 +53,11 @@ def bundled(tensors: dict[str, Tensor]) -> dict[str, Tensor | KeyMask]:
     return rest | {"mask": KeyMask(tensors["key_start"], tensors["key_end"], tensors["key_kinds"])}
 
 
-def without_finite_scores(seen: int, dtype: torch.dtype) -> tuple[dict, Tensor]:
+def without_finite_scores(seen: int, dtype: torch.dtype, D: int = 16) -> tuple[dict, Tensor]:
     """Returns a case of 64 queries that see the first `seen` keys and 6 that see the rest of 256, and the rows (every
     fifth of the former) whose scores are all -inf.
     """
-    tensors = case("full", "image", (1, 1), (70, 256), 16, dtype)
+    tensors = case("full", "image", (1, 1), (70, 256), D, dtype)
     rows = torch.arange(0, 64, 5)
     tensors["key_end"][:, :64] = seen
     tensors["key_start"][:, 64:] = seen

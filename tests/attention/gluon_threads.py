@@ -176,7 +176,7 @@ class Kernel:
             where=lambda m, x, y: torch.where(torch.as_tensor(m), x, y),
             convert_layout=lambda x, layout: x,
             multiple_of=lambda x, size: x,
-            max=lambda x, axis: x.nan_to_num(-torch.inf, torch.inf).amax(axis),
+            max=lambda x, axis: x.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(axis),
             min=lambda x, axis: x.amin(axis),
             sum=lambda x, axis: x.sum(axis),
             maximum=larger,
