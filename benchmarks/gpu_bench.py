@@ -28,7 +28,7 @@ NOT_OF_GPUS = ("native", "reference", "errors", "arguments", "memory", "targets"
 # The benchmarks by task, the most valuable first, and seconds for ours and all that is not compiled.
 TASKS = {
     "mass": ("test_attention.py::test_attention_mass", 40),
-    "forward": ("test_attention.py::test_attention_with_mass", 45),
+    "forward": ("test_attention.py::test_attention_with_mass", 55),
     "backward": ("test_attention.py::test_attention_backward", 45),
     "decode": ("test_decode.py::test_decode", 30),
     "column": ("test_attention.py::test_attention_column_sum", 40),
@@ -39,7 +39,7 @@ TASKS = {
     "weights": ("test_weights.py::test_weights", 40),
     "selective": ("test_policy_loss.py::test_selective_logprobs", 25),
     "logprobs-loss": ("test_policy_loss.py::test_policy_loss", 25),
-    "step": ("test_training_step.py::test_training_step", 80),
+    "step": ("test_training_step.py::test_training_step", 70),
 }
 NOTHING_COMPILED = ("weights", "step")
 # Kernels by the names of `tune.py`, those with the largest expected gain first.
@@ -131,7 +131,7 @@ def tests(call: Call) -> list[Step]:
         options += ["--timeout", "600" if call.trial else "60"]
     threads = {"OMP_NUM_THREADS": str(max(1, cores // max(1, workers)))}
     steps = []
-    for folder, seconds in zip(TEST_FOLDERS, (60, 60, 210, 60, 150), strict=True):
+    for folder, seconds in zip(TEST_FOLDERS, (50, 50, 160, 50, 130), strict=True):
         part = call.parts / f"tests-{folder}.json"
         command = pytest(*gpu_test_files(folder), *options, "--record", str(part))
         steps.append(Step(f"tests/{folder}", command, seconds, threads, part))

@@ -9,6 +9,8 @@ import argparse
 import os
 import subprocess
 import sys
+import unittest.mock
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -105,11 +107,32 @@ def stock(backend: str, dtype: torch.dtype) -> Compared:
         yield f"{name}, LSE", found[1], plain.lse, exact.lse
 
 
+def in_gluon(dtype: torch.dtype) -> Compared:
+    """Compares the attention forward of sm_90 in Gluon, which `VGPO_HOPPER=1` asks for, on masks that cut its tiles."""
+    if not ON_GPU or torch.version.hip or torch.cuda.get_device_capability() != (9, 0):
+        raise LeftOut("for GPUs of compute capability 9.0 alone")
+    for D, causal in ((64, True), (64, False), (128, True), (128, False)):
+        q = torch.randn(2, 4, 333, D, device=DEVICE, dtype=dtype)
+        k, v = torch.randn(2, 2, 2, 700, D, device=DEVICE, dtype=dtype)
+        visual = torch.zeros(2, 700, dtype=torch.bool, device=DEVICE)
+        visual[:, 70:420] = True
+        key_mask = torch.ones_like(visual)
+        key_mask[0, :40] = key_mask[0, 300:310] = False
+        masks = {"causal": causal, "key_mask": key_mask}
+        with unittest.mock.patch.dict(os.environ, VGPO_HOPPER="1"), warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            found = visual_attention(q, k, v, visual, impl="triton", **masks)
+        inputs = [[x.to(one) for x in (q, k, v)] for one in (dtype, torch.float64)]
+        plain, exact = (visual_attention(*one, visual, impl="reference", **masks) for one in inputs)
+        for name, *results in zip(("output", "mass", "LSE"), found, plain, exact, strict=True):
+            yield f"D {D}, {'causal' if causal else 'full'}, {name}", *results
+
+
 def checks() -> dict[str, Callable[[torch.dtype], Compared]]:
     """Returns every check by name."""
     names = dict.fromkeys([*TASK_OF.values(), *MORE_TASKS])
     found: dict[str, Any] = {name: lambda dtype, name=name: of_task(task_named(name), dtype) for name in names}
-    found["float32 products"] = float32_products
+    found |= {"float32 products": float32_products, "attention in Gluon": in_gluon}
     return found | {name: lambda dtype, name=name: stock(name, dtype) for name in BACKENDS}
 
 
@@ -159,7 +182,7 @@ def run(known: Mapping[str, Callable[[torch.dtype], Compared]], names: Sequence[
             print(f"{LOST} since {name}", flush=True)
             rest = names[place + 1 :]
             if rest:
-                subprocess.run([sys.executable, __file__, *rest, "--dtype", *dtypes])
+                subprocess.run([sys.executable, "-m", "benchmarks.smoke", *rest, "--dtype", *dtypes])
             break
     if failed:
         print(f"failed: {'; '.join(failed)}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU is worth, by stages that each end within nine minutes: scripts/gpu_bench.sh OUT [STAGE...]
+# All checks and timings for a GPU, by stages that each end within nine minutes: scripts/gpu_bench.sh OUT [STAGE...]
 # Stages: smoke, tests, small, tiles, peers, paper, worst; STAGE/STEP is one of its steps, as small/mass. Without a stage
 # all of them run in this order, as far as BUDGET_SECONDS (540) goes. EARLIER names folders with earlier calls' files,
 # a colon between two. Takes torch and Triton of PYTHON (python3) as they are; needs neither git nor a network, and of

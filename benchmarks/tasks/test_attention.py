@@ -1,5 +1,8 @@
 """Attention toward visual tokens: mass and column sums given the LSE, attention that returns the mass, its backward."""
 
+import os
+import unittest.mock
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +160,20 @@ def fused(given: Attention, impl: str | None) -> tuple[Tensor, Tensor]:
     return found.out, of_completion(given, found.visual_mass)
 
 
+def fused_in_gluon(given: Attention) -> tuple[Tensor, Tensor]:
+    """The same with `VGPO_HOPPER=1`; the launch may not fall back to the plain kernel."""
+    with unittest.mock.patch.dict(os.environ, VGPO_HOPPER="1"), warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        return fused(given, "triton")
+
+
+def not_on_sm_90(case: Case) -> str | None:
+    """Returns why the kernel in Gluon does not run here."""
+    if torch.version.hip or torch.cuda.get_device_capability() != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    return None if case["D"] in (64, 128) else "takes heads of 64 and 128"
+
+
 def stock_and_mass(given: Attention) -> tuple[Tensor, Tensor]:
     """The fastest stock kernel at hand, and our mass from its LSE."""
     out, lse = peers.stock_attention(given.q, given.k, given.v)
@@ -206,6 +223,7 @@ FORWARD = Task(
     inputs=whole_inputs,
     providers={
         **ours_of(fused),
+        "vgpo_kernels in Gluon": Provider(fused_in_gluon, "ours", gpu=True, obstacle=not_on_sm_90),
         "vgpo_kernels, mass after a stock kernel": Provider(stock_and_mass, "ours"),
         "stock kernel, no mass": Provider(lambda given: peers.stock_attention(given.q, given.k, given.v), "bound"),
         "two LSEs, stock kernel": Provider(stock_twice),

@@ -129,7 +129,7 @@ def test_smoke_goes_on_in_another_process_once_the_context_is_lost(
     checks: dict, gpu: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started = []
-    monkeypatch.setattr(smoke.subprocess, "run", lambda command: started.append(command[2:]))
+    monkeypatch.setattr(smoke.subprocess, "run", lambda command: started.append(command[3:]))
     gpu.lost = True
     assert smoke.run(checks, ["raising", "right", "absent"], ["float16"]) == 1
     assert started == [["right", "absent", "--dtype", "float16"]]

@@ -81,7 +81,7 @@ def test_each_figure_stands_beside_its_prediction_with_the_clock(folder: Path) -
     ]
     assert _row(text, predictions.FORWARD, "above")[5] == "70.7%"
     # 670 of 3350 GB/s, and of the 3000 of a large copy.
-    assert _row(text, DECODE, "below")[5:10] == ["20.0%", "30 to 40%", "22.3%", "34 to 45%", "below"]
+    assert _row(text, DECODE, "below")[5:10] == ["20.0%", "47 to 63%", "22.3%", "52 to 70%", "below"]
     assert _row(text, "the kernel of dQ, of its 3 products")[9] == "a profiler shows it"
     assert _row(text, predictions.FOCUS, "60 to 70%")[9] == "not measured"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import stat
@@ -250,6 +251,14 @@ def test_a_step_is_named_by_its_stage(call: gpu_bench.Call) -> None:
         gpu_bench.chosen(call, ["all"])
     with pytest.raises(ValueError, match=r"STAGE: expected small or one of small/mass, .*, got 'small/none'"):
         gpu_bench.chosen(call, ["small/none"])
+
+
+def test_the_calls_of_the_docs_fit_their_budget(call: gpu_bench.Call) -> None:
+    page = (ROOT / "docs/dev/benchmarks.md").read_text().replace("\\\n", "")
+    calls = [shlex.split(asked) for asked in re.findall(r"gpu_bench.sh (?:first|second|third) (.*)", page)]
+    assert len(calls) == 3
+    for asked in calls:
+        assert sum(step.seconds for step in gpu_bench.chosen(call, asked)) <= 540, asked
 
 
 def test_what_an_earlier_call_left_whole_is_found(call: gpu_bench.Call) -> None:
