@@ -1,4 +1,4 @@
-// Which of the targets run on this processor: 0 portable, 1 AVX2, 2 AVX-512.
+// Which of the targets run on this processor: 0 portable, 1 AVX2, 2 AVX-512. module.cpp picks one of them.
 #pragma once
 #if defined(__x86_64__)
 #include <cpuid.h>

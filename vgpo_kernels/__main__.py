@@ -8,7 +8,7 @@ from vgpo_kernels import _compile, _doctor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0 well, 1 something is wrong, 2 it cannot be asked here."""
+    """Runs one command and returns its exit status: 0 success, 1 a check failed, 2 it cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m vgpo_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for module in (_doctor, _compile):

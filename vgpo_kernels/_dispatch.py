@@ -49,7 +49,7 @@ def choose(impl: str | None, device: torch.device, dtype: torch.dtype = torch.fl
         raise ValueError(f"impl: expected one of {', '.join(map(repr, IMPLEMENTATIONS))} or None, got {impl!r}")
     if impl is None and device.type == "cpu":
         obstacle = _no_native(device, dtype)
-        # What can be done about it the doctor says once, and an error where native is asked for.
+        # The remedy is printed by `doctor`, and by the error of impl='native'.
         return ("native", "CPU tensors") if obstacle is None else ("reference", obstacle.partition(":")[0])
     if impl == "reference":
         return "reference", "asked for"

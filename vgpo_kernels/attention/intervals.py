@@ -1,7 +1,8 @@
 """The one mask of attention: each query sees the keys of one interval, but for hidden keys.
 
 A query with start >= end sees nothing. Causal, padded, packed, windowed and bidirectional-block masks are all
-intervals; keys hidden in the middle of a row are told apart by their kind.
+intervals; keys hidden in the middle of a row are told apart by their kind. On GPUs
+`triton/key_mask.py` follows the same rule.
 """
 
 from typing import NamedTuple

@@ -106,7 +106,7 @@ def check_logits_loss(
 def valid_tokens(name: str, mask: Tensor | None, targets: Tensor, vocabulary: int, impl: str | None) -> Tensor | None:
     """Returns which tokens count, None: all, once mask and targets hold what they may; waits for a GPU.
 
-    The device is waited for anyway if the tokens of a completion are gathered; and no kernel could raise.
+    Gathering valid tokens waits for the GPU anyway, and a kernel could not raise.
     """
     if mask is not None and checks_values(impl, targets):
         check_mask_values(name, mask)

@@ -149,7 +149,7 @@ def _manage(connection: Connection, parent: int, rewards: dict[str, Reward], tim
                     pool = new_pool()
                     outcomes = _run(pool, timeout, *call)
                 connection.send(outcomes)
-    except BaseException:
+    except BaseException:  # printed, and the process ends: the trainer then raises, since no answer comes
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(1)  # without what the parent registered for its own end
@@ -205,7 +205,7 @@ def _call(name: str, seed: int, completion: str, sample: bytes) -> Outcome:
     except BaseException as error:  # a user's function may raise anything, SystemExit too; the run goes on
         try:
             text = str(error)[:_SHOWN]
-        except BaseException:
+        except BaseException:  # an exception's own __str__ may raise; the failure is reported all the same
             text = "(its text cannot be shown)"
         return Outcome(0.0, f"{type(error).__name__}: {text}")
     finally:

@@ -73,10 +73,10 @@ def mass_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: boo
         stages = 2 if amd else 3
         tiles = {"BLOCK_M": 64 if small else 128, "BLOCK_N": keys, "num_warps": 8, "num_stages": stages}
         if target == "sm_90" and head <= 128 and not small:
-            # Room for two programs on a multiprocessor: one's exp hides behind the other's product. Left alone, the
-            # compiler of Triton 3.9 takes 140 registers; held to 128 with three stages, it spills.
+            # Room for two programs on a multiprocessor: one's exp hides behind the other's product. Without
+            # `maxnreg` the compiler of Triton 3.9 takes 140 registers; held to 128 with three stages, it spills.
             tiles |= {"num_stages": 4, "maxnreg": 128}
-    # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
+    # Without `maxnreg` the compiler of sm_100 spills rather than take more than 128 registers.
     return tiles | {"maxnreg": 255} if target == "sm_100" else tiles
 
 
@@ -142,7 +142,7 @@ def column_tiles(target: str, itemsize: int, head: int, *, unit: int, softcap: b
         if target == "sm_90" and head <= 128:
             # Two programs share a multiprocessor: one's exp hides behind the other's product.
             tiles["maxnreg"] = 128
-    # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
+    # Without `maxnreg` the compiler of sm_100 spills rather than take more than 128 registers.
     return tiles | {"maxnreg": 255 if itemsize == 4 else 168} if target == "sm_100" else tiles
 
 
@@ -200,7 +200,7 @@ def forward_tiles(target: str, itemsize: int, head: int) -> Tiles:
         return wide_heads.forward_tiles(target, itemsize)
     if itemsize == 4:
         tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if head <= 128 else 8, "num_stages": 1}
-        # Left alone, their compiler spills rather than take more than 128 registers.
+        # Without `maxnreg` their compiler spills rather than take more than 128 registers.
         return tiles | {"maxnreg": 255} if target in ("sm_100", "sm_120") else tiles
     queries, keys, cut, warps = 128, 128, 64, 8
     if target == "gfx942":  # masks live in scalar registers, of which there are few
@@ -333,7 +333,7 @@ def dq_tiles(target: str, itemsize: int, head: int) -> Tiles:
     if itemsize == 4:
         few = target in ("sm_80", "sm_90") and head <= 64
         tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": 4 if few else 8, "num_stages": 1}
-        # Left alone, the compiler of sm_90 spills rather than take more than 128 registers.
+        # Without `maxnreg` the compiler of sm_90 spills rather than take more than 128 registers.
         return tiles | {"maxnreg": 255} if few and target == "sm_90" else tiles
     queries, keys, cut, stages = (128, 64, 32, 2) if head <= 128 else (64, 32, 32, 2)
     warps = 8
@@ -394,7 +394,7 @@ def split_tiles(target: str, itemsize: int, head: int, BLOCK_R: int, unit: int) 
     elif target == "sm_80" and BLOCK_R == 64:
         keys = 32
     tiles = {"BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
-    # Left alone, the compiler of sm_100 spills; within 128 registers two programs share a multiprocessor.
+    # Without `maxnreg` the compiler of sm_100 spills; within 128 registers two programs share a multiprocessor.
     if target == "sm_100" and (itemsize == 4 or (keys == 64 and BLOCK_R == 16 and head <= 128)):
         tiles["maxnreg"] = 255 if itemsize == 4 else 128
     return tiles

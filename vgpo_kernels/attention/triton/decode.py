@@ -114,7 +114,7 @@ def split_kernel(
         b_kind = tl.load(kinds_ptr + row * Lk + first + o_n, mask=first + o_n < end, other=0)  # [BN]
         # Keys that no query sees may hold anything.
         if ONE_QUERY:
-            # A share lies in the one interval there is: no row has to be asked.
+            # A share lies within the one interval: no mask by rows is needed.
             m_n = b_kind != 0  # [BN]
             m_visible = m_n[None, :]  # [1, BN]
         else:
@@ -189,7 +189,7 @@ def merge_kernel(
         p_acc = acc_ptr + (part * rows + own)[:, None] * HEAD + o_d[None, :]
         b_part = load_tile(p_acc, m_p, m_d, True, HEAD < BLOCK_D)  # [BP, BD]
         b_acc = b_acc * rescale + tl.sum(b_part * b_scale[:, None], axis=0)
-    # Not asked of the maximum, which leaves NaN out: what a query sees of it must come out.
+    # The sum is tested, not the maximum, which ignores NaN: NaN that a query sees must reach the output.
     seen = total != 0.0
     total = tl.where(seen, total, 1.0)
     b_out = tl.where(seen, b_acc / total, 0.0).to(out_ptr.dtype.element_ty)

@@ -106,7 +106,7 @@ def _attend(
             if CUT:
                 b_part = tl.sum(b_p * b_weight[None, :], axis=1)
             else:
-                # Most tiles are in an image or out of it, and their mass is the sum at hand or nothing.
+                # Of tiles whose keys are all visual the mass is the tile's sum, of those without any 0.
                 kind = tl.load(p_whole_kind + step)
                 if kind == MIXED_BLOCK:
                     b_weight = tl.load(p_weight + first + o_n)  # [BN]
@@ -216,7 +216,7 @@ def forward_kernel(
             BLOCK_D,
         )
 
-    # Not asked of the maximum, which leaves NaN out: what a query sees of it must come out.
+    # The sum is tested, not the maximum, which ignores NaN: NaN that a query sees must reach the output.
     m_seen = m_seen & (b_sum != 0.0)
     b_inverse = 1.0 / tl.where(m_seen, b_sum, 1.0)
     b_lse = (b_max + tl.log2(tl.where(m_seen, b_sum, 1.0))) * 0.6931471805599453

@@ -121,7 +121,7 @@ def _produce(
 
 @gluon.jit
 def _softmax(b_s, b_max, b_sum, inner):
-    """Probabilities of a tile of products, their maximum and sum so far, their sum, and the factor of sums before."""
+    """Probabilities of a tile, the running maximum and sum, the tile's sum, and what rescales earlier sums."""
     b_larger = gl.maximum(b_max, gl.max(b_s, axis=1) * inner)  # [BM]
     # Queries without a finite score yet subtract 0: two infinities would make NaN.
     b_shift = gl.where(b_larger == -float("inf"), 0.0, b_larger)
@@ -133,7 +133,7 @@ def _softmax(b_s, b_max, b_sum, inner):
 
 @gluon.jit
 def _whole_mass(b_p, b_part, p_weight, p_kind, first):
-    """Mass [BM] of a whole tile; most are in an image or out of it, and theirs is the sum at hand or nothing."""
+    """Mass [BM] of a whole tile: its sum if all keys are visual, 0 if none is, else key by key."""
     BLOCK_N: gl.constexpr = b_p.shape[1]
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     kind = gl.load(p_kind + first // BLOCK_N)
@@ -222,7 +222,7 @@ def _consume(
         b_left = gl.convert_layout(b_p.to(dtype), LEFT)
     b_acc = _add_values(b_acc, b_rescale, b_left, v_shared, full, steps - 1, False)
 
-    # Not asked of the maximum, which leaves NaN out: what a query sees of it must come out.
+    # The sum is tested, not the maximum, which ignores NaN: NaN that a query sees must reach the output.
     m_seen = (b_start < b_end) & (b_sum != 0.0)
     b_inverse = 1.0 / gl.where(m_seen, b_sum, 1.0)
     b_lse = (b_max + gl.log2(gl.where(m_seen, b_sum, 1.0))) * 0.6931471805599453

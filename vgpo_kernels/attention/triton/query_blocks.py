@@ -237,7 +237,7 @@ def find_query_blocks(keys: Tensor, rule: MaskRule, BLOCK_M: int, BLOCK_N: int) 
 
 
 def tiles(target: str) -> dict[str, int]:
-    """Returns the tiles of the search. Left alone, NVIDIA's compilers spill rather than take more than 64 registers."""
+    """Returns the tiles; without `maxnreg` NVIDIA's compilers spill rather than take more than 64 registers."""
     return TILES if target == "gfx942" else TILES | {"maxnreg": 128}
 
 

@@ -31,7 +31,7 @@ def forward_tiles(target: str, itemsize: int) -> Tiles:
     warps = 4 if itemsize == 2 and target == "gfx942" else 8
     tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "CUT_N": 16, "num_warps": warps}
     tiles["num_stages"] = 1 if itemsize == 4 or target == "gfx942" else 2
-    # Left alone, the compiler of sm_100 spills rather than take more than 128 registers.
+    # Without `maxnreg` the compiler of sm_100 spills rather than take more than 128 registers.
     return tiles | {"maxnreg": 255} if itemsize == 4 and target == "sm_100" else tiles
 
 
@@ -41,7 +41,7 @@ def dkdv_tiles(target: str, itemsize: int) -> Tiles:
     if target == "gfx942":  # masks live in scalar registers, of which there are few
         keys, warps = 16, 16 if itemsize == 4 else 4
     tiles = {"BLOCK_M": 16, "CUT_M": 16, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1}
-    # Left alone, the compiler of Triton 3.6 spills on sm_80 rather than take more than 128 registers.
+    # Without `maxnreg` the compiler of Triton 3.6 spills on sm_80 rather than take more than 128 registers.
     return tiles | {"maxnreg": 255} if itemsize == 4 and target == "sm_80" else tiles
 
 
@@ -57,5 +57,5 @@ def split_tiles(target: str, itemsize: int, BLOCK_R: int) -> Tiles:
     small = itemsize == 4 or BLOCK_R > 16 or target == "gfx942"
     if small:
         return {"BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
-    # Left alone, the compiler of Triton 3.8 spills rather than take more than 128 registers.
+    # Without `maxnreg` the compiler of Triton 3.8 spills rather than take more than 128 registers.
     return {"BLOCK_N": 32, "num_warps": 8, "num_stages": 2, "maxnreg": 255}

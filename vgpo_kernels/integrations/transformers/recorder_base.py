@@ -87,7 +87,7 @@ class RecorderBase(ABC):
         self._outermost = self._prompt = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RecorderBase":
-        """Returns itself: the hooks of a copied model lead here, where `is_entry` turns them away."""
+        """Returns itself: hooks of a copied model call this recorder, and `is_entry` rejects them."""
         return self
 
     def is_entry(self, module: nn.Module) -> bool:

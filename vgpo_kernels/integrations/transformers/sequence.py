@@ -318,7 +318,9 @@ class SequenceRecord:
                 kept.append(step)
                 continue
             if self.columns and step.first < step.stop:
-                raise ValueError("columns: expected tokens that stay, but some were refused (assisted decoding)")
+                raise ValueError(
+                    "columns: expected generation without rejected tokens, got assisted decoding: pass columns=False"
+                )
             stop = max(step.first, length)
             masses = {layer: mass[..., : stop - step.first, :] for layer, mass in step.masses.items()}
             if step.past < length:

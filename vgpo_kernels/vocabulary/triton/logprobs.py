@@ -58,7 +58,7 @@ def linear_tiles(itemsize: int, target: str, *, unit: int, softcap: bool) -> Til
     if itemsize == 4 or unit == 1:  # products without tensor cores, or an address an element
         columns = 16 if unit == 1 else 32
         tiles = {"BLOCK_M": 64, "BLOCK_N": min(words, 64), "BLOCK_K": columns, "num_warps": 8, "num_stages": 2}
-        # Left alone, ptxas spills rather than take more than 128 registers.
+        # Without `maxnreg` ptxas spills rather than take more than 128 registers.
         return tiles if target == "gfx942" else tiles | {"maxnreg": 255}
     rows = 256 if target == "sm_90" else 128
     # On sm_120 a wider step leaves no register beside its fragments.
