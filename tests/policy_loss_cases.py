@@ -40,7 +40,11 @@ class Inputs:
         return dataclasses.replace(self, **changes)
 
     def call(self, config: PolicyLossConfig, **options) -> PolicyLossOutput:
-        return policy_loss(**self.__dict__, config=config, **options)
+        tensors = {name: getattr(self, name) for name in NAMES}  # torch 2.11 cannot compile vars()
+        return policy_loss(**tensors, config=config, **options)
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Inputs))
 
 
 def random_inputs(

@@ -112,7 +112,7 @@ class PolicyLossConfig:
 
     def settings(self) -> dict[str, Any]:
         """Returns the fields by name, as arguments of an operator."""
-        return dict(vars(self))
+        return {name: getattr(self, name) for name in _FIELDS}  # torch 2.11 cannot compile vars()
 
     def log_bounds(self) -> tuple[float, float, float]:
         """Returns the log-ratios between which the surrogate follows the ratio.
@@ -155,3 +155,6 @@ class PolicyLossConfig:
 def _check_optional(name: str, value: float | None, *, low: float) -> None:
     if value is not None:
         check_number(name, value, low=low, low_open=True, high=_LARGEST)
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(PolicyLossConfig))
